@@ -1,0 +1,140 @@
+"""A base model that is quantized to any configuration and adapted to it.
+
+Three methods share one class, so that a comparison differs in nothing else:
+`coa`  the shared pair with theta's adjustment, y = W x + s B (I + U) A x;
+`shared` the shared pair alone (U = 0);
+`none` no LoRA at all: only the task head of a classifier is trained (a linear probe on the quantized base), and
+       nothing for a language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coalora.adapt.lora import ADAPTER, attach, lora_config
+from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.models.loading import Task
+from coalora.models.quantized import QuantizedBase
+from coalora.models.targets import TargetLayer
+from coalora.quant.space import ChoiceSpace
+
+Method = Literal["coa", "shared", "none"]
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """What the adapter is: LoRA's rank, alpha and dropout, and theta's widths."""
+
+    r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    embedding_dim: int = 8
+    hidden_dim: int = 128
+
+
+class AdaptedModel:
+    """Base, adapter and theta as one model that takes any configuration.
+
+    Args:
+        model: the base model; it is wrapped in place.
+        layers, space: as in `QuantizedBase`.
+        task: decides PEFT's task type, and so whether a head is trained.
+        method: `coa`, `shared` or `none`.
+        recipe: the adapter's sizes.
+        seed: initial adapter and theta; the same seed gives both methods the same initial pair.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[TargetLayer],
+        space: ChoiceSpace,
+        task: Task,
+        *,
+        method: Method,
+        recipe: AdapterRecipe,
+        seed: int,
+        cache_bytes: int = 1 << 28,
+    ) -> None:
+        self.method = method
+        self.recipe = recipe
+        self.layers = list(layers)
+        self.base = QuantizedBase(model, layers, space, cache_bytes=cache_bytes)
+        self.device = next(model.parameters()).device
+        config = lora_config(layers, task, r=recipe.r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout)
+        self.peft_model, self.lora_A = attach(model, layers, config, seed=seed)
+        self.theta: ConfigurationAwareModel | None = None
+        if method == "coa":
+            torch.manual_seed(seed + 1)
+            self.theta = ConfigurationAwareModel(
+                space, layers, recipe.r, embedding_dim=recipe.embedding_dim, hidden_dim=recipe.hidden_dim
+            ).to(self.device)
+        if method == "none":
+            self._drop_lora()
+
+    def _drop_lora(self) -> None:
+        for name, parameter in self.peft_model.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(False)
+        # B is zero at the start and stays so; PEFT's switch skips the products as well. Heads in
+        # `modules_to_save` stay active: the switch of the LoRA layers alone is what is wanted.
+        base = self.peft_model.get_base_model()
+        for layer in self.layers:
+            cast(BaseTunerLayer, base.get_submodule(layer.name)).enable_adapters(False)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: `lora.<module>...`, `head.<module>...`, `theta.<...>`."""
+        named: dict[str, nn.Parameter] = {}
+        for name, parameter in self.peft_model.named_parameters():
+            if parameter.requires_grad:
+                group = "lora" if ".lora_" in name else "head"
+                named[f"{group}.{_plain(name)}"] = parameter
+        if self.theta is not None:
+            named |= {f"theta.{name}": parameter for name, parameter in self.theta.named_parameters()}
+        return named
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of what is trained, on the CPU."""
+        return {k: v.detach().to("cpu", copy=True) for k, v in self.named_parameters().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned; names and shapes must agree exactly."""
+        own = self.named_parameters()
+        if state.keys() != own.keys():
+            raise KeyError(f"parameters differ: {sorted(state.keys() ^ own.keys())[:4]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def adjustments(self, configuration: np.ndarray) -> Tensor | None:
+        """U (N, r, r) of a configuration; None without theta."""
+        if self.theta is None:
+            return None
+        return self.theta(torch.as_tensor(configuration, dtype=torch.int64, device=self.device))
+
+    def switch(self, configuration: np.ndarray) -> None:
+        """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta."""
+        self.base.switch(configuration)
+        U = self.adjustments(configuration)
+        for index, lora_A in enumerate(self.lora_A):
+            lora_A.U = None if U is None else U[index]
+
+    def full_precision(self) -> None:
+        """The base without quantization and the plain shared adapter."""
+        self.base.restore()
+        for lora_A in self.lora_A:
+            lora_A.U = None
+
+
+def _plain(name: str) -> str:
+    """PEFT's parameter name without the wrapper's prefix and the adapter's name."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(f".{ADAPTER}.", ".")

@@ -1,0 +1,1 @@
+"""Input statistics and per-layer, per-choice quantization errors."""

@@ -1,0 +1,132 @@
+"""A set of configurations: what training samples from, the search improves and DVC versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from coalora.calibrate.tables import CalibrationTables
+from coalora.errors import CoaloraError
+from coalora.files import digest
+from coalora.models.quantized import check_configuration
+
+_SET_FORMAT = "coalora-configurations/1"
+
+
+@dataclass(frozen=True)
+class ConfigurationSet:
+    """n configurations in rising order of average bits.
+
+    Attributes:
+        configurations: (n, N) choice indices.
+        losses: (n,) of the adapted model on the search split when they were last measured; NaN before that.
+        joined: (n,) round in which a member joined; 0 is the initial set.
+    """
+
+    configurations: np.ndarray
+    losses: np.ndarray
+    joined: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.configurations)
+
+    def sorted(self, tables: CalibrationTables) -> ConfigurationSet:
+        """The same members in rising order of stored bytes (ties: lower loss, then lexicographic)."""
+        nbytes = tables.total_nbytes(self.configurations)
+        keys = (*self.configurations.T[::-1], np.nan_to_num(self.losses, nan=np.inf), nbytes)
+        return self.take(np.lexsort(keys))
+
+    def take(self, index: np.ndarray) -> ConfigurationSet:
+        return ConfigurationSet(self.configurations[index], self.losses[index], self.joined[index])
+
+    def merge(self, other: ConfigurationSet) -> ConfigurationSet:
+        return ConfigurationSet(
+            np.concatenate([self.configurations, other.configurations]),
+            np.concatenate([self.losses, other.losses]),
+            np.concatenate([self.joined, other.joined]),
+        )
+
+    def objectives(self, tables: CalibrationTables) -> np.ndarray:
+        """Y (n, 2): loss and average bits, both minimised."""
+        return np.column_stack([self.losses, tables.average_bits(self.configurations)])
+
+    def to_dict(self, tables: CalibrationTables) -> dict:
+        """JSON that needs nothing else to be read: choices are written out once, members point into them."""
+        used = sorted(set(self.configurations.ravel().tolist()))
+        position = {k: i for i, k in enumerate(used)}
+        bits = tables.average_bits(self.configurations)
+        return {
+            "format": _SET_FORMAT,
+            "scheme": tables.space.scheme.name,
+            "base_digest": tables.base_digest,
+            "layers": [layer.name for layer in tables.layers],
+            "choices": [tables.space.choice_dict(k) for k in used],
+            "members": [
+                {
+                    "average_bits": round(float(b), 6),
+                    "loss": None if np.isnan(loss) else float(loss),
+                    "round": int(joined),
+                    "choices": [position[k] for k in row.tolist()],
+                }
+                for row, b, loss, joined in zip(self.configurations, bits, self.losses, self.joined, strict=True)
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict, tables: CalibrationTables) -> ConfigurationSet:
+        """Read `to_dict`.
+
+        Raises:
+            CoaloraError: another format, scheme, layers or base model than that of `tables`; a choice outside of its
+                space; a member that does not give every layer one of the listed choices.
+        """
+        if content.get("format") != _SET_FORMAT:
+            raise CoaloraError("not a configuration set", got=f"format {content.get('format')}", expected=_SET_FORMAT)
+        layers = [layer.name for layer in tables.layers]
+        if content.get("layers") != layers or content.get("scheme") != tables.space.scheme.name:
+            raise CoaloraError(
+                "a configuration set belongs to the layers and the scheme that it was made for",
+                got=f"{content.get('scheme')} over {len(content.get('layers', []))} layers",
+                expected=f"{tables.space.scheme.name} over {len(layers)} layers",
+            )
+        if content.get("base_digest") != tables.base_digest:
+            raise CoaloraError(
+                "a configuration set belongs to the base model that it was made for",
+                got=f"base {content.get('base_digest')}",
+                expected=f"base {tables.base_digest}",
+                remedy="make a set for this base model, or load the base model that the set names",
+            )
+        index = np.array([tables.space.index(choice) for choice in content["choices"]], dtype=np.int64)
+        members = content["members"]
+        for number, member in enumerate(members):
+            chosen = member["choices"]
+            if len(chosen) != len(layers) or not all(0 <= k < len(index) for k in chosen):
+                raise CoaloraError(
+                    "a member gives every layer one of the listed choices",
+                    got=f"member {number}: {len(chosen)} choices from {min(chosen, default=0)} to {max(chosen, default=0)}",
+                    expected=f"{len(layers)} choices from 0 to {len(index) - 1}",
+                )
+        return cls(
+            np.array([index[m["choices"]] for m in members], dtype=np.int64).reshape(-1, len(layers)),
+            np.array([np.nan if m["loss"] is None else m["loss"] for m in members]),
+            np.array([m["round"] for m in members], dtype=np.int64),
+        )
+
+
+def configuration_dict(configuration: np.ndarray, tables: CalibrationTables) -> dict:
+    """One configuration as JSON: the base it is for, its scheme, and the choice of every layer."""
+    configuration = check_configuration(configuration, len(tables.layers), len(tables.space.choices))
+    return {
+        "format": "coalora-configuration/1",
+        "scheme": tables.space.scheme.name,
+        "base_digest": tables.base_digest,
+        "layers": {
+            layer.name: tables.space.choice_dict(int(k)) for layer, k in zip(tables.layers, configuration, strict=True)
+        },
+    }
+
+
+def configuration_digest(content: dict) -> str:
+    """Digest of a quantized base: the base model's digest, the scheme and every layer's choice."""
+    return digest({key: content[key] for key in ("base_digest", "scheme", "layers")})

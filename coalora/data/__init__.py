@@ -1,0 +1,1 @@
+"""Benchmarks: a data set, its splits and its metric."""

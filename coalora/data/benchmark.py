@@ -1,0 +1,161 @@
+"""A benchmark: three splits of one data set, tokenized, and the metric that it is judged by.
+
+`train` is trained on (its first examples calibrate), `search` guides the Pareto search, `validation` is only reported:
+nothing is selected on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+from coalora.files import read_tensors, write_tensors
+from coalora.models.loading import Task
+
+IGNORED = -100
+SPLITS = ("train", "search", "validation")
+METRICS = {"classification": ("accuracy", True), "language-modeling": ("bits_per_byte", False)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokenized examples, padded to the longest of the split.
+
+    Attributes:
+        input_ids: (n, L) int64.
+        lengths: (n,) tokens of each example; the rest of its row is padding.
+        labels: (n,) classes, or None for language modelling, where each block predicts its own tokens.
+        bytes_per_token: UTF-8 bytes a token stands for (language modelling; 1 otherwise).
+        pad_token_id: what fills the rows.
+        token_type_ids: (n, L) which sentence of a pair a token belongs to, for models that embed it (BERT).
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    labels: Tensor | None
+    bytes_per_token: float = 1.0
+    pad_token_id: int = 0
+    token_type_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def batch(self, indices: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The examples `indices` as a model's keyword arguments, cut to the longest of them."""
+        lengths = self.lengths[indices]
+        width = int(lengths.max())
+        input_ids = self.input_ids[indices, :width]
+        mask = torch.arange(width) < lengths[:, None]
+        out = {"input_ids": input_ids, "attention_mask": mask.long()}
+        if self.token_type_ids is not None:
+            out["token_type_ids"] = self.token_type_ids[indices, :width]
+        out["labels"] = self.labels[indices] if self.labels is not None else input_ids.masked_fill(~mask, IGNORED)
+        return {k: v.to(device) for k, v in out.items()} if device is not None else out
+
+    def batches(self, batch_size: int, device: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
+        """All examples once, longest first: little padding, and the largest batch comes (and fails) first."""
+        order = torch.argsort(self.lengths, descending=True, stable=True)
+        for indices in order.split(batch_size):
+            yield self.batch(indices, device)
+
+    def head(self, n: int) -> Split:
+        """The first n examples."""
+        labels = None if self.labels is None else self.labels[:n]
+        types = None if self.token_type_ids is None else self.token_type_ids[:n]
+        return Split(self.input_ids[:n], self.lengths[:n], labels, self.bytes_per_token, self.pad_token_id, types)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Splits and metric; `num_labels` is None for language modelling."""
+
+    name: str
+    task: Task
+    num_labels: int | None
+    train: Split
+    search: Split
+    validation: Split
+
+    @property
+    def metric(self) -> str:
+        return METRICS[self.task][0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return METRICS[self.task][1]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenized splits: safetensors, with the rest in its header."""
+        for name in SPLITS:
+            split: Split = getattr(self, name)
+            tensors = {"input_ids": split.input_ids.int(), "lengths": split.lengths.int()}
+            if split.labels is not None:
+                tensors["labels"] = split.labels.int()
+            if split.token_type_ids is not None:
+                tensors["token_type_ids"] = split.token_type_ids.to(torch.uint8)
+            header = {
+                "name": self.name,
+                "task": self.task,
+                "num_labels": self.num_labels,
+                "bytes_per_token": split.bytes_per_token,
+                "pad_token_id": split.pad_token_id,
+            }
+            write_tensors(folder / f"{name}.safetensors", tensors, header)
+
+    @classmethod
+    def load(cls, folder: Path) -> Benchmark:
+        """Read what `save` wrote."""
+        splits: dict[str, Split] = {}
+        for name in SPLITS:
+            tensors, header = read_tensors(folder / f"{name}.safetensors")
+            labels = tensors["labels"].long() if "labels" in tensors else None
+            splits[name] = Split(
+                tensors["input_ids"].long(),
+                tensors["lengths"].long(),
+                labels,
+                header["bytes_per_token"],
+                header["pad_token_id"],
+                tensors["token_type_ids"].long() if "token_type_ids" in tensors else None,
+            )
+        return cls(header["name"], header["task"], header["num_labels"], **splits)
+
+
+def pad(
+    sequences: list[list[int]],
+    pad_token_id: int,
+    labels: list[int] | None = None,
+    token_type_ids: list[list[int]] | None = None,
+) -> Split:
+    """A split of sequences of different lengths.
+
+    Raises:
+        CoaloraError: no sequences, or one without tokens.
+    """
+    if not sequences:
+        raise CoaloraError("a split needs at least one example", got="none")
+    lengths = torch.tensor([len(s) for s in sequences])
+    if int(lengths.min()) == 0:
+        raise CoaloraError(
+            "every example needs at least one token",
+            got=f"none in example {int(lengths.argmin()) + 1}",
+            remedy="remove empty texts",
+        )
+    return Split(
+        _rectangle(sequences, pad_token_id),
+        lengths,
+        None if labels is None else torch.tensor(labels),
+        pad_token_id=pad_token_id,
+        token_type_ids=None if token_type_ids is None else _rectangle(token_type_ids, 0),
+    )
+
+
+def _rectangle(sequences: list[list[int]], fill: int) -> Tensor:
+    rows = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return rows

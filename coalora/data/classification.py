@@ -1,0 +1,156 @@
+"""Labelled sentences, or pairs of sentences, from local tables or the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coalora.errors import CoaloraError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+_ENCODING = "utf-8-sig"  # spreadsheets put a byte-order mark in front, which must not become part of a name
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts (one or two columns) and their class indices."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[int]
+
+
+def read_table(path: str | Path, text_columns: Sequence[str], label_column: str) -> Examples:
+    """Examples of a csv, tsv (no quoting), jsonl or parquet file.
+
+    Raises:
+        CoaloraError: missing file, unknown format, a file that cannot be parsed, missing column, missing value,
+            or labels that are no integers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CoaloraError("a benchmark file must exist", got=path, remedy="correct the path in benchmark.files")
+    frame = _frame(path, text_columns)
+    wanted = [*text_columns, label_column]
+    _check_columns(path, list(frame.columns), wanted)
+    cells = frame[wanted]
+    holes = (cells.isna() | (cells.astype(str).apply(lambda column: column.str.strip()) == "")).any(axis=1)
+    if holes.any():
+        raise CoaloraError(
+            "every row needs its texts and its label",
+            got=f"{path.name}: row {int(holes.argmax()) + 1} has an empty cell",
+            remedy="remove or complete the row",
+        )
+    return to_examples(
+        [tuple(map(str, row)) for row in zip(*(frame[c] for c in text_columns), strict=True)],
+        frame[label_column].tolist(),
+        path.name,
+    )
+
+
+def to_examples(texts: list[tuple[str, ...]], labels: list, where: str) -> Examples:
+    """Check that labels are class indices, and join them with their texts."""
+    indices = [_class_index(x) for x in labels]
+    wrong = sorted({str(x) for x, i in zip(labels, indices, strict=True) if i is None})
+    if wrong:
+        raise CoaloraError(
+            "labels are class indices",
+            got=f"{where}: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}",
+            expected="integers from 0 to num_labels - 1 (negative ones mark a split without labels)",
+            remedy="use a labelled split, or map the classes to integers",
+        )
+    if not texts:
+        raise CoaloraError("a split needs at least one example", got=f"{where}: no rows")
+    return Examples(texts, [i for i in indices if i is not None])
+
+
+def _class_index(label: object) -> int | None:
+    """A label as an integer from 0, or None. A column with a text in it makes texts of its numbers too."""
+    try:
+        value = float(label)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return int(value) if value >= 0 and value.is_integer() else None
+
+
+def read_header(path: Path, wanted: Sequence[str]) -> None:
+    """Check that a table has the columns, without reading it whole.
+
+    Raises:
+        CoaloraError: a column is missing, the format is unknown, or the file cannot be read as it.
+    """
+    suffix = path.suffix.lower()
+    _check_format(path)
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            columns = pyarrow.parquet.read_schema(path).names
+        elif suffix == ".jsonl":
+            with path.open(encoding=_ENCODING) as file:
+                columns = list(json.loads(file.readline() or "{}"))
+        else:
+            with path.open(encoding=_ENCODING, newline="") as file:
+                tabs = suffix == ".tsv"
+                lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
+                columns = next(lines, [])
+    except (ValueError, csv.Error) as error:
+        raise _unreadable(path, error) from error
+    _check_columns(path, columns, wanted)
+
+
+def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    missing = [c for c in wanted if c not in columns]
+    if missing:
+        raise CoaloraError(
+            "a benchmark file must have the named columns",
+            got=f"{path.name} without {', '.join(map(repr, missing))}",
+            expected=f"some of its columns: {', '.join(map(repr, columns))}",
+            remedy="set benchmark.text_columns and benchmark.label_column",
+        )
+
+
+def _check_format(path: Path) -> None:
+    if path.suffix.lower() not in FORMATS:
+        raise CoaloraError(
+            "the file's ending tells its format",
+            got=path.name,
+            expected=", ".join(FORMATS),
+            remedy="rename or convert it",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> CoaloraError:
+    return CoaloraError(
+        "a benchmark file must be readable as what its ending says, in UTF-8",
+        got=f"{path.name} ({(str(error).strip() or type(error).__name__).splitlines()[0]})",
+        expected=f"a {path.suffix.lower()} file",
+        remedy="repair, rename or convert it",
+    )
+
+
+def _frame(path: Path, text_columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    _check_format(path)
+    suffix = path.suffix.lower()
+    # Texts stay texts: no guessing of numbers ("007"), missing values ("NA") or dates.
+    texts = dict.fromkeys(text_columns, str)
+    try:
+        if suffix == ".csv":
+            return pd.read_csv(path, keep_default_na=False, dtype=texts, encoding=_ENCODING)
+        if suffix == ".tsv":
+            return pd.read_csv(
+                path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=texts, encoding=_ENCODING
+            )
+        if suffix == ".jsonl":
+            return pd.read_json(path, lines=True, dtype=False, convert_dates=False, encoding=_ENCODING)
+        return pd.read_parquet(path)
+    except ValueError as error:  # pandas' and pyarrow's parser errors derive from it
+        raise _unreadable(path, error) from error

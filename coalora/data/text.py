@@ -1,0 +1,139 @@
+"""Text for causal language modelling: documents in, fixed-length blocks out.
+
+A block holds L + 1 tokens and the next block starts at its last token, so that every token but the very first is
+predicted exactly once and perplexity does not depend on where blocks end. The tail that fills no block is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+
+
+def pydoc_topics() -> list[str]:
+    """The help texts that every CPython carries: about 80 topics, 465 kB of English, no download."""
+    from pydoc_data.topics import topics
+
+    return [topics[key] for key in sorted(topics)]
+
+
+def text_file(path: str | Path, *, separator: str | None = None) -> list[str]:
+    """The documents of a UTF-8 text file: cut at `separator`, or at blank lines into pieces of about 2 kB.
+
+    Raises:
+        CoaloraError: no such file, or not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CoaloraError("a text file must exist", got=path, remedy="correct the path in benchmark.files")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CoaloraError(
+            "a text file is UTF-8",
+            got=f"{path} (byte {error.start} is not)",
+            remedy="convert it, for example with iconv -t utf-8",
+        ) from error
+    if separator is not None:
+        return [piece for piece in text.split(separator) if piece.strip()]
+    pieces: list[str] = [""]
+    for paragraph in text.split("\n\n"):
+        if len(pieces[-1]) > 2048:
+            pieces.append("")
+        pieces[-1] += paragraph + "\n\n"
+    return [piece for piece in pieces if piece.strip()]
+
+
+def split_documents(documents: Sequence[str], fractions: dict[str, float], *, seed: int = 0) -> dict[str, list[str]]:
+    """Deal documents into named parts; each document's own content decides, so that adding one moves no other.
+
+    `fractions` are shares of the whole and sum to less than 1; what remains goes to `train`.
+    """
+    if not 0 < sum(fractions.values()) < 1 or min(fractions.values()) <= 0:
+        raise CoaloraError(
+            "held-out fractions are positive and leave something to train on",
+            got=fractions,
+            expected="sum below 1",
+        )
+    parts: dict[str, list[str]] = {name: [] for name in [*fractions, "train"]}
+    for document in documents:
+        word = hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8]
+        u = int.from_bytes(word, "big") / 2**64
+        for name, fraction in fractions.items():
+            if u < fraction:
+                parts[name].append(document)
+                break
+            u -= fraction
+        else:
+            parts["train"].append(document)
+    for name, part in parts.items():
+        if not part:
+            raise CoaloraError(
+                "every split needs at least one document",
+                got=f"{len(documents)} documents, none in {name!r}",
+                remedy="give a separate file for it, or a larger fraction",
+            )
+    return parts
+
+
+def blocks(
+    documents: Iterable[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    length: int,
+    *,
+    end_of_text: int | None,
+    limit: int | None = None,
+) -> tuple[Tensor, float]:
+    """Token blocks (n, length + 1) int64 of joined documents, and UTF-8 bytes for each of their tokens.
+
+    Bytes are those of the text that the blocks hold: a document that is cut counts by its share of tokens.
+
+    Args:
+        encode: tokenizes a list of texts without special tokens.
+        end_of_text: id put behind every document (counted as no bytes), None for none.
+        limit: at most so many blocks; documents behind them are not read (but for the rest of a batch of 64).
+
+    Raises:
+        CoaloraError: not enough text for one block.
+    """
+    tokens: list[int] = []
+    ends: list[tuple[int, int]] = []  # of each document: tokens up to its end, its bytes
+    wanted = None if limit is None else limit * length + 1
+    for batch in _batched(documents, 64):
+        for text, ids in zip(batch, encode(batch), strict=True):
+            tokens.extend(ids)
+            if end_of_text is not None:
+                tokens.append(end_of_text)
+            ends.append((len(tokens), len(text.encode())))
+        if wanted is not None and len(tokens) >= wanted:
+            break
+    n = (len(tokens) - 1) // length if limit is None else min((len(tokens) - 1) // length, limit)
+    if n < 1:
+        raise CoaloraError(
+            "a split needs at least one block of text",
+            got=f"{len(tokens)} tokens" if limit is None else f"{len(tokens)} tokens, at most {limit} blocks",
+            expected=f"more than {length}",
+            remedy="shorten benchmark.max_length or give more text",
+        )
+    used = n * length + 1
+    n_bytes, start = 0.0, 0
+    for end, size in ends:
+        if start >= used:
+            break
+        n_bytes += size if end <= used else size * (used - start) / (end - start)
+        start = end
+    joined = torch.tensor(tokens[:used], dtype=torch.int64)
+    return joined.unfold(0, length + 1, length).clone(), n_bytes / used
+
+
+def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(documents)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch

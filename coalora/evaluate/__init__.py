@@ -1,0 +1,1 @@
+"""Loss and metric of configurations, and what a finished run is worth."""

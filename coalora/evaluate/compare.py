@@ -1,0 +1,55 @@
+"""What compared methods are worth over a set of configurations: hypervolumes on one scale.
+
+Hypervolume of (validation loss, average bits), both minimised. The scale depends on the benchmark and the choice space
+alone, so that values compare between methods, runs and versions: the ideal is a loss of zero at the space's smallest
+bits, the reference point the loss of a uniform guess (ln of the number of classes, or of tokens) at its largest bits.
+A value is the dominated fraction of the rectangle between them; a configuration worse than guessing adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from coalora.search.hypervolume import normalized_hypervolume
+
+NORMALIZATION = (
+    "fraction of the rectangle between zero loss at the space's smallest average bits and the loss of a uniform "
+    "guess at its largest"
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hypervolume of each method, with the rectangle that they share: (loss, bits) corners."""
+
+    values: dict[str, float]
+    ideal: tuple[float, float]
+    ref_point: tuple[float, float]
+
+
+def compare(
+    losses: Mapping[str, np.ndarray],
+    average_bits: np.ndarray,
+    *,
+    bits_range: tuple[float, float],
+    n_outcomes: int,
+) -> Comparison:
+    """Hypervolumes of methods measured on the same configurations.
+
+    Args:
+        losses: method -> (n,) validation losses in nats.
+        average_bits: (n,) of the same configurations.
+        bits_range: smallest and largest average bits of the space.
+        n_outcomes: classes, or tokens of the vocabulary.
+    """
+    ideal = (0.0, bits_range[0])
+    ref_point = (math.log(n_outcomes), bits_range[1])
+    values = {
+        method: normalized_hypervolume(np.column_stack([loss, average_bits]), ideal, ref_point)
+        for method, loss in losses.items()
+    }
+    return Comparison(values, ideal, ref_point)

@@ -1,0 +1,1 @@
+"""PEFT adapters, packed bases and the bundle that answers any budget."""

@@ -1,0 +1,65 @@
+"""PEFT adapters on disk, each bound to the quantized base that it was made for.
+
+The folder is PEFT's own format and loads with stock `PeftModel.from_pretrained`. Beside it stands `coalora.json` with the
+digest of the base's configuration, repeated in the tensors' header; stock PEFT ignores both, `load_adapted` checks them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+from coalora.files import read_json, write_json, write_tensors
+
+BINDING = "coalora.json"
+
+
+def peft_key(name: str) -> str:
+    """PEFT's name in `adapter_model.safetensors` of a module's parameter."""
+    return f"base_model.model.{name}"
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], configuration: dict) -> None:
+    """Write a PEFT adapter folder.
+
+    Args:
+        config: PEFT's config; saved for inference.
+        tensors: adapter tensors under PEFT's names.
+        configuration: as in `configuration_dict`, with its `digest`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = config.to_dict() | {"inference_mode": True}
+    # PEFT keeps sets; their order changes from run to run.
+    saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
+    write_json(folder / "adapter_config.json", saved)
+    binding = {
+        "base_configuration_digest": configuration["digest"],
+        "base_digest": configuration["base_digest"],
+    }
+    write_tensors(folder / "adapter_model.safetensors", tensors, binding)
+    write_json(folder / BINDING, binding)
+
+
+def check_binding(folder: Path, digest: str) -> None:
+    """Refuse an adapter that was made for another quantized base.
+
+    Raises:
+        CoaloraError: the digests differ (both are shown), or the adapter carries none.
+    """
+    path = Path(folder) / BINDING
+    if not path.is_file():
+        raise CoaloraError(
+            "an adapter carries the digest of the quantized base it was made for",
+            got=f"no {BINDING} in {folder}",
+            remedy="export the adapter with this project, or load it with PEFT at your own risk",
+        )
+    bound = read_json(path)["base_configuration_digest"]
+    if bound != digest:
+        raise CoaloraError(
+            "an adapter only fits the quantized base it was made for",
+            got=f"an adapter for {bound} on a base with {digest}",
+            remedy="load the adapter that was exported beside this base",
+        )

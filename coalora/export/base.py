@@ -1,0 +1,129 @@
+"""The packed quantized base on disk, and its loader.
+
+`quantized.safetensors` holds the bit-packed target layers and nothing else, so that its size is the reported bits
+(its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer; beside them
+the model's config and tokenizer. Loading dequantizes into an ordinary transformers model: the same weights, bit for bit,
+as the model that was evaluated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import configuration_dict, configuration_digest
+from coalora.errors import CoaloraError
+from coalora.export.adapter import check_binding
+from coalora.files import read_json, read_tensors, write_json, write_tensors
+from coalora.models.loading import Task, default_device, default_dtype, model_class
+from coalora.quant.scheme import get_scheme
+from coalora.quant.space import ChoiceSpace
+
+PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
+
+
+def write_base(
+    folder: Path,
+    model: PreTrainedModel,
+    tables: CalibrationTables,
+    configuration: np.ndarray,
+    *,
+    task: Task,
+    rest_dtype: torch.dtype | None = None,
+) -> None:
+    """Pack `model` (in full precision, before PEFT wraps it) under `configuration` (N,) into `folder`.
+
+    `rest_dtype` is the type of the other floating tensors on disk where it holds their values exactly, as it does for
+    a 16-bit checkpoint computed in float32; otherwise they stay in the model's type.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scheme, names = tables.space.scheme, {f"{layer.name}.weight" for layer in tables.layers}
+    packed: dict[str, Tensor] = {}
+    for layer, k in zip(tables.layers, configuration, strict=True):
+        weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
+        choice = tables.space.choices[int(k)]
+        parts = scheme.pack(scheme.quantize(weight, choice), choice, layer.shape)
+        packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
+    content = configuration_dict(configuration, tables)
+    content |= {
+        "average_bits": round(float(tables.average_bits(configuration)), 6),
+        "digest": configuration_digest(content),
+        "task": task,
+        "shapes": {layer.name: list(layer.shape) for layer in tables.layers},
+        "transposed": [layer.name for layer in tables.layers if layer.transposed],
+    }
+    write_tensors(folder / PACKED, packed)
+    write_tensors(folder / REST, _rest(model, names, rest_dtype))
+    write_json(folder / CONFIGURATION, content)
+    model.config.save_pretrained(folder)
+
+
+def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The dequantized model of a packed base, with `coalora_digest` set to its configuration's digest.
+
+    Raises:
+        CoaloraError: the folder is no packed base, or its content contradicts its digest.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIGURATION).is_file():
+        raise CoaloraError("a packed base is a folder that the export wrote", got=folder, expected=CONFIGURATION)
+    content = read_json(folder / CONFIGURATION)
+    if configuration_digest(content) != content["digest"]:
+        raise CoaloraError(
+            "a packed base agrees with its digest",
+            got=configuration_digest(content),
+            expected=content["digest"],
+            remedy="export the base again",
+        )
+    config = AutoConfig.from_pretrained(folder)
+    space = ChoiceSpace(get_scheme(content["scheme"]))
+    packed, _ = read_tensors(folder / PACKED)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in packed.items():
+        name, part = key.rsplit(".", 1)
+        parts.setdefault(name, {})[part] = tensor
+    state, _ = read_tensors(folder / REST)
+    for name, fields in content["layers"].items():
+        choice, shape = space.choices[space.index(fields)], tuple(content["shapes"][name])
+        weight = space.scheme.dequantize(space.scheme.unpack(parts[name], choice, shape), choice, shape)
+        state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
+    device = device or default_device()
+    model = model_class(content["task"]).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or default_dtype(device)
+    )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.coalora_digest = content["digest"]
+    return model.to(device).eval()
+
+
+def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> PeftModel:
+    """The packed base with its adapter, ready to run; `options` as in `load_base`.
+
+    Raises:
+        CoaloraError: the adapter was made for another base; both digests are shown.
+    """
+    check_binding(Path(adapter_folder), read_json(Path(base_folder) / CONFIGURATION)["digest"])
+    return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()
+
+
+def _rest(model: PreTrainedModel, targets: set[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    rest: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name in targets or tensor.data_ptr() in seen:  # the second name of a tied tensor
+            continue
+        seen.add(tensor.data_ptr())
+        if dtype is not None and tensor.is_floating_point():
+            smaller = tensor.to(dtype)
+            # Stays in the computing type where the smaller one would change it.
+            tensor = smaller if torch.equal(smaller.to(tensor.dtype), tensor) else tensor
+        rest[name] = tensor
+    return rest

@@ -1,0 +1,168 @@
+"""The bundle: everything that answers a budget, without the base model.
+
+Shared pair, theta, head, calibration tables and the final configuration set: a few megabytes from which the
+configuration and the adapter of any budget follow in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalora.adapt.adapted import AdapterRecipe
+from coalora.adapt.lora import fold, lora_config
+from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
+from coalora.errors import CoaloraError
+from coalora.export.adapter import peft_key, write_adapter
+from coalora.files import read_json, read_tensors, write_json, write_tensors
+from coalora.models.loading import Task
+from coalora.search.select import select_configuration
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A configuration and the adapter for it.
+
+    Attributes:
+        average_bits: stored bits a weight of the target layers.
+        digest: of the quantized base that the adapter is for.
+        configuration: layer name -> choice.
+        tensors: the adapter under PEFT's names.
+    """
+
+    average_bits: float
+    digest: str
+    configuration: dict[str, dict]
+    tensors: dict[str, Tensor]
+    choices: np.ndarray
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
+class Bundle:
+    """A trained, configuration-aware adapter.
+
+    Args:
+        tables: calibration of the base model.
+        members: the final configuration set with its losses.
+        tensors: `AdaptedModel.state_dict()` of method `coa` or `shared`.
+        recipe: the adapter's sizes.
+        task: the base's task.
+        base_model: what the adapter's config names as its base (hub id, or a relative path).
+    """
+
+    def __init__(
+        self,
+        tables: CalibrationTables,
+        members: ConfigurationSet,
+        tensors: dict[str, Tensor],
+        recipe: AdapterRecipe,
+        task: Task,
+        *,
+        base_model: str = "",
+    ) -> None:
+        self.tables, self.members, self.tensors = tables, members, tensors
+        self.recipe, self.task, self.base_model = recipe, task, base_model
+        self.theta: ConfigurationAwareModel | None = None
+        theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
+        if theta:
+            self.theta = ConfigurationAwareModel(
+                tables.space,
+                tables.layers,
+                recipe.r,
+                embedding_dim=recipe.embedding_dim,
+                hidden_dim=recipe.hidden_dim,
+            )
+            self.theta.load_state_dict(theta)
+
+    def select(self, budget: float) -> np.ndarray:
+        """The configuration (N,) for a budget of average bits.
+
+        Raises:
+            CoaloraError: the budget is below what any configuration can reach.
+        """
+        low, high = self.tables.bits_range()
+        if not low <= budget:
+            raise CoaloraError(
+                "a budget is at least the smallest average bits of the choice space",
+                got=budget,
+                expected=f"{low:.3f} to {high:.3f}",
+                remedy="ask for more bits, or train with a space that has smaller choices",
+            )
+        return select_configuration(
+            self.members.configurations, self.members.losses, self.tables.bits, self.tables.err, budget
+        )
+
+    @torch.no_grad()
+    def adapt_to(self, configuration: np.ndarray) -> Adapted:
+        """The adapter of one configuration (N,): theta's U folded into lora_A."""
+        content = configuration_dict(configuration, self.tables)
+        U = None if self.theta is None else self.theta(torch.as_tensor(configuration))
+        tensors = {}
+        index = {layer.name: i for i, layer in enumerate(self.tables.layers)}
+        for key, tensor in self.tensors.items():
+            group, name = key.split(".", 1)
+            if group == "theta":
+                continue
+            if U is not None and name.endswith(".lora_A.weight"):
+                tensor = fold(tensor, U[index[name.removesuffix(".lora_A.weight")]])
+            tensors[peft_key(name)] = tensor
+        return Adapted(
+            float(self.tables.average_bits(configuration)),
+            configuration_digest(content),
+            content["layers"],
+            tensors,
+            np.asarray(configuration),
+        )
+
+    def adapt(self, budget: float) -> Adapted:
+        """Configuration and adapter for any budget of average bits."""
+        return self.adapt_to(self.select(budget))
+
+    def write(self, adapted: Adapted, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write `configuration.json` and a PEFT adapter under `adapter/` into `folder`."""
+        content = configuration_dict(adapted.choices, self.tables)
+        content |= {"average_bits": round(adapted.average_bits, 6), "digest": adapted.digest}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "configuration.json", content)
+        config = lora_config(self.tables.layers, self.task, r=self.recipe.r, lora_alpha=self.recipe.lora_alpha)
+        config.base_model_name_or_path = self.base_model
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in adapted.tensors.items()}
+        write_adapter(folder / "adapter", config, tensors, content)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tables.save(folder / "tables.safetensors")
+        write_json(folder / "configurations.json", self.members.to_dict(self.tables))
+        header = {
+            "format": "coalora-bundle/1",
+            "recipe": vars(self.recipe),
+            "task": self.task,
+            "base_model": self.base_model,
+        }
+        write_tensors(folder / "adapter.safetensors", self.tensors, header)
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        if not (folder / "adapter.safetensors").is_file():
+            raise CoaloraError("a bundle is a folder with tables, configurations and adapter tensors", got=folder)
+        tables = CalibrationTables.load(folder / "tables.safetensors")
+        members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
+        tensors, header = read_tensors(folder / "adapter.safetensors")
+        return cls(
+            tables,
+            members,
+            tensors,
+            AdapterRecipe(**header["recipe"]),
+            header["task"],
+            base_model=header["base_model"],
+        )

@@ -1,0 +1,50 @@
+"""Files whose bytes depend on their content alone: safetensors with one JSON header, and canonical JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# safetensors writes its metadata map in an arbitrary order; a single entry keeps equal content equal in bytes.
+_HEADER = "coalora"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None) -> None:
+    """Write named tensors and a JSON-able header as safetensors."""
+    plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous().clone() for k in sorted(tensors)}
+    save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """What `write_tensors` wrote: (tensors, header)."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Canonical JSON: sorted keys, two spaces, a newline at the end; NaN is refused."""
+    path.write_text(json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: object) -> str:
+    """sha256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

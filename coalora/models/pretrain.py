@@ -1,0 +1,139 @@
+"""A small decoder, pre-trained from scratch: the base model of the embedded demo.
+
+Llama's architecture with a byte-level BPE tokenizer trained on the same text; no download of any kind. The result is an
+ordinary model folder that `from_pretrained` reads, so that nothing behind it knows the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from coalora.data.text import blocks
+from coalora.errors import CoaloraError
+from coalora.train.sampling import batch_indices
+
+END_OF_TEXT = "<|endoftext|>"
+_LEAST_VOCAB = 257
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Sizes of the decoder and its training; the schedule is a warm-up and a linear decay to zero."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    vocab_size: int = 512
+    max_length: int = 128
+    steps: int = 600
+    batch_size: int = 16
+    lr: float = 3e-3
+
+
+def llama_config(recipe: PretrainRecipe) -> LlamaConfig:
+    """The decoder's architecture, with tied embeddings.
+
+    Raises:
+        CoaloraError: sizes that cannot be built, or a vocabulary without room for all bytes.
+    """
+    if recipe.vocab_size < _LEAST_VOCAB:
+        raise CoaloraError(
+            "a byte-level vocabulary holds every byte and the end of text",
+            got=recipe.vocab_size,
+            expected=f"at least {_LEAST_VOCAB}",
+            remedy="raise model.pretrain.vocab_size",
+        )
+    if recipe.steps < 1:
+        raise CoaloraError(
+            "pre-training takes at least one step", got=recipe.steps, remedy="raise model.pretrain.steps"
+        )
+    if recipe.hidden_size % (2 * recipe.num_attention_heads):
+        raise CoaloraError(
+            "hidden_size divides into heads of even size",
+            got=f"{recipe.hidden_size} / {recipe.num_attention_heads}",
+            remedy="set model.pretrain.hidden_size to a multiple of 2 x num_attention_heads",
+        )
+    return LlamaConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        num_key_value_heads=recipe.num_attention_heads,
+        max_position_embeddings=max(2 * recipe.max_length, 256),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `texts`; token 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def pretrain(
+    texts: Sequence[str],
+    recipe: PretrainRecipe,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Callable[..., None] | None = None,
+) -> list[dict[str, float]]:
+    """Train tokenizer and decoder on `texts`, save both to `folder`, and return a record for each step."""
+    config = llama_config(recipe)
+    tokenizer = train_tokenizer(texts, recipe.vocab_size)
+    ids, _ = blocks(
+        texts,
+        lambda batch: tokenizer(batch, add_special_tokens=False)["input_ids"],
+        recipe.max_length,
+        end_of_text=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(recipe.steps // 20, 1)
+    records = []
+    for step in range(recipe.steps):
+        scale = min((step + 1) / warmup, (recipe.steps - step) / max(recipe.steps - warmup, 1))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * scale
+        batch = ids[batch_indices(len(ids), recipe.batch_size, seed=seed, step=step)].to(device)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        records.append({"step": step, "loss": float(loss.detach()), "lr": recipe.lr * scale})
+        if progress:
+            progress(step + 1, recipe.steps, loss=records[-1]["loss"])
+    if not math.isfinite(records[-1]["loss"]):
+        raise CoaloraError(
+            "pre-training must end with a finite loss",
+            got=records[-1]["loss"],
+            remedy="lower model.pretrain.lr",
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return records

@@ -1,0 +1,77 @@
+"""Nearest entry of a sorted code book, exactly, in a constant number of passes over the data.
+
+A binary search costs 11 to 56 ms for a million numbers on one core (2 to 8 bits). Instead, cut [-1, 1] into
+``S`` equal cells, S large enough that no cell holds two decision thresholds: the cell of ``x`` is one
+multiply-add, and one comparison with the only threshold of that cell tells the rest (3 ms, for any width).
+
+Exact because the cell number is a monotone function of ``x`` and is computed for thresholds and data by the
+same arithmetic: thresholds in lower cells are below ``x``, those in higher cells above. (S is a power of two,
+so that the multiplication is exact, and fusing it with the addition changes nothing.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+
+_MAX_CELLS = 2**22
+
+
+def decision_thresholds(book: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Thresholds between the entries of an ascending code book (n,): float32 (n-1,).
+
+    Threshold j is the largest float32 that is not above the exact midpoint of entries j and j+1, so that
+    ``x > threshold`` holds just where entry j+1 is strictly nearer: a tie goes to the lower entry.
+    """
+    # The sum of two float32 numbers of like magnitude is exact in float64.
+    exact = (book[1:].astype(np.float64) + book[:-1].astype(np.float64)) / 2
+    rounded = exact.astype(np.float32)
+    below = np.nextafter(rounded, np.float32(-np.inf), dtype=np.float32)
+    return np.where(rounded.astype(np.float64) > exact, below, rounded)
+
+
+class IntervalTable:
+    """Which of the intervals between sorted thresholds a number in [-1, 1] falls into.
+
+    Args:
+        thresholds: float32 (n,), strictly ascending, inside (-1, 1).
+        device: where the numbers to look up will be.
+
+    Attributes:
+        intervals: int64 (2*(S+1),), how many thresholds lie below the numbers at each *position*.
+    """
+
+    def __init__(self, thresholds: NDArray[np.float32], device: torch.device) -> None:
+        if len(thresholds) == 0 or np.any(np.diff(thresholds) <= 0) or np.any(np.abs(thresholds) >= 1):
+            raise CoaloraError("thresholds ascend strictly inside (-1, 1)", got=thresholds)
+        cells = 64
+        while len(np.unique(_cells(torch.from_numpy(thresholds), cells).numpy())) < len(thresholds):
+            cells *= 2
+            if cells > _MAX_CELLS:
+                raise CoaloraError(
+                    "thresholds lie far enough apart to be told apart by a table",
+                    got=f"a gap of {np.diff(thresholds).min()}",
+                    expected=f"at least {2 / _MAX_CELLS}",
+                )
+        occupied = _cells(torch.from_numpy(thresholds), cells).numpy()
+        bound = np.full(cells + 1, np.inf, dtype=np.float32)
+        bound[occupied] = thresholds
+        below = np.searchsorted(occupied, np.arange(cells + 1), side="left")
+        self._n_cells = cells
+        self._bound = torch.from_numpy(bound).to(device)
+        self.intervals: NDArray[np.int64] = np.stack([below, below + np.isfinite(bound)], axis=1).ravel()
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Positions int32 (m,) of ``x``, float32 (m,) in [-1, 1] without NaN (the hot path: not checked)."""
+        cell = _cells(x, self._n_cells)
+        above = torch.gt(x, self._bound.index_select(0, cell))
+        return cell.mul_(2).add_(above)
+
+
+def _cells(x: Tensor, n_cells: int) -> Tensor:
+    half = n_cells / 2
+    return x.mul(half).add_(half).to(torch.int32)

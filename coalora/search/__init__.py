@@ -1,0 +1,1 @@
+"""Pareto search over quantization configurations: allocation, surrogate, acquisition, proposals."""

@@ -1,0 +1,86 @@
+"""Checks shared by the search: every table and point set is turned into a float64 / int64 array or
+refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from coalora.errors import CoaloraError
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+def as_objectives(Y: ArrayLike, *, name: str = "Y", n_objectives: int | None = 2) -> Float:
+    """`Y` as float64 (n, m); an empty `Y` becomes (0, m). Raises CoaloraError on NaN or another shape."""
+    array = np.asarray(Y, dtype=np.float64)
+    if array.size == 0:
+        return np.empty((0, n_objectives or 2))
+    if array.ndim != 2 or (n_objectives is not None and array.shape[1] != n_objectives) or array.shape[1] < 2:
+        columns = "m >= 2" if n_objectives is None else str(n_objectives)
+        raise CoaloraError(f"{name} must hold one row per point", got=array.shape, expected=f"shape (n, {columns})")
+    if np.isnan(array).any():
+        raise CoaloraError(
+            f"{name} must not contain NaN",
+            got=f"{int(np.isnan(array).any(axis=1).sum())} rows with NaN",
+            remedy="drop configurations whose evaluation failed",
+        )
+    return array
+
+
+def as_point(point: ArrayLike, *, name: str) -> Float:
+    """`point` as float64 (2,): (loss, cost). Raises CoaloraError unless it is two finite numbers."""
+    array = np.asarray(point, dtype=np.float64)
+    if array.shape != (2,) or not np.isfinite(array).all():
+        raise CoaloraError(f"{name} must be two finite numbers", got=point, expected="(loss, cost)")
+    return array
+
+
+def as_table(table: ArrayLike, *, name: str, shape: tuple[int, ...] | None = None) -> Float:
+    """`table` as float64 (N, K), finite. Raises CoaloraError on another shape, NaN or infinity."""
+    array = np.asarray(table, dtype=np.float64)
+    if array.ndim != 2 or array.size == 0 or (shape is not None and array.shape != shape):
+        raise CoaloraError(
+            f"{name} must hold one row per layer and one column per choice",
+            got=array.shape,
+            expected=shape or "(N, K)",
+        )
+    if not np.isfinite(array).all():
+        raise CoaloraError(
+            f"{name} must be finite",
+            got=f"{int((~np.isfinite(array)).sum())} non-finite entries",
+            remedy="leave out choices that a layer cannot take, or give them a large finite error",
+        )
+    return array
+
+
+def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name: str) -> Int:
+    """`configurations` as int64 (n, N) for a table of `shape` (N, K). Raises CoaloraError when out of
+    range.
+    """
+    array = np.asarray(configurations)
+    if array.size == 0:
+        return np.empty((0, shape[0]), dtype=np.int64)
+    if array.ndim != 2 or array.shape[1] != shape[0] or not np.issubdtype(array.dtype, np.integer):
+        raise CoaloraError(
+            f"{name} must be integers, one row per configuration and one column per layer",
+            got=f"{array.dtype} {array.shape}",
+            expected=f"integers (n, {shape[0]})",
+        )
+    if array.min() < 0 or array.max() >= shape[1]:
+        raise CoaloraError(
+            f"{name} must index the choices",
+            got=f"values from {array.min()} to {array.max()}",
+            expected=f"0 to {shape[1] - 1}",
+        )
+    return array.astype(np.int64)
+
+
+def table_sum(table: Float, configurations: Int) -> Float:
+    """Sum over layers of `table[l, C_l]`: (N, K) and (n, N) give (n,); average bits for a table of bits /
+    N.
+    """
+    return table[np.arange(table.shape[0]), configurations].sum(axis=-1)

@@ -1,0 +1,190 @@
+"""Gaussian process that predicts the loss of an adapted configuration from its per-layer errors.
+
+HIGGS (Malinovskii et al., NAACL 2025): the loss is close to linear in per-layer quantization
+errors. So the prior is a linear kernel on these errors plus a Matern-5/2 residual, with one amplitude each,
+one lengthscale and a noise; an ARD kernel over hundreds of coordinates could not be identified from some
+hundred evaluations. A neighbour that differs in one layer changes every inner product and distance by a
+rank-one term: scoring it costs O(n) kernel arithmetic instead of O(nN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
+
+from coalora.errors import CoaloraError
+from coalora.search.checks import Float, Int, as_configurations, as_table
+from coalora.search.kernels import Hyperparameters, covariance
+from coalora.search.likelihood import fit_hyperparameters
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Fitted process; build it with `Surrogate.fit`.
+
+    features (N, K): table of standardised errors; X (n, N): features of the training configurations; y (n,):
+    standardised losses; factor (n, n): lower Cholesky factor of their covariance; alpha (n,): its inverse
+    times y; loss = loss_mean + loss_scale * y.
+    """
+
+    features: Float
+    X: Float
+    y: Float
+    hyper: Hyperparameters
+    loss_mean: float
+    loss_scale: float
+    factor: Float
+    alpha: Float
+
+    @staticmethod
+    def fit(
+        feature_table: ArrayLike,
+        configurations: ArrayLike,
+        losses: ArrayLike,
+        *,
+        noise: float | None = None,
+        seed: int,
+        n_restarts: int = 2,
+    ) -> Surrogate:
+        """Fit to evaluated configurations.
+
+        Args:
+            feature_table: (N, K), error of every choice in every layer; any unit, each layer is standardised:
+                centered on the training configurations, scaled by its spread over the choices.
+            configurations: (n, N) int, n >= 1.
+            losses: (n,), finite.
+            noise: known variance of a loss, in squared units of loss; None fits it.
+            seed: of the restarts of the hyperparameter search.
+            n_restarts: number of these restarts.
+
+        Raises:
+            CoaloraError: wrong shapes, indices out of range, no configuration, non-finite losses or negative
+                noise.
+        """
+        table = as_table(feature_table, name="feature_table")
+        C, loss = _training_data(table, configurations, losses)
+        if C.shape[0] == 0:
+            raise CoaloraError("a surrogate needs evaluated configurations", got=0, expected="n >= 1")
+        if noise is not None and not (np.isfinite(noise) and noise >= 0):
+            raise CoaloraError("noise must be a variance", got=noise, expected="a number >= 0, or None to fit it")
+        layers = np.arange(table.shape[0])
+        center = table[layers, C].mean(axis=0)
+        scale = table.std(axis=1)
+        features = (table - center[:, None]) / np.where(scale > 0, scale, 1.0)[:, None]
+        mean, spread = float(loss.mean()), float(loss.std())
+        spread = spread if spread > 1e-12 * max(1.0, abs(mean)) else 1.0
+        X, y = features[layers, C], (loss - mean) / spread
+        inner, distance = _products(X, X)
+        hyper = fit_hyperparameters(
+            inner,
+            distance,
+            y,
+            noise=None if noise is None else noise / spread**2,
+            n_restarts=n_restarts,
+            rng=np.random.default_rng(seed),
+        )
+        factor, alpha = _factorise(inner, distance, y, hyper)
+        return Surrogate(features, X, y, hyper, mean, spread, factor, alpha)
+
+    def predict(self, configurations: ArrayLike) -> tuple[Float, Float]:
+        """Mean (m,) and standard deviation (m,) of the noise-free loss of configurations (m, N).
+
+        Raises:
+            CoaloraError: wrong shape or indices out of range.
+        """
+        N, K = self.features.shape
+        C = as_configurations(configurations, (N, K), name="configurations")
+        x = self.features[np.arange(N), C]
+        inner, distance = _products(x, self.X)
+        return self._posterior(inner, distance, (x * x).sum(axis=1) / N)
+
+    def predict_moves(self, configuration: ArrayLike, layers: ArrayLike, choices: ArrayLike) -> tuple[Float, Float]:
+        """Mean and standard deviation (M,) of the neighbours of a configuration (N,): move i sets layer
+        `layers[i]` to `choices[i]`. Equal to `predict` of the written-out neighbours, at O(n) kernel
+        arithmetic each.
+
+        Raises:
+            CoaloraError: wrong shapes or indices out of range.
+        """
+        N, K = self.features.shape
+        C = as_configurations([np.asarray(configuration)], (N, K), name="configuration")[0]
+        layer, choice = np.asarray(layers, dtype=np.int64), np.asarray(choices, dtype=np.int64)
+        if layer.ndim != 1 or layer.shape != choice.shape:
+            raise CoaloraError("layers and choices must have one entry per move", got=(layer.shape, choice.shape))
+        if layer.size == 0:
+            return np.empty(0), np.empty(0)
+        if min(layer.min(), choice.min()) < 0 or layer.max() >= N or choice.max() >= K:
+            raise CoaloraError("a move must name a layer and a choice", expected=f"layers < {N}, choices < {K}")
+        x = self.features[np.arange(N), C]
+        inner, distance = _products(x[None], self.X)
+        step = (self.features[layer, choice] - x[layer]) / N
+        # Rows of one layer are shared by its moves: gather from a contiguous transpose.
+        column = np.ascontiguousarray(self.X.T)[layer]
+        # |x + d e_l - x_i|^2 = |x - x_i|^2 + 2 d (x_l - x_il) + d^2, and (x + d e_l).x_i = x.x_i + d x_il
+        moved = column * step[:, None]
+        shift = step * (2.0 * x[layer] + step * N)
+        distance = (distance + shift[:, None]) - 2.0 * moved
+        moved += inner
+        return self._posterior(moved, distance, x @ x / N + shift)
+
+    def condition_on(self, configurations: ArrayLike, losses: ArrayLike) -> Surrogate:
+        """The same process, hyperparameters and standardisation, with further (or imagined) observations.
+
+        Args:
+            configurations: (q, N) int.
+            losses: (q,), in units of loss.
+
+        Raises:
+            CoaloraError: wrong shapes, indices out of range, non-finite losses.
+        """
+        C, loss = _training_data(self.features, configurations, losses)
+        X = np.concatenate([self.X, self.features[np.arange(self.features.shape[0]), C]])
+        y = np.concatenate([self.y, (loss - self.loss_mean) / self.loss_scale])
+        inner, distance = _products(X, X)
+        factor, alpha = _factorise(inner, distance, y, self.hyper)
+        return replace(self, X=X, y=y, factor=factor, alpha=alpha)
+
+    def _posterior(self, inner: Float, distance: Float, norm: Float) -> tuple[Float, Float]:
+        """From products with the training points (m, n) and |x|^2 / N (m,)."""
+        cross = covariance(inner, distance, self.hyper)
+        mean = self.loss_mean + self.loss_scale * (cross @ self.alpha)
+        whitened = solve_triangular(self.factor, cross.T, lower=True, check_finite=False, overwrite_b=True)
+        prior = self.hyper.linear * norm + self.hyper.residual
+        variance = prior - np.einsum("nm,nm->m", whitened, whitened)
+        return mean, self.loss_scale * np.sqrt(np.maximum(variance, 0.0))
+
+
+def _training_data(table: Float, configurations: ArrayLike, losses: ArrayLike) -> tuple[Int, Float]:
+    C = as_configurations(configurations, (table.shape[0], table.shape[1]), name="configurations")
+    loss = np.asarray(losses, dtype=np.float64)
+    if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
+        raise CoaloraError(
+            "losses must be finite, one per configuration",
+            got=f"shape {loss.shape}, {int((~np.isfinite(loss)).sum())} non-finite",
+            expected=f"({C.shape[0]},)",
+            remedy="drop configurations whose evaluation failed",
+        )
+    return C, loss
+
+
+def _products(a: Float, b: Float) -> tuple[Float, Float]:
+    """a.b / N and |a - b|^2 / N for rows of a (m, N) and b (n, N): two (m, n)."""
+    N = a.shape[1]
+    inner = a @ b.T
+    distance = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1) - 2.0 * inner
+    return inner / N, np.maximum(distance, 0.0) / N
+
+
+def _factorise(inner: Float, distance: Float, y: Float, hyper: Hyperparameters) -> tuple[Float, Float]:
+    K = covariance(inner, distance, hyper)
+    jitter = 0.0
+    while True:
+        try:
+            factor = cholesky(K + (hyper.noise + jitter) * np.eye(y.size), lower=True, check_finite=False)
+            return factor, cho_solve((factor, True), y, check_finite=False)
+        except LinAlgError:
+            # Equal configurations with almost no noise: the smallest power of ten that makes it definite.
+            jitter = max(10.0 * jitter, 1e-12 * float(np.trace(K)) / y.size)

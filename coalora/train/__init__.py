@@ -1,0 +1,1 @@
+"""Training over a set of configurations."""

@@ -1,0 +1,57 @@
+"""Flow `calibration`: base model, tokenized benchmark, calibration tables."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.run import PipelineRun
+from tasks.base import prepare_base, prepare_benchmark
+from tasks.calibration import calibrate
+from tasks.settings import Settings
+from tasks.store import Artifact
+
+STAGES = [prepare_base, prepare_benchmark, calibrate]
+
+
+class Calibrated(BaseModel):
+    """What every later stage reads."""
+
+    base: Artifact
+    benchmark: Artifact
+    tables: Artifact
+
+    def inputs(self) -> dict[str, Artifact]:
+        return {"base": self.base, "benchmark": self.benchmark, "tables": self.tables}
+
+
+def calibration_chain(run: PipelineRun) -> Calibrated:
+    """Run the stages of this flow."""
+    s = run.settings
+    pretrained = s.model.pretrain is not None
+    base = run.run(
+        prepare_base,
+        model=s.model,
+        content=run.benchmark_content if pretrained else run.model_content,
+        corpus=s.benchmark if pretrained else None,
+        runtime=s.runtime,
+        seed=s.seed,
+    )
+    benchmark = run.run(prepare_benchmark, base=base, benchmark=s.benchmark, content=run.benchmark_content)
+    tables = run.run(
+        calibrate,
+        base=base,
+        benchmark=benchmark,
+        target_modules=s.target_modules,
+        calibration=s.calibration,
+        choices=s.choices,
+        runtime=s.runtime,
+        seed=s.seed,
+    )
+    return Calibrated(base=base, benchmark=benchmark, tables=tables)
+
+
+@flow(name="calibration", flow_run_name="{name}: calibration")
+def calibration(name: str, settings: Settings, refresh: list[str]) -> Calibrated:
+    """Measure the base model: input statistics, and error and size of every choice for every layer."""
+    return calibration_chain(PipelineRun.under_prefect(name, settings, refresh))

@@ -1,0 +1,127 @@
+"""Pipelines by name: read from pipelines.yaml (or a file of its form), changed by --set, checked.
+
+The file is one for Prefect (`deployments:`), for DVC (params) and for the command line: everything is under
+`definitions: pipelines: <name>:`, and deployments refer to it by YAML anchors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from coalora.errors import CoaloraError
+from tasks.settings import Settings
+
+DEFAULT_FILE = "pipelines.yaml"
+
+
+def load_settings(name: str, *, file: str | Path = DEFAULT_FILE, changes: Sequence[str] = ()) -> Settings:
+    """The settings of pipeline `name`.
+
+    Args:
+        changes: `section.key=value` with the value in YAML.
+
+    Raises:
+        CoaloraError: no such file or pipeline, bad YAML, a change that is no `key=value`, or settings that do not fit.
+    """
+    pipelines = read_pipelines(file)
+    if name not in pipelines:
+        raise CoaloraError(
+            "the pipeline must be defined",
+            got=name,
+            expected=", ".join(sorted(pipelines)),
+            remedy=f"choose one of these, or define it in {file} under definitions.pipelines",
+        )
+    raw = pipelines[name]
+    for change in changes:
+        raw = apply_change(raw, change)
+    return validate_settings(raw, f"pipeline {name!r} of {file}")
+
+
+def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]:
+    """All definitions of a file, not validated."""
+    path = Path(file)
+    if not path.is_file():
+        raise CoaloraError(
+            "the file of pipelines must exist",
+            got=path,
+            remedy="run from the checkout's root, or name the file with --file",
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CoaloraError("the file of pipelines must be YAML", got=f"{path}: {error}") from error
+    definitions = content.get("definitions") if isinstance(content, dict) else None
+    pipelines = definitions.get("pipelines") if isinstance(definitions, dict) else None
+    if not isinstance(pipelines, dict) or not all(isinstance(v, dict) for v in pipelines.values()):
+        raise CoaloraError(
+            "pipelines stand under definitions.pipelines, each a mapping of sections",
+            got=f"{path} with {', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}",
+            expected="definitions: {pipelines: {NAME: {model: ..., benchmark: ...}}}",
+        )
+    return pipelines
+
+
+def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
+    """A copy of `settings` with `section.key=value` applied."""
+    key, equals, text = change.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise CoaloraError(
+            "a change is written section.key=value", got=change, expected="for example --set search.rounds=2"
+        )
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError as error:
+        raise CoaloraError("the value of a change is YAML", got=change) from error
+    changed = dict(settings)
+    parts = key.strip().split(".")
+    node = changed
+    for part in parts[:-1]:
+        inner = node.get(part)
+        if inner is not None and not isinstance(inner, dict):
+            raise CoaloraError("a change names a key inside a section", got=change, expected=f"{part} is a value")
+        node[part] = dict(inner or {})
+        node = node[part]
+    node[parts[-1]] = value
+    return changed
+
+
+def validate_settings(raw: dict[str, Any], where: str) -> Settings:
+    """Typed settings, or one error that lists everything that is wrong."""
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(p) for p in error.errors(include_url=False)]
+        raise CoaloraError(f"settings must fit: {where}", got="; ".join(problems)) from error
+
+
+def _problem(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path) or "settings"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key, {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not options:
+            return []
+        model = options[0]
+    return sorted(model.model_fields)

@@ -1,0 +1,59 @@
+"""Flow `evaluation`: choose a configuration for each budget, then measure every method."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.calibration import Calibrated
+from flows.run import PipelineRun
+from flows.training import Trained
+from tasks.evaluation import evaluate_method
+from tasks.search import select_budgets
+from tasks.settings import Settings
+from tasks.store import Artifact
+
+STAGES = [select_budgets, evaluate_method]
+METHODS = ("none", "shared", "coa")
+
+
+class Evaluated(BaseModel):
+    """The final set with the chosen configurations, and each method's scores."""
+
+    selection: Artifact
+    scores: dict[str, Artifact]
+
+
+def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained) -> Evaluated:
+    """Run the stages of this flow."""
+    s = run.settings
+    common = {**calibrated.inputs(), "adapter": s.adapter, "runtime": s.runtime, "seed": s.seed}
+    selection = run.run(
+        select_budgets,
+        **common,
+        configurations=trained.sets[-1],
+        state=trained.states["coa"][-1],
+        search_batch_size=s.search.batch_size,
+        budgets=s.evaluation.budgets,
+    )
+    scores = {
+        method: run.run(
+            evaluate_method,
+            **common,
+            selection=selection,
+            state=trained.states[method][-1],
+            method=method,
+            batch_size=s.evaluation.batch_size,
+        )
+        for method in METHODS
+    }
+    return Evaluated(selection=selection, scores=scores)
+
+
+@flow(name="evaluation", flow_run_name="{name}: evaluation")
+def evaluation(
+    name: str, settings: Settings, refresh: list[str], calibrated: Calibrated, trained: Trained
+) -> Evaluated:
+    """Measure CoA-LoRA, Shared-LoRA and no adapter on every member and every asked budget."""
+    run = PipelineRun.under_prefect(name, settings, refresh)
+    return evaluation_chain(run, calibrated, trained)

@@ -1,0 +1,85 @@
+"""Flow `export`: adapter and packed base for each budget, the bundle, and the result."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.calibration import Calibrated
+from flows.evaluation import Evaluated
+from flows.run import PipelineRun
+from flows.training import Trained
+from tasks.export import export_budget, make_bundle
+from tasks.results import assemble
+from tasks.settings import Settings, StageSettings, TrackingSettings, VersioningSettings
+from tasks.store import Artifact
+
+STAGES = [make_bundle, export_budget, assemble]
+
+
+class Exported(BaseModel):
+    """What leaves the pipeline: `exports` in the order of the budgets."""
+
+    bundle: Artifact
+    exports: list[Artifact]
+    result: Artifact
+
+
+def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, evaluated: Evaluated) -> Exported:
+    """Run the stages of this flow."""
+    s = run.settings
+    bundle = run.run(
+        make_bundle,
+        **calibrated.inputs(),
+        selection=evaluated.selection,
+        state=trained.states["coa"][-1],
+        adapter=s.adapter,
+    )
+    exports = [
+        run.run(
+            export_budget,
+            base=calibrated.base,
+            benchmark=calibrated.benchmark,
+            tables=calibrated.tables,
+            selection=evaluated.selection,
+            bundle=bundle,
+            index=index,
+            export=s.export,
+            runtime=s.runtime,
+            seed=s.seed,
+        )
+        for index in range(len(s.evaluation.budgets))
+    ]
+    result = run.run(
+        assemble,
+        pipeline=run.name,
+        # Where a run is tracked and how Prefect treats its stages changes no number.
+        settings=s.model_copy(
+            update={
+                "tracking": TrackingSettings(),
+                "versioning": VersioningSettings(),
+                "stages": StageSettings(),
+            }
+        ),
+        **calibrated.inputs(),
+        searches=trained.searches,
+        selection=evaluated.selection,
+        states=trained.states,
+        scores=evaluated.scores,
+        exports=exports,
+    )
+    return Exported(bundle=bundle, exports=exports, result=result)
+
+
+@flow(name="export", flow_run_name="{name}: export")
+def export(
+    name: str,
+    settings: Settings,
+    refresh: list[str],
+    calibrated: Calibrated,
+    trained: Trained,
+    evaluated: Evaluated,
+) -> Exported:
+    """Write what devices take, and put the numbers of the run together."""
+    run = PipelineRun.under_prefect(name, settings, refresh)
+    return export_chain(run, calibrated, trained, evaluated)

@@ -1,0 +1,107 @@
+"""The whole pipeline, from a base model to registered, exported adapters.
+
+    python -m flows.pipeline NAME [--file OTHER.yaml] [--set search.rounds=2 ...] [--refresh STAGE ...]
+
+A second run does no work; a run that was killed goes on behind its last finished stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import flow
+from pydantic import Field
+
+from coalora.errors import CoaloraError
+from flows.calibration import calibration
+from flows.evaluation import evaluation
+from flows.export import export
+from flows.preflight import preflight
+from flows.publishing import ALL_STAGES, Published, publication
+from flows.training import training
+from tasks.progress import get_logger
+from tasks.settings import Settings
+
+
+@flow(name="pipeline", flow_run_name="{name}")
+def pipeline(
+    name: str = Field(description="Name of the pipeline: its run folder, configuration sets and registered model."),
+    settings: Settings = Field(description="Its settings, as in pipelines.yaml."),
+    refresh: list[str] = Field(default=[], description="Stages to compute again whatever is cached."),
+) -> Published:
+    """Calibrate, train and search, evaluate, export, publish."""
+    check_refresh(refresh)
+    found = preflight(settings, root=Path.cwd())
+    low, high = found.bits_range
+    get_logger().info(
+        "%d target layers, %d weights, %d choices for each: %.2f to %.2f average bits",
+        len(found.layers), found.n_weights, found.n_choices, low, high,
+    )  # fmt: skip
+    calibrated = calibration(name, settings, refresh)
+    trained = training(name, settings, refresh, calibrated)
+    evaluated = evaluation(name, settings, refresh, calibrated, trained)
+    exported = export(name, settings, refresh, calibrated, trained, evaluated)
+    return publication(name, settings, refresh, calibrated, trained, exported)
+
+
+def check_refresh(refresh: Sequence[str]) -> None:
+    """Refuse names of stages that do not exist: a misspelt one would silently refresh nothing."""
+    known = sorted({stage.name for stage in ALL_STAGES})
+    unknown = sorted(set(refresh) - set(known))
+    if unknown:
+        raise CoaloraError("a stage to refresh must exist", got=", ".join(unknown), expected=", ".join(known))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from flows.cli import parser
+    from flows.definitions import load_settings
+
+    options = parser(
+        "flows.pipeline", "Run a pipeline: base model in, registered and exported adapters out."
+    ).parse_args(arguments)
+    settings = load_settings(options.name, file=options.file, changes=options.changes)
+    check_refresh(options.refresh)
+    preflight(settings, root=Path.cwd())
+    published = pipeline(name=options.name, settings=settings, refresh=options.refresh)
+    show(published, settings)
+    return 0
+
+
+def show(published: Published, settings: Settings) -> None:
+    """The closing table, where files lie, and the next commands."""
+    from rich.console import Console
+
+    from coalora.files import read_json
+    from tasks.report.page import ReportFiles
+    from tasks.report.terminal import print_result
+    from tasks.tracking import default_place
+
+    folder = Path(published.folder)
+    console = Console()
+    files = ReportFiles(folder / "report/front.png", folder / "report/report.html")
+    print_result(read_json(folder / "report/result.json"), console, files)
+    registered = published.registered
+    place = default_place(settings.tracking.tracking_uri)
+    console.print(
+        f"\nRegistered model: {registered['name']} version {registered['version']} ({registered['reason']})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("\nNext:", style="bold")
+    latest = folder.parent / "latest"
+    commands = [
+        ("open the report", f"xdg-open {latest}/report/report.html"),
+        ("adapt to another budget", f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits"),
+        ("compare runs in MLflow", f"mlflow ui --backend-store-uri {place.tracking_uri}"),
+        ("schedule it", "prefect server start   # then: prefect deploy --all --prefect-file pipelines.yaml"),
+    ]
+    for words, command in commands:
+        console.print(f"  {words:<25} {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    from flows.cli import run_command
+
+    run_command(main)

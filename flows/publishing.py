@@ -1,0 +1,125 @@
+"""Flow `publication`: report, run folder, MLflow run and registered version. Also what happens to every round's set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from pydantic import BaseModel
+
+from flows.calibration import STAGES as CALIBRATION
+from flows.calibration import Calibrated
+from flows.evaluation import STAGES as EVALUATION
+from flows.export import STAGES as EXPORT
+from flows.export import Exported
+from flows.run import PipelineRun
+from flows.training import STAGES as TRAINING
+from flows.training import Trained
+from tasks.publish import (
+    register_version,
+    remove_stale,
+    track_round,
+    track_run,
+    version_set,
+    write_run_folder,
+)
+from tasks.reporting import make_report
+from tasks.settings import Settings
+from tasks.store import Artifact
+
+ALL_STAGES = [*CALIBRATION, *TRAINING, *EVALUATION, *EXPORT, make_report]
+
+
+class Published(BaseModel):
+    """Where a run's results are. Paths are relative to the working directory."""
+
+    folder: str
+    report: Artifact
+    mlflow_run_id: str
+    registered: dict[str, Any]
+
+
+def track_sets(run: PipelineRun) -> Callable[[int, Artifact], None]:
+    """What to do with every round's set as soon as it exists: version it with DVC, log it to MLflow."""
+    root = str(Path.cwd())
+    identity = run.identity(ALL_STAGES)
+
+    def on_set(round_index: int, configurations: Artifact) -> None:
+        run.runner.call(
+            track_round,
+            pipeline=run.name,
+            settings=run.settings,
+            identity=identity,
+            round_index=round_index,
+            configurations=configurations,
+            md5=_version(run, round_index, configurations, root),
+        )
+        if round_index == run.settings.search.rounds and run.settings.versioning.enabled:
+            run.runner.call(remove_stale, pipeline=run.name, last_round=round_index, root=root)
+
+    return on_set
+
+
+def report_chain(run: PipelineRun, exported: Exported) -> Artifact:
+    return run.run(make_report, result=exported.result)
+
+
+def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, exported: Exported) -> Published:
+    """Run the tasks of this flow."""
+    identity = run.identity(ALL_STAGES)
+    report = report_chain(run, exported)
+    common = {"pipeline": run.name, "settings": run.settings, "identity": identity}
+    run_id = run.runner.call(
+        track_run, **common, benchmark=calibrated.benchmark, tables=calibrated.tables, report=report
+    )
+    last = len(trained.sets) - 1
+    registered = run.runner.call(
+        register_version,
+        **common,
+        benchmark=calibrated.benchmark,
+        bundle=exported.bundle,
+        result=exported.result,
+        md5=_version(run, last, trained.sets[last], str(Path.cwd())),
+    )
+    folder = f"runs/{run.name}/{identity[:8]}"
+    budgets = run.settings.evaluation.budgets
+    run.runner.call(
+        write_run_folder,
+        folder=folder,
+        report=report,
+        bundle=exported.bundle,
+        exports={f"export/{b:g}-bits": e for b, e in zip(budgets, exported.exports, strict=True)},
+        record={
+            "pipeline": run.name,
+            "identity": identity,
+            "settings": run.settings.model_dump(mode="json"),
+            "base": calibrated.base.model_dump(mode="json"),
+            "benchmark": calibrated.benchmark.model_dump(mode="json"),
+            "bundle": exported.bundle.model_dump(mode="json"),
+            "mlflow_run_id": run_id,
+        },
+    )
+    return Published(folder=folder, report=report, mlflow_run_id=run_id, registered=registered)
+
+
+def _version(run: PipelineRun, round_index: int, configurations: Artifact, root: str) -> str | None:
+    if not run.settings.versioning.enabled:
+        return None
+    return run.runner.call(
+        version_set, pipeline=run.name, round_index=round_index, configurations=configurations, root=root
+    )
+
+
+@flow(name="publication", flow_run_name="{name}: publication")
+def publication(
+    name: str,
+    settings: Settings,
+    refresh: list[str],
+    calibrated: Calibrated,
+    trained: Trained,
+    exported: Exported,
+) -> Published:
+    """Report, track, register, and lay the files out under runs/."""
+    return publication_chain(PipelineRun.under_prefect(name, settings, refresh), calibrated, trained, exported)

@@ -1,0 +1,75 @@
+"""One pipeline run: its settings, the digests of what it reads, and the runner of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coalora.files import digest
+from tasks.corpus import input_files
+from tasks.engine import PrefectRunner, Runner, Stage
+from tasks.fingerprint import files_digest, model_digest
+from tasks.settings import Settings
+from tasks.store import Artifact
+
+
+@dataclass
+class PipelineRun:
+    """What every chain of stages gets.
+
+    Attributes:
+        name: the pipeline's name.
+        settings: its settings, with `runtime` resolved for this machine.
+        runner: runs stages, under Prefect or without a server.
+        model_content, benchmark_content: digests of local input files; None where there are none.
+        refresh: names of stages that are computed again whatever is recorded.
+    """
+
+    name: str
+    settings: Settings
+    runner: Runner
+    model_content: str | None
+    benchmark_content: str | None
+    refresh: frozenset[str] = frozenset()
+
+    @classmethod
+    def start(
+        cls, name: str, settings: Settings, runner: Runner, *, refresh: frozenset[str] = frozenset()
+    ) -> PipelineRun:
+        """Digest the input files and resolve the runtime."""
+        settings = settings.model_copy(update={"runtime": settings.runtime.resolved()})
+        model = settings.model.name_or_path
+        files = input_files(settings.benchmark)
+        return cls(
+            name,
+            settings,
+            runner,
+            model_digest(Path(model)) if model and Path(model).is_dir() else None,
+            files_digest(files) if files else None,
+            refresh,
+        )
+
+    @classmethod
+    def under_prefect(cls, name: str, settings: Settings, refresh: list[str]) -> PipelineRun:
+        """For use inside a flow; retries and time limits of the stages are those of the settings."""
+        hours = settings.stages.timeout_hours
+        runner = PrefectRunner(retries=settings.stages.retries, timeout_seconds=None if hours is None else hours * 3600)
+        return cls.start(name, settings, runner, refresh=frozenset(refresh))
+
+    def run(self, stage: Stage, **inputs: Any) -> Artifact:
+        """Run one stage."""
+        return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
+
+    def identity(self, stages: list[Stage]) -> str:
+        """Digest of all that decides the result: settings, input files and the stages' code."""
+        settings = self.settings.model_dump(mode="json", exclude={"tracking", "versioning", "stages"})
+        return digest(
+            [
+                self.name,
+                settings,
+                self.model_content,
+                self.benchmark_content,
+                sorted(s.source for s in stages),
+            ]
+        )

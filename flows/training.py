@@ -1,0 +1,108 @@
+"""Flow `training`: the initial set, then rounds of training and Pareto search. `python -m flows.training NAME` for DVC.
+
+CoA-LoRA and the methods that it is compared with train on the same sets, step by step: the sets come from CoA's search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prefect import flow
+from pydantic import BaseModel
+
+from coalora.adapt.adapted import Method
+from flows.calibration import Calibrated
+from flows.run import PipelineRun
+from tasks.initial import initial_set
+from tasks.search import search_round
+from tasks.settings import Settings
+from tasks.store import Artifact
+from tasks.training import train_round
+
+STAGES = [initial_set, train_round, search_round]
+
+
+class Trained(BaseModel):
+    """Sets and states round by round: `sets[i]` is what `states[method][i]` was trained on last."""
+
+    sets: list[Artifact]
+    states: dict[str, list[Artifact]]
+
+    @property
+    def searches(self) -> list[Artifact]:
+        """The sets that search rounds made."""
+        return self.sets[1:]
+
+
+def training_chain(
+    run: PipelineRun, calibrated: Calibrated, on_set: Callable[[int, Artifact], None] | None = None
+) -> Trained:
+    """Run the stages of this flow; `on_set` is told of every round's set as soon as it exists."""
+    s = run.settings
+    sets = [run.run(initial_set, tables=calibrated.tables, initial=s.initial_set)]
+    coa: list[Artifact] = []
+    for round_index in range(s.search.rounds + 1):
+        if round_index:
+            sets.append(
+                run.run(
+                    search_round,
+                    **calibrated.inputs(),
+                    configurations=sets[-1],
+                    state=coa[-1],
+                    adapter=s.adapter,
+                    # Each round stands for itself: asking for more of them keeps those that are done.
+                    search=s.search.model_copy(update={"rounds": 0}),
+                    round_index=round_index,
+                    runtime=s.runtime,
+                    seed=s.seed,
+                )
+            )
+        if on_set is not None:
+            on_set(round_index, sets[-1])
+        coa.append(_train(run, calibrated, sets[-1], coa[-1] if coa else None, "coa", round_index))
+    states = {"coa": coa, "shared": _baseline(run, calibrated, sets, "shared")}
+    # Without an adapter a language model has nothing to learn; a classifier has its head.
+    trains_head = s.benchmark.task == "classification"
+    states["none"] = _baseline(run, calibrated, sets if trains_head else sets[:1], "none")
+    return Trained(sets=sets, states=states)
+
+
+def _baseline(run: PipelineRun, calibrated: Calibrated, sets: list[Artifact], method: Method) -> list[Artifact]:
+    states: list[Artifact] = []
+    for round_index, configurations in enumerate(sets):
+        previous = states[-1] if states else None
+        states.append(_train(run, calibrated, configurations, previous, method, round_index))
+    return states
+
+
+def _train(
+    run: PipelineRun,
+    calibrated: Calibrated,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: Method,
+    round_index: int,
+) -> Artifact:
+    s = run.settings
+    return run.run(
+        train_round,
+        **calibrated.inputs(),
+        configurations=configurations,
+        previous=previous,
+        method=method,
+        adapter=s.adapter,
+        training=s.training,
+        rounds=s.search.rounds,
+        round_index=round_index,
+        runtime=s.runtime,
+        seed=s.seed,
+    )
+
+
+@flow(name="training", flow_run_name="{name}: training and search")
+def training(name: str, settings: Settings, refresh: list[str], calibrated: Calibrated) -> Trained:
+    """Train over the configuration set and let the search improve it, round by round."""
+    from flows.publishing import track_sets
+
+    run = PipelineRun.under_prefect(name, settings, refresh)
+    return training_chain(run, calibrated, track_sets(run))

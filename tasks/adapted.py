@@ -1,0 +1,55 @@
+"""The adapted model behind artifacts: parameters of a training state, put into base, adapter and theta."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from coalora.adapt.adapted import AdaptedModel, AdapterRecipe, Method
+from coalora.data.benchmark import Benchmark
+from coalora.files import read_tensors
+from coalora.train.loop import TrainingState
+from tasks.loaders import BaseModel, load_tables
+from tasks.settings import AdapterSettings, RuntimeSettings
+from tasks.store import Artifact, Store
+
+STATE = "state.safetensors"
+HISTORY = "history.json"
+
+
+def load_state(artifact: Artifact) -> TrainingState:
+    tensors, header = read_tensors(Store().path(artifact) / STATE)
+    return TrainingState(header["step"], tensors)
+
+
+def parameters(artifact: Artifact) -> dict[str, Tensor]:
+    """The trained parameters of a state, without the optimizer's moments."""
+    return {k: v for k, v in load_state(artifact).tensors.items() if not k.startswith("exp_avg")}
+
+
+def build_adapted(
+    source: BaseModel,
+    data: Benchmark,
+    tables: Artifact,
+    *,
+    method: Method,
+    adapter: AdapterSettings,
+    runtime: RuntimeSettings,
+    seed: int,
+    state: Artifact | None = None,
+) -> AdaptedModel:
+    """Base, adapter and theta, with the parameters of `state` where one is given."""
+    measured = load_tables(tables)
+    model = source.load(data, runtime, seed=seed)
+    adapted = AdaptedModel(
+        model,
+        measured.layers,
+        measured.space,
+        data.task,
+        method=method,
+        recipe=AdapterRecipe(**adapter.model_dump()),
+        seed=seed,
+        cache_bytes=runtime.cache_mib << 20,
+    )
+    if state is not None:
+        adapted.load_state_dict(parameters(state))
+    return adapted

@@ -1,0 +1,127 @@
+"""Stages `base` and `benchmark`: the base model (found, or pre-trained) and the tokenized data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from coalora.data import build
+from coalora.errors import CoaloraError
+from coalora.files import write_json
+from coalora.models.pretrain import PretrainRecipe, pretrain
+from tasks.corpus import documents, examples
+from tasks.engine import stage
+from tasks.fingerprint import MODEL_FILES, model_digest
+from tasks.loaders import MODEL, REFERENCE, BaseModel
+from tasks.progress import Progress
+from tasks.settings import BenchmarkSettings, ModelSettings, RuntimeSettings
+from tasks.store import Artifact, Scalar, Store
+
+
+@stage("base", tags=("gpu",))
+def prepare_base(
+    *,
+    model: ModelSettings,
+    content: str | None,
+    corpus: BenchmarkSettings | None,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """The base model as an artifact: a reference to an existing one, or a decoder pre-trained here.
+
+    Args:
+        content: digest of a local model's files; None for the hub and for pre-training.
+        corpus: the benchmark whose training text a decoder is pre-trained on; None otherwise.
+    """
+
+    def refer(folder: Path) -> dict[str, Scalar]:
+        path, name = Path(str(model.name_or_path)), str(model.name_or_path)
+        reference: dict[str, object] = {"trust_remote_code": model.trust_remote_code}
+        if path.is_dir():
+            name = path.resolve().name
+        else:
+            path = _snapshot(name, model.revision)
+            # The snapshot's folder is named after the commit, which stays exact when a branch moves on.
+            reference["revision"] = path.name
+        write_json(folder / REFERENCE, reference | {"name": name, "digest": model_digest(path)})
+        # Where it lies is no part of what it is: a model that has moved is not measured and trained on again.
+        return {"name": name, "path": str(path.resolve())}
+
+    def train(folder: Path) -> dict[str, Scalar]:
+        if model.pretrain is None or corpus is None:
+            raise CoaloraError("pre-training needs model.pretrain and a text benchmark")
+        (folder / MODEL).mkdir()
+        records = pretrain(
+            documents(corpus)["train"],
+            PretrainRecipe(**model.pretrain.model_dump()),
+            folder / MODEL,
+            seed=seed,
+            device=torch.device(runtime.device),
+            progress=Progress("pre-training"),
+        )
+        write_json(folder / "history.json", records)
+        return {"name": "pretrained-llama", "loss": records[-1]["loss"]}
+
+    return Store().put("base", refer if model.pretrain is None else train)
+
+
+@stage("benchmark")
+def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: str | None) -> Artifact:
+    """The benchmark, split and tokenized. `content` is the digest of its local files."""
+    tokenizer = BaseModel(base).tokenizer()
+    limits = {
+        "train": benchmark.n_train,
+        "search": benchmark.n_search,
+        "validation": benchmark.n_validation,
+    }
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        if benchmark.task == "language-modeling":
+            made = build.language_modeling(
+                benchmark.name,
+                tokenizer,
+                documents(benchmark),
+                max_length=benchmark.max_length,
+                limits=limits,
+            )
+        else:
+            parts = examples(benchmark)
+            if parts["train"] is None or parts["validation"] is None:
+                raise CoaloraError("classification needs training and validation examples", got=benchmark.name)
+            made = build.classification(
+                benchmark.name,
+                tokenizer,
+                parts["train"],
+                parts["validation"],
+                search=parts["search"],
+                n_search=benchmark.n_search,
+                max_length=benchmark.max_length,
+                num_labels=benchmark.num_labels,
+                limits=limits,
+                seed=benchmark.split_seed,
+            )
+        made.save(folder)
+        return {
+            "n_train": len(made.train),
+            "n_search": len(made.search),
+            "n_validation": len(made.validation),
+        }
+
+    return Store().put("benchmark", write)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [f"*{suffix}" for suffix in MODEL_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise CoaloraError(
+            "the base model must be a hub id or a local folder",
+            got=f"{name}: {str(error).splitlines()[0]}",
+            expected="for example 'FacebookAI/roberta-large' or a path to a saved model",
+            remedy="check model.name_or_path and the network",
+        ) from error

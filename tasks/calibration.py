@@ -1,0 +1,63 @@
+"""Stage `calibrate`: input statistics of the target layers, and the error and size of every choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coalora.calibrate.statistics import input_second_moments
+from coalora.calibrate.tables import calibration_tables, error_table
+from coalora.errors import CoaloraError
+from coalora.files import write_tensors
+from coalora.models.targets import find_target_layers
+from coalora.quant.space import ChoiceSpace
+from tasks.engine import stage
+from tasks.loaders import TABLES, BaseModel, load_benchmark
+from tasks.progress import Progress
+from tasks.settings import CalibrationSettings, ChoiceSettings, RuntimeSettings
+from tasks.store import Artifact, Scalar, Store
+
+
+@stage("calibrate", tags=("gpu",))
+def calibrate(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    target_modules: list[str] | None,
+    calibration: CalibrationSettings,
+    choices: ChoiceSettings,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """Calibration tables (`tables.safetensors`) and input statistics (`statistics.safetensors`)."""
+    source, data = BaseModel(base), load_benchmark(benchmark)
+    if calibration.n_samples > len(data.train):
+        raise CoaloraError(
+            "calibration reads training examples",
+            got=f"calibration.n_samples {calibration.n_samples}",
+            expected=f"at most {len(data.train)}",
+            remedy="lower calibration.n_samples",
+        )
+    model = source.load(data, runtime, seed=seed)
+    layers = find_target_layers(model, target_modules)
+    space = ChoiceSpace(choices.scheme, **choices.allow)
+    moments = input_second_moments(
+        model,
+        layers,
+        data.train.head(calibration.n_samples),
+        batch_size=calibration.batch_size,
+        progress=Progress("input statistics"),
+    )
+    weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
+    err = error_table(weights, moments, space, progress=Progress(f"errors of {len(space)} choices by layer"))
+    tables = calibration_tables(layers, space, err, source.digest)
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        tables.save(folder / TABLES)
+        write_tensors(
+            folder / "statistics.safetensors",
+            {layer.name: moment for layer, moment in zip(layers, moments, strict=True)},
+        )
+        low, high = tables.bits_range()
+        return {"n_layers": len(layers), "n_weights": tables.n_weights, "min_bits": low, "max_bits": high}
+
+    return Store().put("calibration", write)

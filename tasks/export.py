@@ -1,0 +1,111 @@
+"""Stages `export` and `bundle`: what a device gets for a budget, and what answers any other budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coalora.adapt.adapted import AdapterRecipe
+from coalora.export.base import write_base
+from coalora.export.bundle import Bundle
+from coalora.models.loading import load_config
+from tasks.adapted import parameters
+from tasks.engine import stage
+from tasks.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
+from tasks.settings import AdapterSettings, ExportSettings, RuntimeSettings
+from tasks.store import Artifact, Scalar, Store
+
+
+@stage("bundle")
+def make_bundle(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    selection: Artifact,
+    state: Artifact,
+    adapter: AdapterSettings,
+) -> Artifact:
+    """Shared pair, theta, head, tables and final set, without the base model."""
+    measured = load_tables(tables)
+    bundle = Bundle(
+        measured,
+        load_set(selection, measured),
+        parameters(state),
+        AdapterRecipe(**adapter.model_dump()),
+        load_benchmark(benchmark).task,
+        base_model=BaseModel(base).name,
+    )
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        bundle.save(folder)
+        return {"n_members": len(bundle.members)}
+
+    return Store().put("bundle", write)
+
+
+@stage("export")
+def export_budget(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    selection: Artifact,
+    bundle: Artifact,
+    index: int,
+    export: ExportSettings,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """`configuration.json`, `adapter/` and (if asked) `base/` for the budget number `index` of the selection."""
+    measured = load_tables(tables)
+    configuration = load_selected(selection, measured)[index]
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        return write_export(
+            folder,
+            configuration,
+            base=base,
+            benchmark=benchmark,
+            bundle=bundle,
+            export=export,
+            runtime=runtime,
+            seed=seed,
+        )
+
+    return Store().put("export", write)
+
+
+def write_export(
+    folder: Path,
+    configuration: np.ndarray,
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    bundle: Artifact,
+    export: ExportSettings,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> dict[str, Scalar]:
+    """Write adapter and packed base of one configuration (N,) into `folder`; returns its bits, bytes and digest."""
+    made = Bundle.load(Store().path(bundle))
+    adapted = made.adapt_to(configuration)
+    made.write(adapted, folder, dtype=getattr(torch, export.adapter_dtype))
+    if export.base:
+        source, data = BaseModel(base), load_benchmark(benchmark)
+        model = source.load(data, runtime, seed=seed)
+        stored = getattr(load_config(source.path), "dtype", None)
+        write_base(folder / "base", model, made.tables, configuration, task=data.task, rest_dtype=stored)
+        source.tokenizer().save_pretrained(folder / "base")
+    return {
+        "average_bits": adapted.average_bits,
+        "digest": adapted.digest,
+        "adapter_bytes": _size(folder / "adapter", "*.safetensors"),
+        "base_bytes": _size(folder / "base", "*.safetensors"),
+    }
+
+
+def _size(folder: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern))

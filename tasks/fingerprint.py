@@ -1,0 +1,63 @@
+"""Content digests of input files: part of cache keys, so that a changed file runs again and a moved one does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from coalora.errors import CoaloraError
+from coalora.files import digest, file_sha256
+from tasks.environment import coalora_home
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Digest of the contents of `paths`, in order.
+
+    Large files are hashed once and remembered by path, size and modification time.
+    """
+    memory_file = coalora_home() / "fingerprints.json"
+    try:
+        memory: dict[str, str] = json.loads(memory_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        memory = {}
+    known = len(memory)
+    found = []
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in memory:
+            memory[key] = file_sha256(path)
+        found.append(memory[key])
+    if len(memory) > known:
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+        part = memory_file.with_name(f".{memory_file.name}.{os.getpid()}")
+        part.write_text(json.dumps(memory, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(part, memory_file)
+    return digest(found)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make up a saved model and its tokenizer.
+
+    Raises:
+        CoaloraError: there is no config.json, or no safetensors weights.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES) if folder.is_dir() else []
+    names = [p.name for p in files]
+    if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
+        raise CoaloraError(
+            "a local base model is a folder with config.json and safetensors weights",
+            got=f"{folder}: {', '.join(names) or 'nothing there'}",
+            remedy="set model.name_or_path to a folder that save_pretrained wrote (pickled weights are not read)",
+        )
+    return files
+
+
+def model_digest(folder: Path) -> str:
+    """Digest of a saved model's files."""
+    files = model_files(folder)
+    return digest([[p.name for p in files], files_digest(files)])

@@ -1,0 +1,229 @@
+"""What a finished run reports: one JSON-able dict, checked once, read by every picture and table.
+
+Unknown keys, NaN and infinities are refused, and so are parts that contradict each other (an arm without its
+metric, a heat map whose rows do not fit its layers, totals that are not the sum of their parts): a report
+that renders is complete. Bits are bits per weight of the N target layers; bytes are bytes on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from coalora.errors import CoaloraError
+
+Count = Annotated[int, Field(ge=0)]
+Bits = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Point = tuple[float, float]  # (loss, average bits), the order of the search's objectives
+
+ARM_ORDER = ("none", "shared", "coa")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class Benchmark(_Part):
+    name: str
+    task: Literal["classification", "language-modeling"]
+    metric: str
+    higher_is_better: bool
+    n_validation: Count
+
+
+class Model(_Part):
+    name: str
+    n_layers: Annotated[int, Field(ge=1)]  # N
+    n_weights: Annotated[int, Field(ge=1)]  # P
+    digest: str
+
+
+class FullPrecision(_Part):
+    metric: float
+    loss: float
+    bits: Bits
+
+
+class Arm(_Part):
+    label: str
+    n_steps: Count
+
+
+class Budget(_Part):
+    budget: Bits  # asked for
+    average_bits: Bits  # of the configuration that was chosen for it
+    base_bytes: Count
+    adapter_bytes: Count
+    total_bytes: Count
+    n_layers_by_bits: dict[float, Count]
+    metric: dict[str, float]
+    loss: dict[str, float]
+
+    @model_validator(mode="after")
+    def _total_is_the_sum(self) -> Self:
+        if self.total_bytes != self.base_bytes + self.adapter_bytes:
+            raise ValueError(
+                f"total_bytes is base_bytes + adapter_bytes: {self.total_bytes} is not "
+                f"{self.base_bytes} + {self.adapter_bytes}"
+            )
+        return self
+
+
+class Member(_Part):
+    average_bits: Bits
+    round: Count
+    loss: dict[str, float]
+    metric: dict[str, float]
+
+
+class Hypervolume(_Part):
+    ref_point: Point
+    ideal: Point
+    normalization: str
+    values: dict[str, float]
+
+
+class Round(_Part):
+    round: Count
+    n_members: Count
+    n_candidates: Count
+    n_accepted: Count
+    hypervolume_before: float
+    hypervolume_after: float
+    front: list[Point]
+
+
+class Step(_Part):
+    step: Count
+    loss: float
+    lr: float
+    round: Count
+
+
+class Heatmap(_Part):
+    """`bits[b][l]`: nominal bits of `layers[l]` under `budgets[b]`; `kinds[l]`: its module kind."""
+
+    layers: Annotated[list[str], Field(min_length=1)]
+    kinds: list[str]
+    budgets: Annotated[list[Bits], Field(min_length=1)]
+    bits: list[list[Bits]]
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if len(self.kinds) != len(self.layers):
+            raise ValueError(f"one kind per layer: {len(self.kinds)} kinds, {len(self.layers)} layers")
+        shape = [len(row) for row in self.bits]
+        if shape != [len(self.layers)] * len(self.budgets):
+            raise ValueError(
+                f"bits has one row per budget and one column per layer: "
+                f"{len(self.budgets)} x {len(self.layers)} expected, rows of lengths {shape} got"
+            )
+        return self
+
+
+class Export(_Part):
+    budget: Bits
+    folder: str
+    digest: str
+    adapter_bytes: Count
+    base_bytes: Count
+
+
+class Result(_Part):
+    """A finished run. `arms` are the compared treatments of the same configurations, keyed by short name."""
+
+    pipeline: str
+    benchmark: Benchmark
+    model: Model
+    settings: dict[str, JsonValue]
+    full_precision: FullPrecision
+    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    budgets: Annotated[list[Budget], Field(min_length=1)]
+    members: Annotated[list[Member], Field(min_length=1)]
+    hypervolume: Hypervolume
+    rounds: list[Round]
+    curves: dict[str, list[Step]]
+    heatmap: Heatmap
+    seconds: dict[str, Seconds]
+    exports: list[Export]
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _every_arm_is_measured_everywhere(self) -> Self:
+        for where, parts in (("budgets", self.budgets), ("members", self.members)):
+            for i, part in enumerate(parts):
+                for field in ("metric", "loss"):
+                    _same_arms(f"{where}[{i}].{field}", getattr(part, field), self.arms)
+        _same_arms("hypervolume.values", self.hypervolume.values, self.arms)
+        unknown = sorted(set(self.curves) - set(self.arms))
+        if unknown:
+            raise ValueError(f"curves belong to arms: {unknown} not in {sorted(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_layer_is_counted(self) -> Self:
+        n = self.model.n_layers
+        if len(self.heatmap.layers) != n:
+            raise ValueError(f"heatmap.layers lists the {n} layers of the model, got {len(self.heatmap.layers)}")
+        for i, budget in enumerate(self.budgets):
+            counted = sum(budget.n_layers_by_bits.values())
+            if counted != n:
+                raise ValueError(f"budgets[{i}].n_layers_by_bits counts all {n} layers, got {counted}")
+        return self
+
+    @property
+    def arm_names(self) -> list[str]:
+        """Names of the arms in reading order: no adapter, Shared-LoRA, CoA-LoRA, then others as given."""
+        known = [name for name in ARM_ORDER if name in self.arms]
+        return known + [name for name in self.arms if name not in ARM_ORDER]
+
+    @property
+    def budgets_in_order(self) -> list[Budget]:
+        """Budgets from the smallest to the largest."""
+        return sorted(self.budgets, key=lambda budget: (budget.budget, budget.average_bits))
+
+    @property
+    def metric_name(self) -> str:
+        """The metric in words, for example "bits per byte"."""
+        return self.benchmark.metric.replace("_", " ")
+
+    @property
+    def loss_unit(self) -> str:
+        """The loss is mean cross-entropy: of a token for a language model, else of an example."""
+        return "nats per token" if self.benchmark.task == "language-modeling" else "nats per example"
+
+    @property
+    def arrow(self) -> str:
+        """The direction in which the metric improves."""
+        return "↑" if self.benchmark.higher_is_better else "↓"
+
+
+def _same_arms(where: str, got: Iterable[str], arms: Iterable[str]) -> None:
+    if set(got) != set(arms):
+        raise ValueError(f"{where} has one value per arm: {sorted(got)} got, {sorted(arms)} expected")
+
+
+def as_result(result: Result | Mapping[str, Any]) -> Result:
+    """Check a run's result.
+
+    Raises:
+        CoaloraError: an unknown or missing key, NaN or infinity, or parts that contradict each other; the
+            message names the places.
+    """
+    if isinstance(result, Result):
+        return result
+    try:
+        return Result.model_validate(result)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(key) for key in problem['loc']) or 'result'}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        raise CoaloraError(
+            "a run's result fits tasks/report/schema.py and holds finite numbers only",
+            got="; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
+            remedy="fix the evaluation that wrote these values; a report never hides a failed measurement",
+        ) from error

@@ -1,0 +1,70 @@
+"""Stage `report`: pictures, page and tables of a result, and the files that DVC compares and plots."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coalora.files import read_json, write_json
+from tasks.engine import stage
+from tasks.report.page import write_report
+from tasks.report.table import markdown_table
+from tasks.results import RESULT
+from tasks.store import Artifact, Scalar, Store
+
+METRICS = "metrics.json"
+
+
+@stage("report")
+def make_report(*, result: Artifact) -> Artifact:
+    """`report.html`, `front.png`, `table.md`, `result.json`, `metrics.json`, `front.csv` and `curves.csv`."""
+    content = read_json(Store().path(result) / RESULT)
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_report(content, folder)
+        (folder / "table.md").write_text(markdown_table(content) + "\n", encoding="utf-8")
+        write_json(folder / RESULT, content)
+        write_json(folder / METRICS, headline(content))
+        metric = content["benchmark"]["metric"]
+        _write_csv(
+            folder / "front.csv",
+            ["average_bits", "method", metric, "loss"],
+            [
+                [member["average_bits"], method, member["metric"][method], member["loss"][method]]
+                for member in content["members"]
+                for method in content["arms"]
+            ],
+        )
+        _write_csv(
+            folder / "curves.csv",
+            ["step", "method", "loss"],
+            [[row["step"], method, row["loss"]] for method, rows in content["curves"].items() for row in rows],
+        )
+        return {}
+
+    return Store().put("report", write)
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that are compared between runs: hypervolumes, and metric and loss by budget and method."""
+    metric = result["benchmark"]["metric"]
+    return {
+        "hypervolume": result["hypervolume"]["values"],
+        "budgets": {
+            f"{row['budget']:g}": {
+                "average_bits": row["average_bits"],
+                metric: row["metric"],
+                "loss": row["loss"],
+            }
+            for row in result["budgets"]
+        },
+    }
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

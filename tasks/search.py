@@ -1,0 +1,166 @@
+"""Stages `search` and `select`: a round of Pareto search, and the final choice for each budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from coalora.adapt.adapted import AdaptedModel
+from coalora.configurations import ConfigurationSet
+from coalora.data.benchmark import Split
+from coalora.evaluate.losses import score_configurations
+from coalora.files import read_json, write_json
+from coalora.search.hypervolume import hypervolume
+from coalora.search.pareto import is_non_dominated
+from coalora.search.propose import propose
+from coalora.search.segments import segment_filter
+from coalora.search.select import select_configuration
+from coalora.search.surrogate import Surrogate
+from tasks.adapted import build_adapted
+from tasks.engine import stage
+from tasks.loaders import SELECTED, SET, BaseModel, load_benchmark, load_set, load_tables
+from tasks.progress import Progress
+from tasks.settings import AdapterSettings, RuntimeSettings, SearchSettings
+from tasks.store import Artifact, Scalar, Store
+
+ROUND = "round.json"
+
+
+@stage("search", tags=("gpu",))
+def search_round(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    state: Artifact,
+    adapter: AdapterSettings,
+    search: SearchSettings,
+    round_index: int,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """The set of the next round: members measured anew, candidates proposed, measured and merged, segments filtered.
+
+    Members are measured each round because theta has trained on since: their old losses no longer compare. The
+    reference point is fixed by the first round (its worst loss plus a tenth of the range, and the space's largest bits),
+    so that hypervolumes of all rounds compare.
+    """
+    data, measured = load_benchmark(benchmark), load_tables(tables)
+    adapted = build_adapted(
+        BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state
+    )
+    members = _measure(
+        adapted,
+        data.search,
+        load_set(configurations, measured),
+        search.batch_size,
+        f"search {round_index}, set",
+    )
+    Y = members.objectives(measured)
+    ref_point = _reference_point(configurations, Y, measured.bits_range()[1])
+    surrogate = Surrogate.fit(measured.err, members.configurations, members.losses, seed=seed)
+    proposal = propose(
+        surrogate,
+        members.configurations,
+        Y,
+        measured.bits,
+        measured.space.neighbours(search.delta),
+        ref_point,
+        n_candidates=search.candidates,
+        n_restarts=search.restarts,
+        max_steps=search.max_steps,
+        seed=seed * 1_000_003 + round_index,
+        progress=Progress(f"search {round_index}, proposals"),
+    )
+    n = len(proposal.configurations)
+    candidates = ConfigurationSet(proposal.configurations, np.full(n, np.nan), np.full(n, round_index))
+    if n:
+        predicted, _ = surrogate.predict(proposal.configurations)
+        candidates = _measure(adapted, data.search, candidates, search.batch_size, f"search {round_index}, candidates")
+    merged = members.merge(candidates).sorted(measured)
+    kept = merged.take(
+        np.flatnonzero(segment_filter(merged.objectives(measured), search.segments, measured.bits_range()))
+    )
+    after = kept.objectives(measured)
+    record = {
+        "round": round_index,
+        "ref_point": ref_point.tolist(),
+        "n_members": len(kept),
+        "n_candidates": n,
+        "n_accepted": int((kept.joined == round_index).sum()),
+        "scored": int(proposal.scored),
+        "surrogate_error": float(np.abs(predicted - candidates.losses).mean()) if n else None,
+        "hypervolume_before": hypervolume(Y, ref_point),
+        "hypervolume_after": hypervolume(after, ref_point),
+        "front": after[is_non_dominated(after)].tolist(),
+        "evaluations": len(members) + n,
+    }
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_json(folder / SET, kept.to_dict(measured))
+        write_json(folder / ROUND, record)
+        names = ("round", "n_members", "n_accepted", "hypervolume_before", "hypervolume_after")
+        return {name: record[name] for name in names}
+
+    return Store().put("configuration-set", write)
+
+
+@stage("select", tags=("gpu",))
+def select_budgets(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    state: Artifact,
+    adapter: AdapterSettings,
+    search_batch_size: int,
+    budgets: list[float],
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """The final set with the losses of the final adapter, and the configuration of each asked budget.
+
+    Selection looks at the search split alone; validation examples are only ever reported on.
+    """
+    data, measured = load_benchmark(benchmark), load_tables(tables)
+    adapted = build_adapted(
+        BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state
+    )
+    members = _measure(adapted, data.search, load_set(configurations, measured), search_batch_size, "final set")
+    chosen = np.array(
+        [
+            select_configuration(members.configurations, members.losses, measured.bits, measured.err, budget)
+            for budget in budgets
+        ]
+    )
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_json(folder / SET, members.to_dict(measured))
+        selected = ConfigurationSet(
+            chosen, np.full(len(chosen), np.nan), members.joined.max(initial=0).repeat(len(chosen))
+        )
+        write_json(folder / SELECTED, selected.to_dict(measured) | {"budgets": budgets})
+        return {"n_members": len(members)}
+
+    return Store().put("selection", write)
+
+
+def _measure(
+    adapted: AdaptedModel, split: Split, members: ConfigurationSet, batch_size: int, label: str
+) -> ConfigurationSet:
+    losses, _ = score_configurations(
+        adapted, split, members.configurations, batch_size=batch_size, progress=Progress(label)
+    )
+    return ConfigurationSet(members.configurations, losses, members.joined)
+
+
+def _reference_point(configurations: Artifact, Y: np.ndarray, max_bits: float) -> np.ndarray:
+    file = Store().path(configurations) / ROUND
+    if file.is_file():
+        return np.array(read_json(file)["ref_point"])
+    low, high = Y[:, 0].min(), Y[:, 0].max()
+    # A hundredth above the largest bits: a point at the reference's own cost would count for nothing.
+    return np.array([high + 0.1 * (high - low), max_bits * 1.01])

@@ -1,0 +1,68 @@
+"""Stage `train`: steps of one method on one configuration set, going on from where an earlier stage stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coalora.adapt.adapted import Method
+from coalora.files import write_json, write_tensors
+from coalora.train.loop import TrainingRecipe, TrainingState, train
+from tasks.adapted import HISTORY, STATE, build_adapted, load_state
+from tasks.engine import stage
+from tasks.loaders import BaseModel, load_benchmark, load_set, load_tables
+from tasks.progress import Progress
+from tasks.settings import AdapterSettings, RuntimeSettings, TrainingSettings
+from tasks.store import Artifact, Scalar, Store
+
+
+@stage("train", tags=("gpu",))
+def train_round(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: Method,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
+    rounds: int,
+    round_index: int,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """Parameters and optimizer state after this round's steps.
+
+    Args:
+        previous: state of the round before; None starts afresh.
+        method: `coa`, `shared` or `none`.
+        rounds: search rounds of the whole run: the learning-rate schedule spans them all.
+    """
+    data = load_benchmark(benchmark)
+    measured = load_tables(tables)
+    adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
+    members = load_set(configurations, measured)
+    fields = training.model_dump(exclude={"initial_steps", "round_steps"})
+    recipe = TrainingRecipe(total_steps=training.initial_steps + rounds * training.round_steps, **fields)
+    steps = training.initial_steps if round_index == 0 else training.round_steps
+    if adapted.named_parameters():
+        state, records = train(
+            adapted,
+            data.train,
+            members.configurations,
+            measured.average_bits(members.configurations),
+            recipe,
+            steps=steps,
+            seed=seed,
+            state=None if previous is None else load_state(previous),
+            progress=Progress(f"training {method}, round {round_index}"),
+        )
+    else:  # a language model without adapter: nothing to learn, and the stage says so by an empty state
+        state, records = TrainingState(), []
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_tensors(folder / STATE, state.tensors, {"step": state.step, "method": method})
+        write_json(folder / HISTORY, [{**record, "round": round_index} for record in records])
+        return {"step": state.step, "loss": records[-1]["loss"] if records else None}
+
+    return Store().put("training-state", write)

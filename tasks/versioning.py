@@ -1,0 +1,192 @@
+"""DVC versions the configuration set of every round: a small JSON in the checkout, its bytes in DVC's cache.
+
+The sets are added while the pipeline runs, also inside `dvc repro`. There DVC holds no lock and `add` of a
+file outside the stage's outputs works; add of an output of its own, status, commit, checkout and gc do not,
+and are never called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coalora.errors import CoaloraError
+
+FOLDER = "configurations"
+
+_PIPELINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ROUND_FILE = re.compile(r"round-(\d{2,})\.json(\.dvc)?")
+
+
+@dataclass(frozen=True)
+class DvcRecord:
+    """A file under DVC; paths are relative to the root.
+
+    Attributes:
+        path: the file.
+        md5: of its content, under which DVC's cache and remotes keep it.
+        dvc_file: what git tracks in its place.
+        added: whether this call added it; False where DVC had this content already.
+    """
+
+    path: Path
+    md5: str
+    dvc_file: Path
+    added: bool
+
+
+def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root: Path) -> Path:
+    """Write a round's set to `configurations/<pipeline>/round-<02d>.json`; untouched if identical.
+
+    Canonical JSON: equal sets are equal bytes, so that DVC and git see no change.
+
+    Raises:
+        CoaloraError: bad pipeline name or round, or a payload that is not JSON (NaN included).
+    """
+    if round_index < 0:
+        raise CoaloraError("rounds are counted from 0", got=round_index)
+    path = _folder(pipeline, root) / f"round-{round_index:02d}.json"
+    try:
+        text = json.dumps(payload, sort_keys=True, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CoaloraError("a configuration set is JSON without NaN or infinity", got=str(error)) from error
+    content = text.encode()
+    if path.is_file() and path.read_bytes() == content:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Replaced, never written through: with DVC's link types the file can be a link into the cache.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def version_file(path: Path, repo_root: Path) -> DvcRecord:
+    """`dvc add` of a file, unless DVC has this content of it already (DVC is not even imported then).
+
+    Waits for another DVC command to end instead of failing. Nothing is committed to git; where DVC's
+    `core.autostage` is on, the .dvc file is staged as by the command.
+
+    Args:
+        path: inside `repo_root` and outside every stage's outputs.
+        repo_root: folder that holds `.dvc`.
+
+    Raises:
+        CoaloraError: DVC is not initialised there, the file is missing or outside, or DVC refuses it.
+    """
+    root = _initialised(repo_root)
+    absolute = path if path.is_absolute() else root / path
+    # The file itself stays unresolved: it may be a link into DVC's cache.
+    absolute = absolute.parent.resolve() / absolute.name
+    if not absolute.is_relative_to(root):
+        raise CoaloraError("DVC versions files inside its root", got=path, expected=f"a file under {root}")
+    if not absolute.is_file():
+        raise CoaloraError("DVC versions a file that exists", got=path)
+    relative = absolute.relative_to(root)
+    dvc_file = absolute.with_name(absolute.name + ".dvc")
+    with absolute.open("rb") as file:
+        md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    added = _recorded_md5(dvc_file) != md5
+    if added:
+        with _repo(root, f"dvc add {relative.as_posix()}") as repo:
+            repo.add([str(absolute)])
+        if _recorded_md5(dvc_file) != md5:
+            raise CoaloraError("a file stays as it is while DVC adds it", got=relative, remedy="run again")
+    return DvcRecord(relative, md5, dvc_file.relative_to(root), added)
+
+
+def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
+    """Remove the sets of rounds after `last_round`, left by an earlier run with more rounds.
+
+    File, .dvc file and the line in .gitignore go; the bytes stay in DVC's cache, and git's history leads to
+    them.
+
+    Returns:
+        The files that were removed, relative to `root`, without their .dvc files.
+
+    Raises:
+        CoaloraError: a set is under DVC, and DVC is not initialised or refuses to remove it.
+    """
+    folder = _folder(pipeline, root)
+    stale = sorted(
+        {
+            folder / p.name.removesuffix(".dvc")
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if (match := _ROUND_FILE.fullmatch(p.name)) and int(match[1]) > last_round
+        }
+    )
+    tracked = [dvc for p in stale if (dvc := p.with_name(p.name + ".dvc")).is_file()]
+    if tracked:
+        with _repo(_initialised(root), "dvc remove --outs") as repo:
+            for dvc_file in tracked:
+                repo.remove(str(dvc_file.resolve()), outs=True)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return [p.relative_to(root) for p in stale]
+
+
+def _folder(pipeline: str, root: Path) -> Path:
+    if not _PIPELINE.fullmatch(pipeline):
+        raise CoaloraError("a pipeline has a plain name", got=repr(pipeline), expected="letters, digits, . _ -")
+    return root / FOLDER / pipeline
+
+
+def _initialised(repo_root: Path) -> Path:
+    root = repo_root.resolve()
+    if not (root / ".dvc").is_dir():
+        raise CoaloraError(
+            "versioning needs an initialised DVC repository",
+            got=f"no .dvc in {root}",
+            remedy="run `dvc init` there (`--subdir` inside a larger git repository, `--no-scm` without git), "
+            "or set versioning.enabled=false",
+        )
+    return root
+
+
+def _recorded_md5(dvc_file: Path) -> str | None:
+    try:
+        (out,) = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))["outs"]
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise CoaloraError(
+            "a .dvc file names one output", got=dvc_file, remedy="restore it with git, or delete it"
+        ) from error
+    # Without `hash: md5` it is of DVC 2, which hashed text with line ends rewritten.
+    return out.get("md5") if out.get("hash") == "md5" else None
+
+
+@contextmanager
+def _repo(root: Path, command: str) -> Iterator[Any]:
+    """An open DVC repository, silent, that waits for its lock; DVC's errors become ours."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    # DVC shows progress bars and git advice whenever its logger would show errors; ours are raised.
+    logger = logging.getLogger("dvc")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo:
+            yield repo
+    except DvcException as error:
+        raise CoaloraError(
+            "DVC refused",
+            got=" ".join(str(error).split()),
+            remedy=f"see what `{command}` says in {root}, or set versioning.enabled=false",
+        ) from error
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,222 @@
+"""Tiny models and their tables: real architectures with random weights, made in milliseconds and never downloaded.
+
+The fixtures are factories, because what is tested writes into models; the factories themselves live for the session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
+from coalora.models.pretrain import train_tokenizer
+from coalora.models.targets import find_target_layers
+from coalora.quant.space import ChoiceSpace
+
+ModelFactory = Callable[..., PreTrainedModel]
+VOCAB = 320
+# No block size divides hidden 36 x intermediate 52, nor a row of either.
+HIDDEN, INTERMEDIATE = 36, 52
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 130,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def _seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make().requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        # transformers starts biases at zero, where losing them would go unnoticed; its weights are so small that
+        # a layer's effect on the loss would drown in rounding.
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.1, generator=generator)
+        elif parameter.dim() == 2:
+            parameter.mul_(4)
+    model.config.use_cache = False
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> ModelFactory:
+    """`tiny_llama(seed=0, **config)`: a Llama decoder of 2 blocks, N=14, tied embeddings."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {**_DECODER, "tie_word_embeddings": True, **overrides}
+        return _seeded(lambda: LlamaForCausalLM(LlamaConfig(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> ModelFactory:
+    """`tiny_qwen2(seed=0, **config)`: biases on q, k and v, tied embeddings, N=14."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {**_DECODER, "tie_word_embeddings": True, **overrides}
+        return _seeded(lambda: Qwen2ForCausalLM(Qwen2Config(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral() -> ModelFactory:
+    """`tiny_mistral(seed=0, **config)`: untied embeddings, N=14."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {**_DECODER, "tie_word_embeddings": False, "head_dim": HIDDEN // 2, **overrides}
+        return _seeded(lambda: MistralForCausalLM(MistralConfig(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> ModelFactory:
+    """`tiny_gpt2(seed=0, **config)`: Conv1D layers with biases, tied embeddings, N=8."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {
+            "vocab_size": VOCAB,
+            "n_embd": HIDDEN,
+            "n_inner": INTERMEDIATE,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 128,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            **overrides,
+        }
+        return _seeded(lambda: GPT2LMHeadModel(GPT2Config(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_classifier() -> ModelFactory:
+    """`tiny_bert_classifier(seed=0, **config)`: 2 classes, biases everywhere, segment embeddings, N=12."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {**_ENCODER, "pad_token_id": 0, **overrides}
+        return _seeded(lambda: BertForSequenceClassification(BertConfig(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta_classifier() -> ModelFactory:
+    """`tiny_roberta_classifier(seed=0, **config)`: 2 classes, position ids counted from the padding token, N=12."""
+
+    def make(seed: int = 0, **overrides: object) -> PreTrainedModel:
+        config = {**_ENCODER, "pad_token_id": 1, "type_vocab_size": 1, **overrides}
+        return _seeded(lambda: RobertaForSequenceClassification(RobertaConfig(**config)), seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_models(
+    tiny_llama: ModelFactory,
+    tiny_qwen2: ModelFactory,
+    tiny_mistral: ModelFactory,
+    tiny_gpt2: ModelFactory,
+    tiny_bert_classifier: ModelFactory,
+    tiny_roberta_classifier: ModelFactory,
+) -> dict[str, ModelFactory]:
+    """Every factory by its config's `model_type`; the last two are classifiers."""
+    return {
+        "llama": tiny_llama,
+        "qwen2": tiny_qwen2,
+        "mistral": tiny_mistral,
+        "gpt2": tiny_gpt2,
+        "bert": tiny_bert_classifier,
+        "roberta": tiny_roberta_classifier,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB` tokens; ends and pads with token 0."""
+    text = "the quick brown fox jumps over the lazy dog while a small model reads what the large one wrote. "
+    return train_tokenizer([text * 4, "tokens, bytes and bits; weights and scales."], VOCAB)
+
+
+@pytest.fixture(scope="session")
+def small_space() -> ChoiceSpace:
+    """K=8 choices: 2, 3, 4 and 8 bits, in blocks of 16 or 64."""
+    return ChoiceSpace(
+        "nf", bits=[2, 3, 4, 8], scale_bits=[8], scale_dtype=["bf16"], block_size=[16, 64], scale_block_size=[64]
+    )
+
+
+@pytest.fixture(scope="session")
+def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
+    """`tables_for(model, space=small_space)`: tables of the default target layers; input statistics drawn, seeded."""
+
+    def make(
+        model: nn.Module, space: ChoiceSpace | None = None, *, base_digest: str = "0" * 64, seed: int = 0
+    ) -> CalibrationTables:
+        layers = find_target_layers(model)
+        generator = torch.Generator().manual_seed(seed)
+        moments = [torch.rand(layer.shape[1], generator=generator) + 0.1 for layer in layers]
+        weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight").data) for layer in layers]
+        space = space or small_space
+        return calibration_tables(layers, space, error_table(weights, moments, space), base_digest)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_configurations() -> Callable[..., np.ndarray]:
+    """`random_configurations(tables, n, seed=0)`: int64 (n, N)."""
+
+    def make(tables: CalibrationTables, n: int, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).integers(len(tables.space), size=(n, len(tables.layers)))
+
+    return make

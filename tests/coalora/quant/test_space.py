@@ -1,0 +1,133 @@
+"""Choice spaces: restriction, indexing, neighbours and byte tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from coalora.errors import CoaloraError
+from coalora.quant.nf import NFChoice
+from coalora.quant.space import ChoiceSpace
+
+
+@pytest.fixture(scope="module")
+def small() -> ChoiceSpace:
+    return ChoiceSpace("nf", bits=[4, 2, 3], scale_dtype=["bf16"], scale_bits=[4, 8], scale_block_size=[64])
+
+
+@pytest.fixture(scope="module")
+def full() -> ChoiceSpace:
+    return ChoiceSpace("nf")
+
+
+def test_the_whole_scheme_is_432_choices_in_five_fields(full: ChoiceSpace) -> None:
+    assert len(full) == 432
+    assert full.field_sizes == (4, 4, 3, 3, 3)
+    assert len(np.unique(full.fields, axis=0)) == 432
+    assert full.bits_range() == (2 + 2 / 64 + 16 / (64 * 256), 8 + 8 / 16 + 32 / (16 * 16))
+
+
+def test_restricted_fields_keep_the_order_of_the_scheme(small: ChoiceSpace) -> None:
+    assert small.field_values["bits"] == (2, 3, 4)
+    assert small.field_sizes == (3, 2, 1, 3, 1)
+    assert len(small) == 18
+    for k, row in enumerate(small.fields):
+        values = {name: v[i] for (name, v), i in zip(small.field_values.items(), row, strict=True)}
+        assert values == small.choice_dict(k)
+
+
+def test_index_inverts_choices_and_dictionaries(small: ChoiceSpace) -> None:
+    for k, choice in enumerate(small.choices):
+        assert small.index(choice) == small.index(json.loads(json.dumps(small.choice_dict(k)))) == k
+
+
+def test_describe_names_all_fields(small: ChoiceSpace) -> None:
+    assert small.describe(small.index(NFChoice(3, 4, "bf16", 32, 64))) == "nf3 b32 s4/bf16 x64"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        NFChoice(8, 4, "bf16", 32, 64),
+        {"bits": 3},
+        {"bits": 3, "scale_bits": 4, "scale_dtype": "bf16", "block_size": 32, "scale_block_size": 64, "x": 1},
+    ],
+)
+def test_choices_outside_the_space_have_no_index(small: ChoiceSpace, choice: object) -> None:
+    with pytest.raises(CoaloraError, match="not a choice of this space"):
+        small.index(choice)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("delta", [1, 2])
+def test_neighbours_are_exactly_the_choices_one_field_away(small: ChoiceSpace, delta: int) -> None:
+    table = small.neighbours(delta)
+    steps = np.abs(small.fields[:, None] - small.fields[None])
+    expected = (np.count_nonzero(steps, axis=2) == 1) & (steps.max(axis=2) <= delta)
+    found = np.zeros_like(expected)
+    for k, row in enumerate(table):
+        near = row[row >= 0]
+        assert len(set(near.tolist())) == len(near)
+        assert (row[len(near) :] == -1).all()
+        found[k, near] = True
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found, found.T)
+    assert table.dtype == np.int64
+
+
+def test_a_single_choice_has_no_neighbours() -> None:
+    one = ChoiceSpace("nf", bits=[4], scale_bits=[4], scale_dtype=["bf16"], block_size=[32], scale_block_size=[64])
+    assert one.neighbours().shape == (1, 0)
+
+
+def test_neighbours_need_a_step(small: ChoiceSpace) -> None:
+    with pytest.raises(CoaloraError, match="delta >= 1"):
+        small.neighbours(0)
+
+
+def test_byte_table_holds_the_bytes_of_every_layer_and_choice(small: ChoiceSpace) -> None:
+    shapes = [(64, 48), (7, 5), (64, 48)]
+    table = small.packed_nbytes_table(shapes)
+    assert table.shape == (3, len(small))
+    assert table.dtype == np.int64
+    for layer, shape in enumerate(shapes):
+        for k, choice in enumerate(small.choices):
+            assert table[layer, k] == small.scheme.packed_nbytes(choice, shape)
+    assert small.packed_nbytes_table([]).shape == (0, len(small))
+
+
+def test_spaces_survive_json_and_copying_and_compare_by_content(small: ChoiceSpace, full: ChoiceSpace) -> None:
+    assert ChoiceSpace.from_dict(json.loads(json.dumps(small.to_dict()))) == small != full
+    assert copy.deepcopy(small) == small
+    assert len({small, ChoiceSpace.from_dict(small.to_dict())}) == 1
+
+
+def test_shared_arrays_are_read_only(small: ChoiceSpace) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        small.fields[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ({"bitz": [4]}, r"unknown field.*bitz.*bits.*scale_bits"),
+        ({"bits": [4, 5]}, r"unknown value.*\[5\].*\(2, 3, 4, 8\)"),
+        ({"scale_dtype": "bf16"}, r"takes a list"),
+        ({"bits": 4}, r"takes a list"),
+        ({"bits": []}, r"at least one choice"),
+    ],
+)
+def test_bad_restrictions_say_what_is_accepted(allowed: dict, message: str) -> None:
+    with pytest.raises(CoaloraError, match=message):
+        ChoiceSpace("nf", **allowed)
+
+
+def test_bad_dictionaries_and_indices_are_refused(small: ChoiceSpace) -> None:
+    with pytest.raises(CoaloraError, match="two keys"):
+        ChoiceSpace.from_dict({"scheme": "nf", "bits": [4]})
+    with pytest.raises(CoaloraError, match="unknown quantization scheme"):
+        ChoiceSpace("int3")
+    with pytest.raises(CoaloraError, match="no such choice"):
+        small.choice_dict(-1)

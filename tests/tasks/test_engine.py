@@ -1,0 +1,376 @@
+"""Stages run once, share their records between Prefect and direct runs, and never trust damaged files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import prefect
+import pytest
+from prefect.settings import PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+from pydantic import BaseModel
+
+from coalora.errors import CoaloraError
+from tasks.engine import DirectRunner, PrefectRunner, Runner, stage
+from tasks.environment import set_default_storage
+from tasks.progress import Progress, get_logger
+from tasks.store import Artifact, Store
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLS: list[str] = []  # names of the stage functions that have really run
+
+
+class Settings(BaseModel):
+    text: str = "alpha"
+
+
+def writer(text: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        (folder / "a.txt").write_text(text)
+
+    return build
+
+
+@stage("first", tags=["demo"])
+def first(*, settings: Settings, repeat: int = 1) -> Artifact:
+    CALLS.append("first")
+    if settings.text == "bad":
+        raise CoaloraError("the text is good", got=settings.text, remedy="write another")
+    if settings.text == "interrupt":
+        raise KeyboardInterrupt
+
+    def build(folder: Path) -> dict[str, Any]:
+        (folder / "a.txt").write_text(settings.text * repeat)
+        return {"score": 0.5, "text": settings.text, "count": repeat, "best": True, "none": None}
+
+    return Store().put("text", build)
+
+
+@stage("second")
+def second(*, table: Artifact, more: list[Artifact] | None = None) -> Artifact:
+    CALLS.append("second")
+    text = (Store().path(table) / "a.txt").read_text()
+    return Store().put("length", writer(str(len(text))))
+
+
+@stage("flaky", retries=1)
+def flaky(*, n: int) -> Artifact:
+    CALLS.append("flaky")
+    if CALLS.count("flaky") == 1:
+        raise RuntimeError("first try")
+    return Store().put("text", writer(str(n)))
+
+
+@stage("wrong-return")
+def wrong_return(*, n: int) -> Artifact:
+    return n  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    home = tmp_path_factory.mktemp("prefect-home")
+    with temporary_settings({PREFECT_HOME: home}), prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
+    CALLS.clear()
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
+        yield tmp_path / "home"
+
+
+def in_flow(body: Callable[[PrefectRunner], Any]) -> Any:
+    """Run `body(runner)` inside a flow run and return its value."""
+    values: list[Any] = []
+
+    @prefect.flow(name="engine-test")
+    def run() -> None:
+        values.append(body(PrefectRunner()))
+
+    run()
+    return values[0]
+
+
+def directly(body: Callable[[DirectRunner], Any]) -> Any:
+    return body(DirectRunner())
+
+
+@pytest.fixture(params=["direct", "prefect"])
+def execute(request: pytest.FixtureRequest) -> Callable[[Callable[[Any], Any]], Any]:
+    if request.param == "direct":
+        return directly
+    request.getfixturevalue("prefect_server")
+    return in_flow
+
+
+def flags(runner: Runner) -> list[tuple[str, bool, bool]]:
+    return [(record.stage, record.cached, record.rebuilt) for record in runner.history]
+
+
+def damage(artifact: Artifact) -> None:
+    file = next(path for path in Store().path(artifact).iterdir() if path.suffix == ".txt")
+    file.chmod(0o644)
+    file.write_text("damaged")
+
+
+def test_the_second_run_does_no_work_and_keeps_every_fact(execute: Callable) -> None:
+    def body(runner: Runner) -> list[tuple[str, bool, bool]]:
+        one = runner.run(first, settings=Settings())
+        again = runner.run(first, settings=Settings(), repeat=1)  # the default, written out
+        assert again == one
+        assert again.meta == {"score": 0.5, "text": "alpha", "count": 1, "best": True, "none": None}
+        assert [type(value) for value in again.meta.values()] == [float, str, int, bool, type(None)]
+        length = runner.run(second, table=one, more=[one])
+        assert runner.run(second, table=again, more=[again]) == length
+        assert runner.run(first, settings=Settings(text="beta")) != one
+        assert runner.run(first, settings=Settings(), refresh=True) == one
+        assert all(record.key.startswith(record.stage + "-") for record in runner.history)
+        return flags(runner)
+
+    assert execute(body) == [
+        ("first", False, False),
+        ("first", True, False),
+        ("second", False, False),
+        ("second", True, False),
+        ("first", False, False),
+        ("first", False, False),
+    ]
+    assert CALLS == ["first", "second", "first", "first"]
+
+
+@pytest.mark.parametrize("how", ["altered", "deleted", "extra"])
+def test_damaged_results_are_named_rebuilt_and_recorded_anew(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = DirectRunner().run(first, settings=Settings())
+    file = Store().path(artifact) / "a.txt"
+    if how == "altered":
+        damage(artifact)
+    elif how == "deleted":
+        file.unlink()
+    else:
+        (file.parent / "b.txt").write_text("extra")
+    runner = DirectRunner()
+    with caplog.at_level(logging.WARNING, logger="coalora"):
+        assert runner.run(first, settings=Settings()) == artifact
+    assert ("b.txt: extra" if how == "extra" else "a.txt: ") in caplog.text
+    assert runner.run(first, settings=Settings()) == artifact
+    assert flags(runner) == [("first", False, True), ("first", True, False)]
+    assert Store().verify(artifact) == []
+
+
+def test_damaged_results_are_rebuilt_in_a_flow(prefect_server: None) -> None:
+    def body(runner: PrefectRunner) -> list[tuple[str, bool, bool]]:
+        artifact = runner.run(first, settings=Settings())
+        damage(artifact)
+        assert runner.run(first, settings=Settings()) == artifact
+        assert runner.run(first, settings=Settings()) == artifact
+        assert Store().verify(artifact) == []
+        return flags(runner)
+
+    assert in_flow(body) == [("first", False, False), ("first", False, True), ("first", True, False)]
+
+
+def test_records_are_shared_between_prefect_and_direct_runs_both_ways(prefect_server: None) -> None:
+    def alpha(runner: Runner) -> tuple[Artifact, bool]:
+        return runner.run(first, settings=Settings()), runner.history[0].cached
+
+    def beta(runner: Runner) -> tuple[Artifact, bool]:
+        return runner.run(first, settings=Settings(text="beta")), runner.history[0].cached
+
+    from_flow, cached = in_flow(alpha)
+    assert not cached
+    assert directly(alpha) == (from_flow, True)
+    from_direct, cached = directly(beta)
+    assert not cached
+    assert in_flow(beta) == (from_direct, True)
+    assert CALLS == ["first", "first"]
+
+
+def test_errors_of_the_function_arrive_unchanged_and_leave_no_record(execute: Callable, tmp_path: Path) -> None:
+    def body(runner: Runner) -> None:
+        for _ in range(2):
+            with pytest.raises(CoaloraError) as caught:
+                runner.run(first, settings=Settings(text="bad"))
+            assert str(caught.value) == "the text is good; got: bad; remedy: write another"
+            assert caught.value.remedy == "write another"
+        with pytest.raises(TypeError, match="returns an Artifact, not int"):
+            runner.run(wrong_return, n=1)
+        assert runner.history == []
+
+    execute(body)
+    assert CALLS == ["first", "first"]
+    assert not list((tmp_path / "results").glob("first-*"))
+    assert not list((tmp_path / "results").glob("wrong-return-*"))
+
+
+def test_bad_inputs_are_refused_before_anything_runs(execute: Callable) -> None:
+    def body(runner: Runner) -> None:
+        with pytest.raises(TypeError, match="input 'settings' of type PosixPath"):
+            runner.run(first, settings=Path("x"))
+        with pytest.raises(TypeError, match="stage 'first': missing a required argument: 'settings'"):
+            runner.run(first)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'setings'"):
+            runner.run(first, settings=Settings(), setings=1)
+
+    execute(body)
+    assert CALLS == []
+
+
+def test_a_damaged_or_missing_input_is_refused_before_the_function_runs(execute: Callable) -> None:
+    def body(runner: Runner) -> None:
+        table = runner.run(first, settings=Settings())
+        damage(table)
+        with pytest.raises(CoaloraError, match=r"table: a\.txt: altered.*--refresh"):
+            runner.run(second, table=table)
+        gone = table.model_copy(update={"digest": "0" * 64})
+        with pytest.raises(CoaloraError, match=r"more\[0\]: .*not in the store"):
+            runner.run(second, table=runner.run(first, settings=Settings()), more=[gone])
+
+    execute(body)
+    assert "second" not in CALLS
+
+
+def test_a_half_written_record_is_no_record(execute: Callable, tmp_path: Path) -> None:
+    def body(runner: Runner) -> list[tuple[str, bool, bool]]:
+        artifact = runner.run(first, settings=Settings())
+        (record,) = (tmp_path / "results").glob("first-*")
+        whole = record.read_bytes()
+        for broken in (b"", whole[: len(whole) // 2], b'{"metadata": {}, "result": "1"}'):
+            record.write_bytes(broken)
+            assert runner.run(first, settings=Settings()) == artifact
+        assert json.loads(record.read_bytes())["metadata"]["serializer"]["type"] == "json"
+        return flags(runner)
+
+    assert execute(body) == [("first", False, False)] * 4
+
+
+def test_an_interrupt_leaves_no_record(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        DirectRunner().run(first, settings=Settings(text="interrupt"))
+    assert not list(tmp_path.glob("results/*"))
+
+
+def test_prefect_shows_cached_stages_and_retries_failed_ones(prefect_server: None) -> None:
+    states: list[str | None] = []
+    flaky.task.on_completion(lambda task, run, state: states.append(state.name))
+
+    def body(runner: PrefectRunner) -> list[tuple[str, bool, bool]]:
+        runner.run(flaky, n=1)
+        runner.run(flaky, n=1)
+        return flags(runner)
+
+    assert in_flow(body) == [("flaky", False, False), ("flaky", True, False)]
+    assert states == ["Completed", "Cached"]
+    assert CALLS == ["flaky", "flaky"]
+    CALLS.clear()
+    with pytest.raises(RuntimeError, match="first try"):
+        DirectRunner().run(flaky, n=2)
+
+
+def test_prefect_runner_outside_a_flow_is_an_error() -> None:
+    with pytest.raises(CoaloraError, match="inside a flow"):
+        PrefectRunner().run(first, settings=Settings())
+
+
+def test_direct_runner_starts_no_server_and_reads_its_own_record(tmp_path: Path) -> None:
+    """A process as DVC starts it: no API address, an empty PREFECT_HOME, a killed run before."""
+    program = (
+        "import os, sys\n"
+        "from tasks.environment import set_default_storage\n"
+        "set_default_storage()\n"
+        "from tasks.engine import DirectRunner, stage\n"
+        "from tasks.store import Store\n"
+        "@stage('demo')\n"
+        "def demo(*, n: int = 1):\n"
+        "    if os.environ.get('KILL'):\n"
+        "        os._exit(9)\n"
+        "    return Store().put('text', lambda f: (f / 'a.txt').write_text(str(n)) and None)\n"
+        "for run in (DirectRunner(), DirectRunner()):\n"
+        "    run.run(demo)\n"
+        "    print(run.history[0].cached)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    hidden = ("PREFECT_", "COALORA_", "KILL")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "COALORA_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def run(**more: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "program.py"],
+            cwd=tmp_path,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    results = tmp_path / "home" / "results"
+    assert run(KILL="1") == (9, "")
+    assert not list(results.glob("*"))
+    assert run() == (0, "False\nTrue\n")
+    assert [path.name.startswith("demo-") for path in results.iterdir()] == [True]
+    assert not list((tmp_path / "prefect").rglob("*.db*"))
+
+
+@pytest.mark.parametrize(
+    "define",
+    [
+        lambda: stage("Bad Name")(first.fn),
+        lambda: stage("positional")(_positional),
+        lambda: stage("reserved")(_reserved),
+        lambda: stage("catch-all")(_catch_all),
+    ],
+)
+def test_a_badly_defined_stage_is_refused(define: Callable) -> None:
+    with pytest.raises(CoaloraError):
+        define()
+
+
+def _positional(settings: Settings) -> Artifact: ...  # type: ignore[empty-body]
+def _reserved(*, refresh: bool) -> Artifact: ...  # type: ignore[empty-body]
+def _catch_all(**inputs: Any) -> Artifact: ...  # type: ignore[empty-body]
+
+
+def test_default_storage_is_set_before_prefect_or_warns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", {"COALORA_HOME": str(tmp_path), "DO_NOT_TRACK": "0"})
+    with pytest.warns(RuntimeWarning, match="after prefect was imported"):
+        set_default_storage()
+    assert os.environ["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / "results")
+    assert os.environ["DO_NOT_TRACK"] == "0"  # what the user set stays
+    set_default_storage()  # set now: no warning
+    monkeypatch.setattr(os, "environ", {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": "users"})
+    set_default_storage()
+    assert "PREFECT_LOCAL_STORAGE_PATH" not in os.environ
+
+
+def test_progress_logs_first_last_and_few_lines_in_between(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    logger = get_logger()
+    assert logger is logging.getLogger("coalora")
+    with caplog.at_level(logging.INFO, logger="coalora"):
+        progress = Progress("training", logger, interval=5.0)
+        for done in range(1, 101):
+            progress(done, 100, loss=1 / done, bits=3)
+            now[0] += 0.5
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "training: 1/100, loss 1, bits 3"
+    assert lines[1] == "training: 11/100, loss 0.09091, bits 3, 2/s, 44.5 s left"
+    assert lines[-1] == "training: 100/100, loss 0.01, bits 3, 2/s, took 49.5 s"
+    assert len(lines) == 11
