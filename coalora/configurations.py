@@ -100,11 +100,12 @@ class ConfigurationSet:
         index = np.array([tables.space.index(choice) for choice in content["choices"]], dtype=np.int64)
         members = content["members"]
         for number, member in enumerate(members):
-            chosen = member["choices"]
+            chosen: list[int] = member["choices"]
+            extent = f"{min(chosen, default=0)} to {max(chosen, default=0)}"
             if len(chosen) != len(layers) or not all(0 <= k < len(index) for k in chosen):
                 raise CoaloraError(
                     "a member gives every layer one of the listed choices",
-                    got=f"member {number}: {len(chosen)} choices from {min(chosen, default=0)} to {max(chosen, default=0)}",
+                    got=f"member {number}: {len(chosen)} choices from {extent}",
                     expected=f"{len(layers)} choices from 0 to {len(index) - 1}",
                 )
         return cls(

@@ -31,6 +31,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
 
 
+def read_header(path: Path) -> Any:
+    """The header alone of what `write_tensors` wrote; None where there is none."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(_HEADER, "null"))
+
+
 def write_json(path: Path, content: object) -> None:
     """Canonical JSON: sorted keys, two spaces, a newline at the end; NaN is refused."""
     path.write_text(json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n", encoding="utf-8")

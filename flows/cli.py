@@ -14,9 +14,11 @@ from coalora.errors import CoaloraError
 from flows.definitions import DEFAULT_FILE
 
 
-def parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that name a pipeline and change its settings."""
+def parser(program: str, description: str, *, parts: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the arguments that name a pipeline and change its settings; `part` before them where there are."""
     made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    if parts:
+        made.add_argument("part", choices=parts, help="what to bring up to date")
     made.add_argument("name", metavar="NAME", help="pipeline, as defined in the file")
     made.add_argument("--file", default=DEFAULT_FILE, help="file of pipelines (default: %(default)s)")
     made.add_argument(

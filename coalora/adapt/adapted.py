@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.errors import CoaloraError
 from coalora.models.loading import Task
-from coalora.models.quantized import QuantizedBase
+from coalora.models.quantized import FULL_PRECISION, QuantizedBase
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
 
@@ -106,13 +107,31 @@ class AdaptedModel:
         return {k: v.detach().to("cpu", copy=True) for k, v in self.named_parameters().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned; names and shapes must agree exactly."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            CoaloraError: names or shapes differ; nothing has been copied then.
+        """
         own = self.named_parameters()
-        if state.keys() != own.keys():
-            raise KeyError(f"parameters differ: {sorted(state.keys() ^ own.keys())[:4]}")
+        if unlike := sorted(state.keys() ^ own.keys()):
+            raise CoaloraError(
+                "a state holds exactly the parameters that the method trains",
+                got=f"{len(state)} parameters, {len(unlike)} of them unmatched ({', '.join(unlike[:4])})",
+                expected=f"the {len(own)} of method {self.method!r}",
+                remedy="load the state into the method, the base model and the adapter sizes that it was trained with",
+            )
+        for name, parameter in own.items():
+            if state[name].shape != parameter.shape:  # copy_ would broadcast
+                raise CoaloraError(
+                    f"a state's tensors have the shapes of the model ({name})",
+                    got=tuple(state[name].shape),
+                    expected=tuple(parameter.shape),
+                    remedy="use the adapter sizes that the state was trained with",
+                )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+        self.refresh()
 
     def adjustments(self, configuration: np.ndarray) -> Tensor | None:
         """U (N, r, r) of a configuration; None without theta."""
@@ -124,8 +143,15 @@ class AdaptedModel:
         """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta."""
         self.base.switch(configuration)
         U = self.adjustments(configuration)
-        for index, lora_A in enumerate(self.lora_A):
-            lora_A.U = None if U is None else U[index]
+        # unbind's backward is one stack; indexing would fill a gradient of N x r x r for every layer.
+        for lora_A, u in zip(self.lora_A, [None] * len(self.layers) if U is None else U.unbind(), strict=True):
+            lora_A.U = u
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute U of the configuration held now, after theta has changed; frees what its gradient needed."""
+        if not (self.base.configuration == FULL_PRECISION).all():
+            self.switch(self.base.configuration)
 
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""

@@ -1,8 +1,8 @@
 """The configuration-aware model theta: from the choices of all layers to all adjustments U in one batched call.
 
-CoA-LoRA (arXiv 2509.25214), section 3: Q_l joins the embeddings of the fields of the choice c_l, of the layer's kind and
-of its block; U_l = theta(Q_l) is r x r. LayerNorm, Linear(d, 128), SiLU, Linear(128, r*r): with the NF scheme's five
-fields and embeddings of 8, d = 56 and theta has 0.54 M parameters at r = 64.
+CoA-LoRA (arXiv 2509.25214), section 3: Q_l joins the embeddings of the fields of the choice c_l, of the layer's kind
+and of its block; U_l = theta(Q_l) is r x r. LayerNorm, Linear(d, 128), SiLU, Linear(128, r*r): with the five fields of
+the NF scheme and embeddings of 8, d = 56 and theta has 0.54 M parameters at r = 64.
 
 Deviation: the last layer starts at exactly zero (the paper: near zero), so that U = 0 and training starts as
 plain Shared-LoRA; its gradient is non-zero from the first step on, because the hidden activations are.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import IGNORED, Split
+from coalora.errors import CoaloraError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class Score:
 
 @torch.no_grad()
 def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
-    """Score the model as it is now: accuracy for classes, bits per byte for text."""
+    """Score the model as it is now: accuracy for classes, bits per byte for text.
+
+    Raises:
+        CoaloraError: text of single tokens, of which none is predicted.
+    """
     adapted.peft_model.eval()
     total = correct = count = 0.0
     for batch in split.batches(batch_size, adapted.device):
@@ -36,6 +41,10 @@ def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
         count += int((labels != IGNORED).sum())
         if split.labels is not None:
             correct += int((logits.argmax(-1) == labels).sum())
+    if count == 0:
+        raise CoaloraError(
+            "bits per byte need a text with at least two tokens", got=f"{len(split)} blocks of one token"
+        )
     loss = total / count
     return Score(loss, correct / count if split.labels is not None else loss / math.log(2) / split.bytes_per_token)
 

@@ -1,7 +1,8 @@
 """PEFT adapters on disk, each bound to the quantized base that it was made for.
 
-The folder is PEFT's own format and loads with stock `PeftModel.from_pretrained`. Beside it stands `coalora.json` with the
-digest of the base's configuration, repeated in the tensors' header; stock PEFT ignores both, `load_adapted` checks them.
+The folder is PEFT's own format and loads with stock `PeftModel.from_pretrained`. Beside it stands `coalora.json` with
+the digest of the base's configuration, repeated in the tensors' header; stock PEFT ignores both, `load_adapted` checks
+both.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.files import read_json, write_json, write_tensors
+from coalora.files import read_header, read_json, write_json, write_tensors
 
 BINDING = "coalora.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def peft_key(name: str) -> str:
@@ -39,7 +41,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], 
         "base_configuration_digest": configuration["digest"],
         "base_digest": configuration["base_digest"],
     }
-    write_tensors(folder / "adapter_model.safetensors", tensors, binding)
+    write_tensors(folder / WEIGHTS, tensors, binding)
     write_json(folder / BINDING, binding)
 
 
@@ -47,16 +49,26 @@ def check_binding(folder: Path, digest: str) -> None:
     """Refuse an adapter that was made for another quantized base.
 
     Raises:
-        CoaloraError: the digests differ (both are shown), or the adapter carries none.
+        CoaloraError: the digests differ (both are shown), the adapter carries none, or its weights are not those
+            that were exported with `coalora.json`.
     """
-    path = Path(folder) / BINDING
-    if not path.is_file():
+    folder = Path(folder)
+    for name in (BINDING, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CoaloraError(
+                "an adapter carries the digest of the quantized base it was made for",
+                got=f"no {name} in {folder}",
+                remedy="export the adapter with this project, or load it with PEFT at your own risk",
+            )
+    binding, header = read_json(folder / BINDING), read_header(folder / WEIGHTS)
+    if header != binding:
         raise CoaloraError(
-            "an adapter carries the digest of the quantized base it was made for",
-            got=f"no {BINDING} in {folder}",
-            remedy="export the adapter with this project, or load it with PEFT at your own risk",
+            f"an adapter's weights carry the same digests as its {BINDING}",
+            got=f"{WEIGHTS} with {header}",
+            expected=binding,
+            remedy="export the adapter again; a file in its folder was exchanged or saved anew",
         )
-    bound = read_json(path)["base_configuration_digest"]
+    bound = binding["base_configuration_digest"]
     if bound != digest:
         raise CoaloraError(
             "an adapter only fits the quantized base it was made for",

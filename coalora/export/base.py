@@ -2,8 +2,8 @@
 
 `quantized.safetensors` holds the bit-packed target layers and nothing else, so that its size is the reported bits
 (its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer; beside them
-the model's config and tokenizer. Loading dequantizes into an ordinary transformers model: the same weights, bit for bit,
-as the model that was evaluated.
+the model's config and tokenizer. Loading dequantizes into an ordinary transformers model: the same weights, bit for
+bit, as the model that was evaluated.
 """
 
 from __future__ import annotations
@@ -40,18 +40,27 @@ def write_base(
 ) -> None:
     """Pack `model` (in full precision, before PEFT wraps it) under `configuration` (N,) into `folder`.
 
-    `rest_dtype` is the type of the other floating tensors on disk where it holds their values exactly, as it does for
-    a 16-bit checkpoint computed in float32; otherwise they stay in the model's type.
+    `rest_dtype` is the type of the other floating tensors on disk where it is smaller and holds their values exactly,
+    as it does for a 16-bit checkpoint computed in float32; otherwise they stay in the model's type.
+
+    Raises:
+        CoaloraError: a configuration outside of the tables' layers or choices, or a model without their layers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    content = configuration_dict(configuration, tables)
     scheme, names = tables.space.scheme, {f"{layer.name}.weight" for layer in tables.layers}
+    if absent := sorted(names - model.state_dict().keys()):
+        raise CoaloraError(
+            "a base is packed from the model that was calibrated, before PEFT wraps it",
+            got=f"{type(model).__name__} without {', '.join(absent[:2])} ({len(absent)} of {len(names)} absent)",
+            remedy="load the base model anew and pack that",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Tensor] = {}
     for layer, k in zip(tables.layers, configuration, strict=True):
         weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
         choice = tables.space.choices[int(k)]
         parts = scheme.pack(scheme.quantize(weight, choice), choice, layer.shape)
         packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
-    content = configuration_dict(configuration, tables)
     content |= {
         "average_bits": round(float(tables.average_bits(configuration)), 6),
         "digest": configuration_digest(content),
@@ -69,19 +78,11 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     """The dequantized model of a packed base, with `coalora_digest` set to its configuration's digest.
 
     Raises:
-        CoaloraError: the folder is no packed base, or its content contradicts its digest.
+        CoaloraError: the folder is no packed base, its content contradicts its digest, or tensors are missing or
+            have another size.
     """
     folder = Path(folder)
-    if not (folder / CONFIGURATION).is_file():
-        raise CoaloraError("a packed base is a folder that the export wrote", got=folder, expected=CONFIGURATION)
-    content = read_json(folder / CONFIGURATION)
-    if configuration_digest(content) != content["digest"]:
-        raise CoaloraError(
-            "a packed base agrees with its digest",
-            got=configuration_digest(content),
-            expected=content["digest"],
-            remedy="export the base again",
-        )
+    content = _read_configuration(folder)
     config = AutoConfig.from_pretrained(folder)
     space = ChoiceSpace(get_scheme(content["scheme"]))
     packed, _ = read_tensors(folder / PACKED)
@@ -92,12 +93,18 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     state, _ = read_tensors(folder / REST)
     for name, fields in content["layers"].items():
         choice, shape = space.choices[space.index(fields)], tuple(content["shapes"][name])
-        weight = space.scheme.dequantize(space.scheme.unpack(parts[name], choice, shape), choice, shape)
+        weight = space.scheme.dequantize(space.scheme.unpack(parts.get(name, {}), choice, shape), choice, shape)
         state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
     device = device or default_device()
-    model = model_class(content["task"]).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or default_dtype(device)
+    model, info = model_class(content["task"]).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or default_dtype(device), output_loading_info=True
     )
+    if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # transformers would make weights up
+        raise CoaloraError(
+            "a packed base holds every tensor of its model and no other",
+            got=f"{', '.join(wrong[:3])} missing or unknown ({len(wrong)} in all) in {folder}",
+            remedy="export the base again",
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     model.coalora_digest = content["digest"]
@@ -110,8 +117,29 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
     Raises:
         CoaloraError: the adapter was made for another base; both digests are shown.
     """
-    check_binding(Path(adapter_folder), read_json(Path(base_folder) / CONFIGURATION)["digest"])
+    check_binding(Path(adapter_folder), _read_configuration(Path(base_folder))["digest"])
     return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()
+
+
+def _read_configuration(folder: Path) -> dict:
+    """`configuration.json` of a packed base, checked against its digest."""
+    for name in (CONFIGURATION, PACKED, REST, "config.json"):
+        if not (folder / name).is_file():
+            raise CoaloraError(
+                "a packed base is a folder that the export wrote",
+                got=f"no {name} in {folder}",
+                expected=f"{CONFIGURATION}, {PACKED}, {REST} and config.json",
+                remedy="name the folder `base` of an export; export.base decides whether one is written",
+            )
+    content = read_json(folder / CONFIGURATION)
+    if configuration_digest(content) != content["digest"]:
+        raise CoaloraError(
+            "a packed base agrees with its digest",
+            got=configuration_digest(content),
+            expected=content["digest"],
+            remedy="export the base again",
+        )
+    return content
 
 
 def _rest(model: PreTrainedModel, targets: set[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -121,7 +149,7 @@ def _rest(model: PreTrainedModel, targets: set[str], dtype: torch.dtype | None) 
         if name in targets or tensor.data_ptr() in seen:  # the second name of a tied tensor
             continue
         seen.add(tensor.data_ptr())
-        if dtype is not None and tensor.is_floating_point():
+        if dtype is not None and tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize:
             smaller = tensor.to(dtype)
             # Stays in the computing type where the smaller one would change it.
             tensor = smaller if torch.equal(smaller.to(tensor.dtype), tensor) else tensor

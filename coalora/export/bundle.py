@@ -24,6 +24,8 @@ from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import Task
 from coalora.search.select import select_configuration
 
+_FORMAT = "coalora-bundle/1"
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -142,7 +144,7 @@ class Bundle:
         self.tables.save(folder / "tables.safetensors")
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
         header = {
-            "format": "coalora-bundle/1",
+            "format": _FORMAT,
             "recipe": vars(self.recipe),
             "task": self.task,
             "base_model": self.base_model,
@@ -151,13 +153,22 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            CoaloraError: a file is missing or of another format, or the set belongs to other tables.
+        """
         folder = Path(folder)
-        if not (folder / "adapter.safetensors").is_file():
-            raise CoaloraError("a bundle is a folder with tables, configurations and adapter tensors", got=folder)
+        for name in ("adapter.safetensors", "tables.safetensors", "configurations.json"):
+            if not (folder / name).is_file():
+                raise CoaloraError(
+                    "a bundle is a folder with tables, configurations and adapter tensors", got=f"no {name} in {folder}"
+                )
         tables = CalibrationTables.load(folder / "tables.safetensors")
         members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
         tensors, header = read_tensors(folder / "adapter.safetensors")
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+            raise CoaloraError("not a bundle's adapter.safetensors", got=f"header {header}", expected=_FORMAT)
         return cls(
             tables,
             members,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from coalora.errors import CoaloraError
 
 Task = Literal["classification", "language-modeling"]
 _AUTO = {"classification": AutoModelForSequenceClassification, "language-modeling": AutoModelForCausalLM}
+_ENCODERS = ("bert", "roberta")
 
 
 def model_class(task: Task) -> Any:
@@ -55,7 +58,8 @@ def load_model(
     `seed` decides the head of a classification model whose checkpoint has none: the same seed gives the same head.
 
     Raises:
-        CoaloraError: the model cannot be found or read.
+        CoaloraError: the model cannot be found or read; its architecture is none for the task; its checkpoint lacks
+            weights other than the task head's (they would be random), or has a head for other classes.
     """
     device = device or default_device()
     options: dict = {"num_labels": num_labels} if task == "classification" and num_labels is not None else {}
@@ -64,17 +68,30 @@ def load_model(
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seed)
     try:
-        model = _AUTO[task].from_pretrained(
+        model, info = _AUTO[task].from_pretrained(
             str(name_or_path),
+            use_safetensors=True,
+            output_loading_info=True,
             dtype=dtype or default_dtype(device),
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_found(name_or_path, error) from error
+    except ValueError as error:
+        raise _no_such_architecture(name_or_path, task, error) from error
+    except RuntimeError as error:  # transformers' word for tensors of other shapes
+        raise CoaloraError(
+            "the checkpoint's tensors must have the shapes of the model",
+            got=f"{name_or_path} read with num_labels {num_labels}",
+            expected="for a checkpoint with a classification head, the number of classes that the head has",
+            remedy="set benchmark.num_labels to it",
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    _check_causal(model.config, task)
+    _check_complete(model, info["missing_keys"], task, name_or_path)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.to(device).eval()
@@ -94,36 +111,93 @@ def load_config(
         )
     except OSError as error:
         raise _not_found(name_or_path, error) from error
+    except ValueError as error:
+        raise _no_such_architecture(name_or_path, "either task", error) from error
 
 
 def load_tokenizer(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (the end-of-text token where it has none)."""
+    """The model's tokenizer, with a padding token (the end-of-text token where it has none).
+
+    Raises:
+        CoaloraError: there is no such model, or it comes without a tokenizer.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except OSError as error:
         raise _not_found(name_or_path, error) from error
+    # transformers makes up a tokenizer of special tokens alone where a folder has none: every text would be unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise CoaloraError(
+            "the base model comes with its tokenizer",
+            got=f"{name_or_path}: a vocabulary of {len(tokenizer)} special tokens",
+            remedy="save the tokenizer to the model's folder (tokenizer.save_pretrained)",
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def meta_model(config: PretrainedConfig, task: Task, *, num_labels: int | None = None) -> PreTrainedModel:
-    """The architecture without weights: names and shapes for checks that must cost nothing."""
+    """The architecture without weights: names and shapes for checks that must cost nothing.
+
+    Raises:
+        CoaloraError: the architecture is none for the task.
+    """
+    _check_causal(config, task)
     if task == "classification" and num_labels is not None:
         config = copy.deepcopy(config)
         config.num_labels = num_labels
-    with torch.device("meta"):
-        return _AUTO[task].from_config(config)
+    try:
+        with torch.device("meta"):
+            return _AUTO[task].from_config(config)
+    except ValueError as error:
+        raise _no_such_architecture(config.model_type, task, error) from error
 
 
-def _not_found(name_or_path: str | Path, error: OSError) -> CoaloraError:
+def _check_causal(config: PretrainedConfig, task: Task) -> None:
+    # transformers makes a language model of an encoder, too: one that sees the tokens which it predicts.
+    if task == "language-modeling" and config.model_type in _ENCODERS and not config.is_decoder:
+        raise CoaloraError(
+            "language modelling needs a causal decoder",
+            got=f"model_type {config.model_type!r}",
+            expected="a decoder such as llama, qwen2, mistral or gpt2",
+            remedy="set benchmark.task to classification, or choose a decoder",
+        )
+
+
+def _check_complete(model: PreTrainedModel, missing: Iterable[str], task: Task, name_or_path: str | Path) -> None:
+    body = model.base_model_prefix + "."
+    # A pooler counts as part of the head: masked language models are published without one.
+    head = [k for k in missing if task == "classification" and (not k.startswith(body) or ".pooler." in k)]
+    if lost := sorted(set(missing) - set(head)):
+        raise CoaloraError(
+            "the checkpoint must hold every weight but the classification head's",
+            got=f"{name_or_path} without {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''} ({len(lost)} missing)",
+            remedy="set model.name_or_path to a complete checkpoint of this architecture",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _no_such_architecture(name: str | Path, task: str, error: ValueError) -> CoaloraError:
     return CoaloraError(
-        "the base model must be a hub id or a local folder with config.json and weights",
-        got=f"{name_or_path} ({str(error).splitlines()[0]})",
+        "the base model's architecture must be one that transformers has for the task",
+        got=f"{name} for {task} ({_first_line(error)})",
+        expected="for example roberta for classification, llama for language-modeling",
+        remedy="choose another model.name_or_path or benchmark.task",
+    )
+
+
+def _not_found(name_or_path: str | Path, error: Exception) -> CoaloraError:
+    return CoaloraError(
+        "the base model must be a hub id or a local folder with config.json and weights in safetensors",
+        got=f"{name_or_path} ({_first_line(error)})",
         expected="for example 'FacebookAI/roberta-large' or a path to a saved model",
         remedy="set model.name_or_path; without a network, to a local folder",
     )

@@ -110,8 +110,9 @@ def pretrain(
         end_of_text=tokenizer.eos_token_id,
     )
     torch.manual_seed(seed)
-    model: torch.nn.Module = LlamaForCausalLM(config)
-    model.to(device).train()
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device)  # transformers' own `to` has a signature that type checkers misread
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(recipe.steps // 20, 1)
     records = []

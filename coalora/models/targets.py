@@ -87,9 +87,9 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = 
         target_modules: name suffixes or globs (`*.mlp.*`); None takes the family's list.
 
     Raises:
-        CoaloraError: unknown family without `target_modules`; no list of patterns; a pattern that matches nothing; a layer that is not
-            linear; a layer whose weight is shared with another module (tied embeddings): quantizing it would
-            change the other module as well.
+        CoaloraError: unknown family without `target_modules`; no list of patterns; a pattern that matches nothing; a
+            layer that is not linear; a layer whose weight is shared with another module (tied embeddings):
+            quantizing it would change the other module as well.
     """
     if target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)

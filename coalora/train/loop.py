@@ -20,6 +20,8 @@ from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.train.sampling import Sampling, batch_indices, sample_member
 
+_MOMENTS = ("exp_avg.", "exp_avg_sq.")
+
 
 @dataclass(frozen=True)
 class TrainingRecipe:
@@ -70,11 +72,19 @@ def train(
         configurations: (n, N) the training set, `average_bits` (n,) its bits.
         state: where an earlier call stopped; None starts from the model as it is.
 
+    Afterwards the model is in eval mode and holds the last step's configuration, adjusted by theta as it is now.
+
     Raises:
-        CoaloraError: nothing to train, too many steps, or a loss that is not finite.
+        CoaloraError: an empty set or one without its bits; nothing to train; too many steps; the state of another
+            model; a loss or a gradient that is not finite (before it has reached any parameter).
     """
+    if len(configurations) == 0 or len(configurations) != len(average_bits):
+        raise CoaloraError(
+            "training draws from a set of at least one configuration, each with its bits",
+            got=f"{len(configurations)} configurations, {len(average_bits)} average bits",
+        )
     if state is not None and state.tensors:
-        adapted.load_state_dict({k: state.tensors[k] for k in adapted.named_parameters()})
+        adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(_MOMENTS)})
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
@@ -98,20 +108,23 @@ def train(
         adapted.switch(configurations[member])
         loss = adapted.peft_model(**split.batch(indices, adapted.device)).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
+        # Both in one transfer. A finite loss can have a gradient that is not, and clipping spreads it everywhere.
+        value, gradient = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if not (math.isfinite(value) and math.isfinite(gradient)):
+            optimizer.zero_grad(set_to_none=True)
             raise CoaloraError(
-                "the training loss must stay finite",
-                got=f"{value} at step {step} ({average_bits[member]:.2f} bits)",
+                "the training loss and its gradient must stay finite",
+                got=f"loss {value}, gradient norm {gradient} at step {step} ({average_bits[member]:.2f} bits)",
                 remedy="lower training.lr",
             )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         records.append({"step": step, "loss": value, "lr": recipe.lr * scale, "bits": float(average_bits[member])})
         if progress:
             progress(step - start + 1, steps, loss=float(np.mean([r["loss"] for r in records[-20:]])))
     adapted.peft_model.eval()
+    adapted.refresh()
     return TrainingState(start + steps, _tensors(parameters, optimizer)), records
 
 

@@ -6,6 +6,7 @@ The fixtures are factories, because what is tested writes into models; the facto
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
+from coalora.data.benchmark import Split, pad
 from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
@@ -218,5 +221,56 @@ def random_configurations() -> Callable[..., np.ndarray]:
 
     def make(tables: CalibrationTables, n: int, seed: int = 0) -> np.ndarray:
         return np.random.default_rng(seed).integers(len(tables.space), size=(n, len(tables.layers)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_split() -> Split:
+    """10 texts of 3 to 16 tokens, 2.5 bytes a token."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = [16, 3, 9, 12, 5, 16, 7, 4, 11, 8]
+    split = pad([torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in lengths], 0)
+    return replace(split, bytes_per_token=2.5)
+
+
+@pytest.fixture(scope="session")
+def class_split() -> Split:
+    """10 sentences of 3 to 16 tokens whose class is told by their first token."""
+    generator = torch.Generator().manual_seed(12)
+    labels = [0, 1, 1, 0, 1, 0, 0, 1, 1, 0]
+    lengths = [16, 3, 9, 12, 5, 16, 7, 4, 11, 8]
+    rows = [
+        [10 + label, *torch.randint(20, VOCAB, (n - 1,), generator=generator).tolist()]
+        for label, n in zip(labels, lengths, strict=True)
+    ]
+    return pad(rows, 0, labels)
+
+
+@pytest.fixture(scope="session")
+def make_adapted(tables_for: Callable[..., CalibrationTables]) -> Callable[..., AdaptedModel]:
+    """`make_adapted(model, method="coa", seed=0, perturb=0.0, **recipe)`: r=4; the model is wrapped in place.
+
+    `perturb` moves every trained parameter, theta's last layer and lora_B included, away from its start.
+    """
+
+    def make(
+        model: PreTrainedModel, method: str = "coa", *, seed: int = 0, perturb: float = 0.0, **recipe: object
+    ) -> AdaptedModel:
+        tables = tables_for(model)
+        task = "classification" if "Classification" in type(model).__name__ else "language-modeling"
+        adapted = AdaptedModel(
+            model,
+            tables.layers,
+            tables.space,
+            task,
+            method=method,
+            recipe=AdapterRecipe(**{"r": 4, "lora_alpha": 6, **recipe}),
+            seed=seed,
+        )
+        generator = torch.Generator().manual_seed(99)
+        for parameter in adapted.named_parameters().values():
+            parameter.data += perturb * torch.randn(parameter.shape, generator=generator)
+        return adapted
 
     return make

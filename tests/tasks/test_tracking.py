@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,8 +30,8 @@ def tracker(home: Path, database: str) -> Tracker:
 
 
 @pytest.fixture
-def run(tracker: Tracker, request: pytest.FixtureRequest) -> Iterator[TrackedRun]:
-    yield tracker.open_run(f"id-{request.node.name[:100].replace('[', '-').replace(']', '')}", "a run")
+def run(tracker: Tracker, request: pytest.FixtureRequest) -> TrackedRun:
+    return tracker.open_run(f"id-{request.node.name[:100].replace('[', '-').replace(']', '')}", "a run")
 
 
 def _dump(home: Path) -> str:
@@ -210,7 +209,9 @@ def test_files_folders_and_mappings_become_artifacts(tracker: Tracker, run: Trac
 def test_a_data_set_is_an_input_of_the_run_once(tracker: Tracker, run: TrackedRun) -> None:
     for _ in range(2):
         run.log_dataset("pydoc-topics", "python 3.11", "f" * 64)
-    (logged,) = tracker.client.get_run(run.run_id).inputs.dataset_inputs
+    inputs = tracker.client.get_run(run.run_id).inputs
+    assert inputs is not None
+    (logged,) = inputs.dataset_inputs
     assert (logged.dataset.name, logged.dataset.digest) == ("pydoc-topics", "f" * 36)
 
 

@@ -1,0 +1,111 @@
+"""The demo's base model: it learns, is the same for the same seed, and is read like any other model."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coalora.errors import CoaloraError
+from coalora.files import file_sha256
+from coalora.models.pretrain import PretrainRecipe, llama_config, pretrain, train_tokenizer
+
+RECIPE = PretrainRecipe(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=300,
+    max_length=16,
+    steps=40,
+    batch_size=8,
+    lr=1e-2,
+)
+TEXTS = [f"number {i} is followed by number {i + 1}, as always." for i in range(60)]
+CPU = torch.device("cpu")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, list[dict[str, float]]]:
+    folder = tmp_path_factory.mktemp("pretrain") / "model"
+    return folder, pretrain(TEXTS, RECIPE, folder, seed=1, device=CPU)
+
+
+def test_the_loss_falls_and_the_schedule_warms_up_and_ends_near_zero(trained) -> None:
+    _, records = trained
+    assert [record["step"] for record in records] == list(range(40))
+    losses = [record["loss"] for record in records]
+    assert losses[0] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.05)  # an untrained model: uniform
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    rates = [record["lr"] for record in records]
+    assert max(rates) == rates[1] == RECIPE.lr
+    assert rates[0] < rates[1]
+    assert 0 < rates[-1] < RECIPE.lr / 20
+
+
+def test_the_same_seed_gives_the_same_files_whatever_the_global_generator_did(trained, tmp_path: Path) -> None:
+    folder, records = trained
+    torch.rand(17)
+    again = pretrain(TEXTS, RECIPE, tmp_path / "model", seed=1, device=CPU)
+    assert again == records
+    assert _files(tmp_path / "model") == _files(folder)
+
+
+def test_another_seed_gives_another_model(tmp_path: Path, trained) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=2)
+    records = pretrain(TEXTS, recipe, tmp_path / "model", seed=2, device=CPU)
+    assert records[0]["loss"] != trained[1][0]["loss"]
+
+
+def test_stock_transformers_reads_model_and_tokenizer(trained) -> None:
+    folder, records = trained
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(tokenizer) <= model.config.vocab_size == 300
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 0
+    ids = torch.tensor([tokenizer(TEXTS[5], add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        assert float(model(input_ids=ids, labels=ids).loss) < 0.7 * records[0]["loss"]
+
+
+def test_the_tokenizer_is_lossless_for_any_text_and_the_same_in_another_process() -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    for text in [TEXTS[0], "  naïve — 東京 🦊\n\ttabs", ""]:
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    code = (
+        "from coalora.models.pretrain import train_tokenizer\n"
+        "texts = [f'number {i} is followed by number {i + 1}, as always.' for i in range(60)]\n"
+        "print(train_tokenizer(texts, 300).backend_tokenizer.to_str())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, encoding="utf-8")
+    assert other.stdout.strip() == tokenizer.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 36, "num_attention_heads": 4}, "heads of even size; got: 36 / 4"),
+        ({"vocab_size": 256}, "got: 256; expected: at least 257"),
+        ({"steps": 0}, "at least one step"),
+    ],
+)
+def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(CoaloraError, match=message):
+        llama_config(dataclasses.replace(RECIPE, **change))
+
+
+def test_too_little_text_and_a_diverging_run_are_refused_before_anything_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(CoaloraError, match="at least one block"):
+        pretrain(["short"], RECIPE, tmp_path / "a", seed=0, device=CPU)
+    with pytest.raises(CoaloraError, match="finite loss.*lower model.pretrain.lr"):
+        pretrain(TEXTS, dataclasses.replace(RECIPE, lr=float("inf"), steps=3), tmp_path / "a", seed=0, device=CPU)
+    assert not (tmp_path / "a").exists()
