@@ -40,9 +40,9 @@ class Parts:
     def calibration(self) -> Calibrated:
         return calibration_chain(self.run)
 
-    def training(self) -> tuple[Calibrated, Trained]:
+    def training(self, *, track: bool = False) -> tuple[Calibrated, Trained]:
         calibrated = self.calibration()
-        return calibrated, training_chain(self.run, calibrated, track_sets(self.run))
+        return calibrated, training_chain(self.run, calibrated, track_sets(self.run) if track else None)
 
     def evaluation(self) -> tuple[Calibrated, Trained, Evaluated]:
         calibrated, trained = self.training()
@@ -71,7 +71,7 @@ def write_part(part: str, run: PipelineRun) -> None:
     if part == "calibration":
         _materialize(run, parts.calibration().tables, part)
     elif part == "training":
-        _, trained = parts.training()
+        _, trained = parts.training(track=True)
         _materialize(run, trained.sets[-1], "training/configurations")
         _materialize(run, trained.states["coa"][-1], "training/coa")
         _materialize(run, trained.states["shared"][-1], "training/shared")

@@ -27,8 +27,12 @@ def members(tables: CalibrationTables, random_configurations) -> ConfigurationSe
 def test_sorting_goes_by_bytes_and_keeps_members_whole(members: ConfigurationSet, tables: CalibrationTables) -> None:
     ordered = members.sorted(tables)
     assert np.all(np.diff(tables.total_nbytes(ordered.configurations)) >= 0)
-    whole = {(tuple(c), str(x), j) for c, x, j in zip(members.configurations, members.losses, members.joined, strict=True)}
-    assert whole == {(tuple(c), str(x), j) for c, x, j in zip(ordered.configurations, ordered.losses, ordered.joined, strict=True)}
+    whole = {
+        (tuple(c), str(x), j) for c, x, j in zip(members.configurations, members.losses, members.joined, strict=True)
+    }
+    assert whole == {
+        (tuple(c), str(x), j) for c, x, j in zip(ordered.configurations, ordered.losses, ordered.joined, strict=True)
+    }
 
 
 def test_ties_in_bytes_go_to_the_lower_loss_then_unmeasured_last_then_lexicographic(tables: CalibrationTables) -> None:
@@ -80,12 +84,16 @@ def test_an_empty_set_round_trips(members: ConfigurationSet, tables: Calibration
     assert back.configurations.shape == (0, len(tables.layers))
 
 
-def test_a_set_of_other_layers_is_refused(members: ConfigurationSet, tables: CalibrationTables, tiny_gpt2, tables_for) -> None:
+def test_a_set_of_other_layers_is_refused(
+    members: ConfigurationSet, tables: CalibrationTables, tiny_gpt2, tables_for
+) -> None:
     with pytest.raises(CoaloraError, match=r"got: nf over 14 layers; expected: nf over 8 layers"):
         ConfigurationSet.from_dict(members.to_dict(tables), tables_for(tiny_gpt2()))
 
 
-def test_a_set_of_another_base_is_refused_with_both_digests(members: ConfigurationSet, tables: CalibrationTables) -> None:
+def test_a_set_of_another_base_is_refused_with_both_digests(
+    members: ConfigurationSet, tables: CalibrationTables
+) -> None:
     other = dataclasses.replace(tables, base_digest="1" * 64)
     with pytest.raises(CoaloraError, match=f"got: base {'0' * 64}; expected: base {'1' * 64}"):
         ConfigurationSet.from_dict(members.to_dict(tables), other)
@@ -97,7 +105,9 @@ def test_a_file_that_is_no_set_is_refused(tables: CalibrationTables) -> None:
 
 
 @pytest.mark.parametrize("edit", [lambda c: c[:-1], lambda c: [-1, *c[1:]], lambda c: [99, *c[1:]]])
-def test_a_member_that_was_edited_out_of_range_is_refused(members: ConfigurationSet, tables: CalibrationTables, edit) -> None:
+def test_a_member_that_was_edited_out_of_range_is_refused(
+    members: ConfigurationSet, tables: CalibrationTables, edit
+) -> None:
     content = members.to_dict(tables)
     content["members"][3]["choices"] = edit(content["members"][3]["choices"])
     with pytest.raises(CoaloraError, match="member 3"):

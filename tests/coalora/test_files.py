@@ -17,8 +17,9 @@ _WRITE = """
 import sys, torch
 from pathlib import Path
 from coalora.files import write_tensors
-names = sys.argv[2].split(",")
-write_tensors(Path(sys.argv[1]), {n: torch.arange(3.0) + len(n) for n in names}, {n: len(n) for n in names})
+for path, names in zip(sys.argv[1::2], sys.argv[2::2]):
+    names = names.split(",")
+    write_tensors(Path(path), {n: torch.arange(3.0) + len(n) for n in names}, {n: len(n) for n in names})
 """
 
 
@@ -49,9 +50,12 @@ def test_tensors_that_share_memory_can_be_written(tmp_path: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_insertion_order_or_on_the_process(tmp_path: Path) -> None:
-    for file, order in (("a", "one,three,seventeen"), ("b", "seventeen,three,one"), ("c", "three,one,seventeen")):
-        subprocess.run([sys.executable, "-c", _WRITE, str(tmp_path / file), order], check=True)
-    assert len({file_sha256(tmp_path / file) for file in "abc"}) == 1
+    orders = {"a": "one,three,seventeen", "b": "seventeen,three,one", "c": "three,one,seventeen"}
+    arguments = [x for name in "ab" for x in (str(tmp_path / name), orders[name])]
+    subprocess.run([sys.executable, "-c", _WRITE, *arguments], check=True)
+    names = orders["c"].split(",")
+    write_tensors(tmp_path / "c", {n: torch.arange(3.0) + len(n) for n in names}, {n: len(n) for n in names})
+    assert len({file_sha256(tmp_path / name) for name in orders}) == 1
 
 
 def test_json_is_canonical_and_ends_with_a_newline(tmp_path: Path) -> None:

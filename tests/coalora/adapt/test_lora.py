@@ -33,9 +33,7 @@ def test_layers_compute_the_formula(tiny_models, family) -> None:
     """y = W x + bias + s B (I + U) A x, on PEFT's layer itself."""
     model = tiny_models[family]()
     layers = find_target_layers(model)
-    peft_model, lora_A = attach(
-        model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0
-    )
+    peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0)
     generator = torch.Generator().manual_seed(1)
     for layer, a in zip(layers, lora_A, strict=True):
         module = peft_model.get_base_model().get_submodule(layer.name)
@@ -54,9 +52,7 @@ def test_adjusted_adapter_equals_one_folded_by_hand(tiny_models, family) -> None
     for by_hand in (False, True):
         model = tiny_models[family]()
         layers = find_target_layers(model)
-        peft_model, lora_A = attach(
-            model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0
-        )
+        peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0)
         generator = torch.Generator().manual_seed(1)
         for layer, a in zip(layers, lora_A, strict=True):
             B = peft_model.get_base_model().get_submodule(layer.name).lora_B["default"].weight

@@ -54,7 +54,9 @@ def test_the_seed_decides_a_new_head_and_nothing_else(bert_folder: Path) -> None
         assert torch.equal(a, b), name
 
 
-def test_without_num_labels_a_saved_head_is_kept_and_another_number_is_refused(tmp_path: Path, tiny_roberta_classifier) -> None:
+def test_without_num_labels_a_saved_head_is_kept_and_another_number_is_refused(
+    tmp_path: Path, tiny_roberta_classifier
+) -> None:
     saved = tiny_roberta_classifier(num_labels=3)
     saved.save_pretrained(tmp_path)
     model = load_model(tmp_path, "classification", device=CPU)
@@ -82,7 +84,7 @@ def test_an_encoder_is_refused_as_a_language_model(bert_folder: Path) -> None:
 def test_a_missing_model_is_refused_by_every_loader(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     for load in (lambda p: load_model(p, "language-modeling", device=CPU), load_config, load_tokenizer):
-        with pytest.raises(CoaloraError, match="hub id or a local folder.*remedy: set model.name_or_path"):
+        with pytest.raises(CoaloraError, match=r"hub id or a local folder.*remedy: set model.name_or_path"):
             load(missing)
 
 
@@ -98,7 +100,7 @@ def test_broken_and_pickled_weights_are_refused(tmp_path: Path, llama_folder: Pa
 
 def test_architectures_that_do_not_exist_or_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "martian"}', encoding="utf-8")
-    with pytest.raises(CoaloraError, match="architecture must be one.*martian"):
+    with pytest.raises(CoaloraError, match=r"architecture must be one.*martian"):
         load_config(tmp_path)
     with pytest.raises(CoaloraError, match="vit for language-modeling"):
         meta_model(ViTConfig(hidden_size=32, num_hidden_layers=1), "language-modeling")

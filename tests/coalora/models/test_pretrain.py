@@ -18,11 +18,11 @@ from coalora.models.pretrain import PretrainRecipe, llama_config, pretrain, trai
 RECIPE = PretrainRecipe(
     hidden_size=32,
     intermediate_size=64,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     vocab_size=300,
     max_length=16,
-    steps=40,
+    steps=24,
     batch_size=8,
     lr=1e-2,
 )
@@ -40,16 +40,16 @@ def trained(tmp_path_factory) -> tuple[Path, list[dict[str, float]]]:
     return folder, pretrain(TEXTS, RECIPE, folder, seed=1, device=CPU)
 
 
-def test_the_loss_falls_and_the_schedule_warms_up_and_ends_near_zero(trained) -> None:
+def test_the_loss_falls_and_the_schedule_decays_to_nearly_zero(trained) -> None:
     _, records = trained
-    assert [record["step"] for record in records] == list(range(40))
+    assert [record["step"] for record in records] == list(range(24))
     losses = [record["loss"] for record in records]
     assert losses[0] == pytest.approx(torch.tensor(300.0).log().item(), rel=0.05)  # an untrained model: uniform
-    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
     rates = [record["lr"] for record in records]
-    assert max(rates) == rates[1] == RECIPE.lr
-    assert rates[0] < rates[1]
-    assert 0 < rates[-1] < RECIPE.lr / 20
+    assert max(rates) == rates[0] == RECIPE.lr  # a twentieth of 24 steps warms up
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < RECIPE.lr / 10
 
 
 def test_the_same_seed_gives_the_same_files_whatever_the_global_generator_did(trained, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_stock_transformers_reads_model_and_tokenizer(trained) -> None:
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
     ids = torch.tensor([tokenizer(TEXTS[5], add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
-        assert float(model(input_ids=ids, labels=ids).loss) < 0.7 * records[0]["loss"]
+        assert float(model(input_ids=ids, labels=ids).loss) < 0.75 * records[0]["loss"]
 
 
 def test_the_tokenizer_is_lossless_for_any_text_and_the_same_in_another_process() -> None:
@@ -106,6 +106,6 @@ def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
 def test_too_little_text_and_a_diverging_run_are_refused_before_anything_is_saved(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match="at least one block"):
         pretrain(["short"], RECIPE, tmp_path / "a", seed=0, device=CPU)
-    with pytest.raises(CoaloraError, match="finite loss.*lower model.pretrain.lr"):
+    with pytest.raises(CoaloraError, match=r"finite loss.*lower model.pretrain.lr"):
         pretrain(TEXTS, dataclasses.replace(RECIPE, lr=float("inf"), steps=3), tmp_path / "a", seed=0, device=CPU)
     assert not (tmp_path / "a").exists()

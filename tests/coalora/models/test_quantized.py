@@ -93,9 +93,9 @@ def test_a_switch_keeps_its_own_copy_of_the_configuration(tiny_llama, small_spac
     base = QuantizedBase(model, find_target_layers(model), small_space)
     base.switch(configuration)
     expected = _copy(model)
-    given = configuration.copy()
+    given = (configuration + 1) % len(small_space)
     base.switch(given)
-    given[:] = 0  # by the caller, for its own ends
+    given[:] = configuration  # by the caller, for its own ends
     base.switch(configuration)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _copy(model).items())
 
@@ -117,6 +117,9 @@ def test_the_cache_is_used_and_stays_below_its_limit(tiny_llama, small_space, mo
         held = sum(tensor.nbytes for tensor in base._cache.values())
         assert held == base._cached_bytes <= 2 * total
     assert {k for _, k in base._cache} == {6, 7}  # the two used last
+    for k in (6, 2):  # a hit counts as use
+        base.switch(np.full(N, k))
+    assert {k for _, k in base._cache} == {6, 2}
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 5_000, 1 << 28])

@@ -148,7 +148,7 @@ def test_a_tied_head_is_refused_with_both_names(tiny_models, family: str) -> Non
 
 def test_an_unknown_family_needs_patterns() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(CoaloraError, match="got: model_type None; expected: bert, .*remedy: set target_modules"):
+    with pytest.raises(CoaloraError, match=r"got: model_type None; expected: bert, .*remedy: set target_modules"):
         find_target_layers(model)
     assert [layer.shape for layer in find_target_layers(model, ["0", "2"])] == [(4, 4), (2, 4)]
 
@@ -166,7 +166,7 @@ def test_a_bare_string_or_an_empty_list_is_refused(tiny_llama, patterns) -> None
 
 
 def test_a_suffix_that_names_something_else_than_a_linear_layer_is_refused(tiny_llama) -> None:
-    with pytest.raises(CoaloraError, match="model.embed_tokens is Embedding"):
+    with pytest.raises(CoaloraError, match=r"model\.embed_tokens is Embedding"):
         find_target_layers(tiny_llama(), ["embed_tokens"])
 
 
