@@ -135,6 +135,16 @@ def _unreadable(path: Path, error: Exception) -> CoaloraError:
     )
 
 
+def _row(number: int, line: str) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no object")
+    return row
+
+
 def _frame(path: Path, text_columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
@@ -150,7 +160,8 @@ def _frame(path: Path, text_columns: Sequence[str]) -> pd.DataFrame:
                 path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=texts, encoding=_ENCODING
             )
         if suffix == ".jsonl":
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False, encoding=_ENCODING)
+            with path.open(encoding=_ENCODING) as file:
+                return pd.DataFrame([_row(n, line) for n, line in enumerate(file, 1) if line.strip()], dtype=object)
         return pd.read_parquet(path)
     except ValueError as error:  # pandas' and pyarrow's parser errors derive from it
         raise _unreadable(path, error) from error

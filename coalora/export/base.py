@@ -22,7 +22,7 @@ from coalora.configurations import configuration_dict, configuration_digest
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding
 from coalora.files import read_json, read_tensors, write_json, write_tensors
-from coalora.models.loading import Task, default_device, default_dtype, model_class
+from coalora.models.loading import Task, default_device, default_dtype, meta_model
 from coalora.quant.scheme import get_scheme
 from coalora.quant.space import ChoiceSpace
 
@@ -96,7 +96,9 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
         weight = space.scheme.dequantize(space.scheme.unpack(parts.get(name, {}), choice, shape), choice, shape)
         state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
     device = device or default_device()
-    model, info = model_class(content["task"]).from_pretrained(
+    # The Auto classes load a state only from a file; the architecture's own class takes it as it is.
+    own_class: Any = type(meta_model(config, content["task"]))
+    model, info = own_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype or default_dtype(device), output_loading_info=True
     )
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # transformers would make weights up

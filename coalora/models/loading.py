@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,11 +25,6 @@ from coalora.errors import CoaloraError
 Task = Literal["classification", "language-modeling"]
 _AUTO = {"classification": AutoModelForSequenceClassification, "language-modeling": AutoModelForCausalLM}
 _ENCODERS = ("bert", "roberta")
-
-
-def model_class(task: Task) -> Any:
-    """The transformers class that loads a model of a task."""
-    return _AUTO[task]
 
 
 def default_device() -> torch.device:

@@ -36,6 +36,9 @@ from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 
+# Matrices of 36 x 52 gain nothing from threads and lose much on a machine that is busy.
+torch.set_num_threads(1)
+
 ModelFactory = Callable[..., PreTrainedModel]
 VOCAB = 320
 # No block size divides hidden 36 x intermediate 52, nor a row of either.

@@ -105,6 +105,14 @@ def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path: Path, suff
         read(path)
 
 
+@pytest.mark.parametrize(("line", "message"), [('{"sentence": "b"', "line 2: "), ("[1, 2]", "line 2 is no object")])
+def test_a_broken_line_of_jsonl_is_refused_by_number(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"sentence": "a", "label": 0}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(CoaloraError, match=rf"got: a\.jsonl \({message}"):
+        read_table(path, ["sentence"], "label")
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("hole", ["", "  "])
 def test_an_empty_text_is_refused_with_its_row(tmp_path: Path, suffix: str, hole: str) -> None:

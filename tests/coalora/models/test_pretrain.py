@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,17 +75,13 @@ def test_stock_transformers_reads_model_and_tokenizer(trained) -> None:
         assert float(model(input_ids=ids, labels=ids).loss) < 0.75 * records[0]["loss"]
 
 
-def test_the_tokenizer_is_lossless_for_any_text_and_the_same_in_another_process() -> None:
+def test_the_tokenizer_is_lossless_for_any_text_and_the_same_every_time() -> None:
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in [TEXTS[0], "  naïve — 東京 🦊\n\ttabs", ""]:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    code = (
-        "from coalora.models.pretrain import train_tokenizer\n"
-        "texts = [f'number {i} is followed by number {i + 1}, as always.' for i in range(60)]\n"
-        "print(train_tokenizer(texts, 300).backend_tokenizer.to_str())"
-    )
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, encoding="utf-8")
-    assert other.stdout.strip() == tokenizer.backend_tokenizer.to_str()
+    # tokenizers seeds its hash maps anew for each training: ties between pairs must not depend on it.
+    again = train_tokenizer(TEXTS, 300)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,188 @@
+"""The bundle answers budgets without the base model, exactly as the trained model would, in bytes that repeat."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from coalora.errors import CoaloraError
+from coalora.export.base import write_base
+from coalora.export.bundle import Bundle
+from coalora.files import read_tensors, write_tensors
+
+ROOT = Path(__file__).parents[3]
+_EXPORT = """
+import sys
+from pathlib import Path
+import numpy as np
+from transformers import LlamaForCausalLM
+from coalora.export.base import write_base
+from coalora.export.bundle import Bundle
+
+source, target = map(Path, sys.argv[1:])
+bundle = Bundle.load(source / "bundle")
+bundle.save(target / "bundle")
+made = bundle.adapt(3.5)
+bundle.write(made, target / "export")
+model = LlamaForCausalLM.from_pretrained(source / "model")
+write_base(target / "base", model, bundle.tables, made.choices, task="language-modeling")
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_adapters_hold_exactly_the_effective_weights_of_the_model_in_memory(tiny_models, make_bundle, family) -> None:
+    bundle, adapted = make_bundle(tiny_models[family])
+    for k in (0, 5):
+        configuration = (np.arange(len(adapted.layers)) + k) % 8
+        made = bundle.adapt_to(configuration)
+        adapted.switch(configuration)
+        for layer, a in zip(adapted.layers, adapted.lora_A, strict=True):
+            assert torch.equal(made.tensors[f"base_model.model.{layer.name}.lora_A.weight"], a.effective_weight())
+        trained = adapted.state_dict()
+        rest = {k for k in trained if not k.startswith("theta.") and ".lora_A." not in k}
+        assert all(torch.equal(made.tensors["base_model.model." + k.split(".", 1)[1]], trained[k]) for k in rest)
+        assert len(made.tensors) == len(rest) + len(adapted.layers)
+
+
+def test_bundle_survives_saving(tiny_bert_classifier, make_bundle, tmp_path) -> None:
+    bundle, _ = make_bundle(tiny_bert_classifier)
+    bundle.save(tmp_path)
+    loaded = Bundle.load(tmp_path)
+    assert (loaded.task, loaded.recipe, loaded.base_model) == ("classification", bundle.recipe, "some/base")
+    assert np.array_equal(loaded.members.configurations, bundle.members.configurations)
+    for budget in (2.9, 4.0, 8.0):
+        first, second = bundle.adapt(budget), loaded.adapt(budget)
+        assert (first.digest, first.average_bits) == (second.digest, second.average_bits)
+        assert first.configuration == second.configuration
+        assert all(torch.equal(v, second.tensors[k]) for k, v in first.tensors.items())
+
+
+def test_adapting_to_a_budget_is_adapting_to_its_configuration(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    by_budget, by_configuration = bundle.adapt(3.5), bundle.adapt_to(bundle.select(3.5))
+    assert by_budget.digest == by_configuration.digest
+    assert np.array_equal(by_budget.choices, by_configuration.choices)
+    assert by_budget.state_dict().keys() == by_configuration.tensors.keys()
+    assert all(torch.equal(v, by_configuration.tensors[k]) for k, v in by_budget.tensors.items())
+
+
+def test_answers_fit_their_budget_and_spend_it(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    low, high = bundle.tables.bits_range()
+    made = [bundle.adapt(budget) for budget in np.linspace(low, high + 1, 12)]
+    bits = [m.average_bits for m in made]
+    assert all(b <= budget + 1e-9 for b, budget in zip(bits, np.linspace(low, high + 1, 12), strict=True))
+    assert bits[0] == pytest.approx(low)
+    assert bits[-1] == pytest.approx(high)
+    assert len({m.digest for m in made}) > 8
+
+
+def test_the_smallest_budget_is_answered_and_less_is_refused(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    low, high = bundle.tables.bits_range()
+    assert bundle.adapt(low).average_bits == pytest.approx(low)
+    for budget in (low - 0.01, 0, -1, math.nan):
+        with pytest.raises(CoaloraError, match=f"{low:.3f} to {high:.3f}") as error:
+            bundle.adapt(budget)
+        assert str(budget) in str(error.value)
+
+
+def test_a_configuration_outside_the_space_is_refused(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    for configuration in (np.full(14, 8), np.full(14, -1), np.zeros(13, dtype=np.int64), np.zeros(14)):
+        with pytest.raises(CoaloraError, match="configuration"):
+            bundle.adapt_to(configuration)
+
+
+def test_a_shared_bundle_gives_every_configuration_the_same_adapter(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama, "shared")
+    first, second = (bundle.adapt_to(np.full(14, k)) for k in (0, 7))
+    assert first.digest != second.digest
+    assert all(torch.equal(v, second.tensors[k]) for k, v in first.tensors.items())
+
+
+def test_adapting_leaves_the_bundle_as_it_was(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    before = {k: v.clone() for k, v in bundle.tensors.items()}
+    made = bundle.adapt(4.0)
+    assert not any(v.requires_grad for v in made.tensors.values())
+    assert all(torch.equal(v, before[k]) for k, v in bundle.tensors.items())
+
+
+def test_written_configuration_is_the_adapters(tiny_llama, make_bundle, tmp_path) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    made = bundle.adapt(3.5)
+    bundle.write(made, tmp_path)
+    content = json.loads((tmp_path / "configuration.json").read_text())
+    assert content["digest"] == made.digest
+    assert content["layers"] == made.configuration
+    assert content["average_bits"] == pytest.approx(made.average_bits, abs=1e-6)
+
+
+def test_a_bundle_is_small_and_holds_no_base_weights(tiny_llama, make_bundle, tmp_path) -> None:
+    bundle, adapted = make_bundle(tiny_llama)
+    bundle.save(tmp_path)
+    tensors, _ = read_tensors(tmp_path / "adapter.safetensors")
+    assert tensors.keys() == adapted.state_dict().keys()
+    assert sorted(files(tmp_path)) == ["adapter.safetensors", "configurations.json", "tables.safetensors"]
+
+
+def test_exports_have_the_same_bytes_in_every_process(tiny_llama, make_bundle, tmp_path) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    tiny_llama().save_pretrained(tmp_path / "model")
+    bundle.save(tmp_path / "bundle")
+    made = bundle.adapt(3.5)
+    for name in ("one", "two"):
+        bundle.save(tmp_path / name / "bundle")
+        bundle.write(made, tmp_path / name / "export")
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+        write_base(tmp_path / name / "base", model, bundle.tables, made.choices, task="language-modeling")
+    (tmp_path / "child").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", _EXPORT, str(tmp_path), str(tmp_path / "child")],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    one, two, child = (files(tmp_path / name) for name in ("one", "two", "child"))
+    assert len(one) == 11
+    assert one.keys() == two.keys() == child.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+    assert [name for name in one if one[name] != child[name]] == []
+
+
+@pytest.mark.parametrize("missing", ["adapter.safetensors", "tables.safetensors", "configurations.json"])
+def test_an_incomplete_bundle_is_refused(tiny_llama, make_bundle, tmp_path, missing) -> None:
+    make_bundle(tiny_llama)[0].save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(CoaloraError, match=f"no {missing}"):
+        Bundle.load(tmp_path)
+
+
+def test_tensors_of_another_format_are_refused(tiny_llama, make_bundle, tmp_path) -> None:
+    bundle, _ = make_bundle(tiny_llama)
+    bundle.save(tmp_path)
+    write_tensors(tmp_path / "adapter.safetensors", bundle.tensors, {"format": "coalora-bundle/99"})
+    with pytest.raises(CoaloraError, match=r"coalora-bundle/99.*expected: coalora-bundle/1"):
+        Bundle.load(tmp_path)
+
+
+def test_members_of_another_base_are_refused(tiny_llama, make_bundle, tables_for, tmp_path) -> None:
+    make_bundle(tiny_llama)[0].save(tmp_path)
+    tables_for(tiny_llama(), base_digest="e" * 64).save(tmp_path / "tables.safetensors")
+    with pytest.raises(CoaloraError, match="e" * 64):
+        Bundle.load(tmp_path)
