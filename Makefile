@@ -19,7 +19,7 @@ demo: $(READY)   ## train the embedded demo, from a base model to registered ada
 	$(BIN)/python -m flows.pipeline demo
 
 test: $(READY)   ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .

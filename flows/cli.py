@@ -1,6 +1,7 @@
 """What the commands share: arguments, logging, and errors as one message with an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input (nothing was run), 130 interrupted (run again to resume).
+Exit codes: 0 done, 1 the run failed, 2 bad input (settings, and what files and shapes tell, are checked before anything
+runs), 130 interrupted (run again to resume).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ The file is one for Prefect (`deployments:`), for DVC (params) and for the comma
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,9 @@ from coalora.errors import CoaloraError
 from tasks.settings import Settings
 
 DEFAULT_FILE = "pipelines.yaml"
+
+# It names a folder under runs/, a DVC file and a registered model.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def load_settings(name: str, *, file: str | Path = DEFAULT_FILE, changes: Sequence[str] = ()) -> Settings:
@@ -34,7 +38,7 @@ def load_settings(name: str, *, file: str | Path = DEFAULT_FILE, changes: Sequen
         raise CoaloraError(
             "the pipeline must be defined",
             got=name,
-            expected=", ".join(sorted(pipelines)),
+            expected=", ".join(sorted(pipelines)) or "a name, but there are none in the file",
             remedy=f"choose one of these, or define it in {file} under definitions.pipelines",
         )
     raw = pipelines[name]
@@ -54,8 +58,10 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise CoaloraError("the file of pipelines must be YAML", got=f"{path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CoaloraError(
+            "the file of pipelines must be YAML in UTF-8", got=f"{path}: {error}", remedy="correct the file there"
+        ) from error
     definitions = content.get("definitions") if isinstance(content, dict) else None
     pipelines = definitions.get("pipelines") if isinstance(definitions, dict) else None
     if not isinstance(pipelines, dict) or not all(isinstance(v, dict) for v in pipelines.values()):
@@ -64,6 +70,14 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
             got=f"{path} with {', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}",
             expected="definitions: {pipelines: {NAME: {model: ..., benchmark: ...}}}",
         )
+    for name in pipelines:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise CoaloraError(
+                "a pipeline has a plain name, which folders and the registry can carry",
+                got=f"{name!r} in {path}",
+                expected="at most 64 letters, digits, . _ -, the first a letter or a digit",
+                remedy="rename it, with quotes if it looks like a number",
+            )
     return pipelines
 
 
@@ -77,14 +91,23 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError as error:
-        raise CoaloraError("the value of a change is YAML", got=change) from error
+        raise CoaloraError(
+            "the value of a change is YAML",
+            got=change,
+            expected="for example --set 'evaluation.budgets=[2.5, 3]'",
+            remedy="close every bracket and quote, and keep the shell from splitting it",
+        ) from error
     changed = dict(settings)
     parts = key.strip().split(".")
     node = changed
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         inner = node.get(part)
         if inner is not None and not isinstance(inner, dict):
-            raise CoaloraError("a change names a key inside a section", got=change, expected=f"{part} is a value")
+            raise CoaloraError(
+                "a change names a key inside a section",
+                got=f"{change}, but {'.'.join(parts[: depth + 1])} is no section",
+                expected=f"for example --set {'.'.join(parts[: depth + 1])}=VALUE",
+            )
         node[part] = dict(inner or {})
         node = node[part]
     node[parts[-1]] = value
@@ -96,13 +119,25 @@ def validate_settings(raw: dict[str, Any], where: str) -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(p) for p in error.errors(include_url=False)]
-        raise CoaloraError(f"settings must fit: {where}", got="; ".join(problems)) from error
+        # A value that may be a number or a text fails twice; the first says enough.
+        problems = {_key(p): _problem(p) for p in reversed(error.errors(include_url=False))}
+        raise CoaloraError(
+            f"settings must fit: {where}",
+            got="; ".join(reversed(problems.values())),
+            remedy="correct these keys in the file or with --set; tasks/settings.py describes them all",
+        ) from error
+
+
+def _key(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    if path[:2] == ["choices", "allow"] and path[-1] in ("int", "str"):
+        path.pop()
+    return ".".join(path) or "settings"
 
 
 def _problem(problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
-    key = ".".join(path) or "settings"
+    key = _key(problem)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
@@ -110,10 +145,13 @@ def _problem(problem: Any) -> str:
         return f"{key}: unknown key, {hint}"
     if problem["type"] == "missing":
         return f"{key}: is required"
-    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+    else:
+        message = problem["msg"][0].lower() + problem["msg"][1:].split(" or instance of ")[0]
     value = problem["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{key}: {message}{shown}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

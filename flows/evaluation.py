@@ -9,7 +9,7 @@ from flows.calibration import Calibrated
 from flows.run import PipelineRun
 from flows.training import Trained
 from tasks.evaluation import evaluate_method
-from tasks.search import select_budgets
+from tasks.selection import select_budgets
 from tasks.settings import Settings
 from tasks.store import Artifact
 
@@ -33,7 +33,7 @@ def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained)
         **common,
         configurations=trained.sets[-1],
         state=trained.states["coa"][-1],
-        search_batch_size=s.search.batch_size,
+        batch_size=s.search.batch_size,
         budgets=s.evaluation.budgets,
     )
     scores = {

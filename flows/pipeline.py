@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
-from pydantic import Field
 
 from coalora.errors import CoaloraError
 from flows.calibration import calibration
@@ -25,12 +24,14 @@ from tasks.settings import Settings
 
 
 @flow(name="pipeline", flow_run_name="{name}")
-def pipeline(
-    name: str = Field(description="Name of the pipeline: its run folder, configuration sets and registered model."),
-    settings: Settings = Field(description="Its settings, as in pipelines.yaml."),
-    refresh: list[str] = Field(default=[], description="Stages to compute again whatever is cached."),
-) -> Published:
-    """Calibrate, train and search, evaluate, export, publish."""
+def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Published:  # noqa: B006 (a form's default)
+    """Calibrate, train and search, evaluate, export, publish.
+
+    Args:
+        name: Run folder, configuration sets and registered model are named so.
+        settings: As in pipelines.yaml.
+        refresh: Stages to compute again whatever is cached.
+    """
     check_refresh(refresh)
     found = preflight(settings, root=Path.cwd())
     low, high = found.bits_range

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from coalora.data.classification import FORMATS, read_header
+from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import PretrainRecipe, llama_config
@@ -34,7 +34,7 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, target layers, choice space, budgets and DVC.
+    """Check files, columns, choice space, lengths, target layers, budgets and DVC.
 
     Args:
         root: where DVC must be initialised; None leaves that out.
@@ -44,7 +44,9 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     """
     _check_files(settings)
     space = ChoiceSpace(settings.choices.scheme, **settings.choices.allow)
-    layers = target_layers(settings)
+    config = base_config(settings)
+    _check_sizes(settings, config)
+    layers = target_layers(settings, config)
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
     n_weights = sum(layer.n_weights for layer in layers)
     bits_range = (
@@ -61,18 +63,20 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     return Preflight(layers, len(space), bits_range)
 
 
-def target_layers(settings: Settings) -> list[TargetLayer]:
-    """The N target layers, from the architecture alone (meta device, no weights)."""
-    model, task = settings.model, settings.benchmark.task
-    config: PretrainedConfig
+def base_config(settings: Settings) -> PretrainedConfig:
+    """The base model's architecture."""
+    model = settings.model
     if model.pretrain is not None:
-        config = llama_config(PretrainRecipe(**model.pretrain.model_dump()))
-    else:
-        config = load_config(
-            str(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        return llama_config(PretrainRecipe(**model.pretrain.model_dump()))
+    return load_config(str(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def target_layers(settings: Settings, config: PretrainedConfig | None = None) -> list[TargetLayer]:
+    """The N target layers, from the architecture alone (meta device, no weights)."""
+    task = settings.benchmark.task
     num_labels = settings.benchmark.num_labels if task == "classification" else None
-    return find_target_layers(meta_model(config, task, num_labels=num_labels), settings.target_modules)
+    model = meta_model(config or base_config(settings), task, num_labels=num_labels)
+    return find_target_layers(model, settings.target_modules)
 
 
 def _check_files(settings: Settings) -> None:
@@ -86,11 +90,30 @@ def _check_files(settings: Settings) -> None:
                 got=path,
                 remedy="correct the path, for example --set benchmark.files.train=PATH",
             )
-        if benchmark.task != "classification":
-            continue
-        if path.suffix.lower() not in FORMATS:
-            raise CoaloraError("the file's ending tells its format", got=path.name, expected=", ".join(FORMATS))
-        read_header(path, [*benchmark.text_columns, benchmark.label_column])
+        if benchmark.task == "classification":
+            read_header(path, [*benchmark.text_columns, benchmark.label_column])
+
+
+def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
+    benchmark = settings.benchmark
+    n_samples, n_train = settings.calibration.n_samples, benchmark.n_train
+    if n_train is not None and n_samples > n_train:
+        raise CoaloraError(
+            "calibration reads training examples",
+            got=f"calibration.n_samples {n_samples}",
+            expected=f"at most benchmark.n_train, {n_train}",
+            remedy="lower calibration.n_samples or raise benchmark.n_train",
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type == "roberta":
+        limit -= config.pad_token_id + 1  # its positions are counted from behind the padding token's
+    if limit is not None and benchmark.max_length > limit:
+        raise CoaloraError(
+            "examples fit the positions of the base model",
+            got=f"benchmark.max_length {benchmark.max_length}",
+            expected=f"at most {limit} tokens",
+            remedy="lower benchmark.max_length",
+        )
 
 
 def _check_budgets(settings: Settings, bits_range: tuple[float, float]) -> None:
@@ -106,5 +129,11 @@ def _check_budgets(settings: Settings, bits_range: tuple[float, float]) -> None:
                 expected=f"{np.ceil(low * 1000) / 1000:.3f} to {np.floor(high * 1000) / 1000:.3f} bits",
                 remedy=f"correct {key}, or allow other choices (choices.allow)",
             )
-    if None not in initial and initial[0] >= initial[1]:  # type: ignore[operator]
-        raise CoaloraError("initial_set.min_bits lies below initial_set.max_bits", got=f"{initial[0]} and {initial[1]}")
+    start, end = (default if asked is None else asked for asked, default in zip(initial, bits_range, strict=True))
+    if start >= end:
+        raise CoaloraError(
+            "initial_set.min_bits lies below initial_set.max_bits, by default the ends of the choice space",
+            got=f"{start:g} and {end:g} bits",
+            expected=f"rising, inside {low:.3f} to {high:.3f} bits",
+            remedy="correct initial_set, or allow more choices (choices.allow) where there is only one",
+        )

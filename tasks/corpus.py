@@ -9,7 +9,10 @@ from typing import Any
 from coalora.data.classification import Examples, read_table, to_examples
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
-from tasks.settings import BenchmarkSettings, HubSettings
+from tasks.settings_data import BenchmarkSettings, HubSettings
+
+# Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
+_BYTES_A_TOKEN = 16
 
 
 def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
@@ -52,41 +55,28 @@ def examples(settings: BenchmarkSettings) -> dict[str, Examples | None]:
 
 
 def _hub_documents(settings: BenchmarkSettings, hub: HubSettings) -> dict[str, list[str]]:
-    column = settings.text_columns[0]
-    limits = {
-        "train": settings.n_train,
-        "search": settings.n_search,
-        "validation": settings.n_validation,
-    }
-    if hub.streaming and None in (settings.n_train, settings.n_validation):
-        raise CoaloraError(
-            "a streamed corpus needs limits",
-            got=f"n_train {settings.n_train}, n_validation {settings.n_validation}",
-            remedy="set benchmark.n_train and benchmark.n_validation (blocks)",
+    column, share = settings.text_columns[0], settings.search_fraction
+    train_bytes = validation_bytes = None
+    if hub.streaming and settings.n_train is not None and settings.n_validation is not None:
+        # The search's documents are split off the training split: both parts have to get their blocks.
+        train_bytes = (
+            settings.max_length * _BYTES_A_TOKEN * max(settings.n_train / (1 - share), settings.n_search / share)
         )
-    # A streamed block takes one long document at most in the mean; short ones are joined, so read generously.
-    train = _take(_rows(hub, hub.train_split), column, hub, limits["train"])
-    validation = _take(_rows(hub, hub.validation_split), column, hub, limits["validation"])
-    parts = split_documents(train, {"search": settings.search_fraction}, seed=settings.split_seed)
-    return parts | {"validation": validation}
+        validation_bytes = settings.max_length * _BYTES_A_TOKEN * settings.n_validation
+    train = _take(_rows(hub, hub.train_split), column, train_bytes)
+    parts = split_documents(train, {"search": share}, seed=settings.split_seed)
+    return parts | {"validation": _take(_rows(hub, hub.validation_split), column, validation_bytes)}
 
 
-def _take(rows: Iterator[dict[str, Any]], column: str, hub: HubSettings, n_blocks: int | None) -> list[str]:
+def _take(rows: Iterator[dict[str, Any]], column: str, n_bytes: float | None) -> list[str]:
+    """Texts until there are `n_bytes` of them; all for None."""
     texts: list[str] = []
-    n_bytes = 0
-    # 16 bytes a token is far above any tokenizer's mean, so that the wanted number of blocks is reached.
-    wanted = None if not hub.streaming or n_blocks is None else n_blocks * 1024 * 16
+    taken = 0
     for row in rows:
-        if column not in row:
-            raise CoaloraError(
-                "the data set must have the text column",
-                got=column,
-                expected=f"one of {sorted(row)}",
-                remedy="set benchmark.text_columns",
-            )
+        _check_row(row, [column], [column])
         texts.append(row[column])
-        n_bytes += len(row[column].encode())
-        if wanted is not None and n_bytes >= wanted:
+        taken += len(row[column].encode())
+        if n_bytes is not None and taken >= n_bytes:
             break
     return texts
 
@@ -95,31 +85,45 @@ def _hub_examples(hub: HubSettings, split: str, columns: list[str], label: str) 
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
     for row in _rows(hub, split):
-        missing = [c for c in [*columns, label] if c not in row]
-        if missing:
-            raise CoaloraError(
-                "the data set must have the named columns",
-                got=f"no {', '.join(missing)}",
-                expected=f"some of {sorted(row)}",
-                remedy="set benchmark.text_columns and benchmark.label_column",
-            )
+        _check_row(row, [*columns, label], columns)
         texts.append(tuple(row[c] for c in columns))
         labels.append(row[label])
     return to_examples(texts, labels, f"{hub.path} {split}")
 
 
+def _check_row(row: dict[str, Any], wanted: list[str], texts: list[str]) -> None:
+    if missing := [c for c in wanted if c not in row]:
+        raise CoaloraError(
+            "the data set must have the named columns",
+            got=f"no {', '.join(missing)}",
+            expected=f"some of {', '.join(sorted(row))}",
+            remedy="set benchmark.text_columns and benchmark.label_column",
+        )
+    for column in texts:
+        if not isinstance(row[column], str):
+            raise CoaloraError(
+                "a text column holds texts",
+                got=f"{column}: {row[column]!r}",
+                expected=f"some of {', '.join(sorted(c for c, v in row.items() if isinstance(v, str)))}",
+                remedy="set benchmark.text_columns",
+            )
+
+
 def _rows(hub: HubSettings, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a split. A stream is read as it is consumed, so that the network can fail at any row."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(hub.path, hub.name, revision=hub.revision, split=split, streaming=hub.streaming)
+        yield from datasets.load_dataset(
+            hub.path, hub.name, revision=hub.revision, split=split, streaming=hub.streaming
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CoaloraError(
             "the data set must be reachable on the hub",
-            got=f"{hub.path} {hub.name or ''} {split}: {str(error).splitlines()[0]}",
+            got=" ".join(word for word in (hub.path, hub.name, split) if word) + f": {reason}",
             remedy="check benchmark.hub and the network, or use benchmark.files with local files",
         ) from error
-    return iter(rows)
 
 
 def input_files(settings: BenchmarkSettings) -> list[Path]:

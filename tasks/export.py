@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from coalora.adapt.adapted import AdapterRecipe
+from coalora.configurations import ConfigurationSet
 from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
+from coalora.files import read_json
 from coalora.models.loading import load_config
 from tasks.adapted import parameters
 from tasks.engine import stage
-from tasks.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
+from tasks.loaders import SELECTED, BaseModel, load_benchmark, load_selected, load_set, load_tables
 from tasks.settings import AdapterSettings, ExportSettings, RuntimeSettings
 from tasks.store import Artifact, Scalar, Store
 
@@ -30,9 +32,13 @@ def make_bundle(
 ) -> Artifact:
     """Shared pair, theta, head, tables and final set, without the base model."""
     measured = load_tables(tables)
+    # What was measured for the asked budgets answers other budgets as well as a member does.
+    members, chosen = load_set(selection, measured), read_json(Store().path(selection) / SELECTED)
+    merged = members.merge(ConfigurationSet.from_dict(chosen, measured))
+    _, first = np.unique(merged.configurations, axis=0, return_index=True)
     bundle = Bundle(
         measured,
-        load_set(selection, measured),
+        merged.take(first).sorted(measured),
         parameters(state),
         AdapterRecipe(**adapter.model_dump()),
         load_benchmark(benchmark).task,

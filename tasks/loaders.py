@@ -1,6 +1,6 @@
 """What stages read: the base model, the benchmark, calibration tables and configuration sets behind artifacts.
 
-Apart from the stages that make them, so that editing how something is made does not touch the keys of those that read it.
+Apart from the stages that make them: editing how something is made does not touch the keys of those that read it.
 """
 
 from __future__ import annotations

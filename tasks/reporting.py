@@ -30,9 +30,9 @@ def make_report(*, result: Artifact) -> Artifact:
         metric = content["benchmark"]["metric"]
         _write_csv(
             folder / "front.csv",
-            ["average_bits", "method", metric, "loss"],
+            ["average_bits", "nbytes", "method", metric, "loss"],
             [
-                [member["average_bits"], method, member["metric"][method], member["loss"][method]]
+                [member["average_bits"], member["nbytes"], method, member["metric"][method], member["loss"][method]]
                 for member in content["members"]
                 for method in content["arms"]
             ],
@@ -48,8 +48,14 @@ def make_report(*, result: Artifact) -> Artifact:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers that are compared between runs: hypervolumes, and metric and loss by budget and method."""
+    """The few numbers that are compared between runs: hypervolumes, and by budget and method metric, loss and gap.
+
+    The gap is what is missing to the full-precision base with the Shared-LoRA adapter, in the metric's unit: positive
+    is worse, whichever way the metric goes.
+    """
     metric = result["benchmark"]["metric"]
+    sign = 1 if result["benchmark"]["higher_is_better"] else -1
+    ceiling = result["full_precision"]["metric"]
     return {
         "hypervolume": result["hypervolume"]["values"],
         "budgets": {
@@ -57,6 +63,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
                 "average_bits": row["average_bits"],
                 metric: row["metric"],
                 "loss": row["loss"],
+                "gap": {method: sign * (ceiling - value) for method, value in row["metric"].items()},
             }
             for row in result["budgets"]
         },

@@ -49,6 +49,7 @@ def assemble(
     members, chosen = load_set(selection, measured), load_selected(selection, measured)
     measures = {method: read_json(store.path(s) / "scores.json") for method, s in scores.items()}
     bits = measured.average_bits(members.configurations)
+    nbytes = measured.total_nbytes(members.configurations)
     comparison = compare(
         {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
         bits,
@@ -96,6 +97,7 @@ def assemble(
         "members": [
             {
                 "average_bits": float(bits[i]),
+                "nbytes": int(nbytes[i]),
                 "round": int(members.joined[i]),
                 "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
                 "metric": {method: s["members"]["metric"][i] for method, s in measures.items()},

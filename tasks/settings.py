@@ -1,4 +1,4 @@
-"""Settings of a pipeline: typed, with units and ranges, the same for the command line, DVC and the form in Prefect's UI.
+"""Settings of a pipeline: typed, with units and ranges, one for the command line, DVC and the form in Prefect's UI.
 
 Unknown keys are errors. Every section is the input of the stages that use it and of no other, so that changing it runs
 those stages again and nothing before them.
@@ -8,91 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class PretrainSettings(Section):
-    """A small Llama decoder trained from scratch on the benchmark's training text."""
-
-    hidden_size: int = Field(128, ge=8, description="Width of the decoder.")
-    intermediate_size: int = Field(384, ge=8, description="Width of its MLP.")
-    num_hidden_layers: int = Field(4, ge=1, description="Transformer blocks.")
-    num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
-    vocab_size: int = Field(512, ge=260, description="Tokens of the byte-level BPE tokenizer.")
-    max_length: int = Field(128, ge=8, description="Tokens a training block.")
-    steps: int = Field(600, ge=1, description="Training steps.")
-    batch_size: int = Field(16, ge=1, description="Blocks a step.")
-    lr: float = Field(3e-3, gt=0, description="Peak learning rate.")
-
-
-class ModelSettings(Section):
-    """The base model: an existing one, or one that is pre-trained first."""
-
-    name_or_path: str | None = Field(None, description="Hub id or local folder of the base model.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub; pin a commit for repeatability.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Off unless you read it.")
-    pretrain: PretrainSettings | None = Field(None, description="Pre-train a small decoder instead.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSettings:
-        if (self.name_or_path is None) == (self.pretrain is None):
-            raise ValueError("set exactly one of model.name_or_path and model.pretrain")
-        return self
-
-
-class FilesSettings(Section):
-    """Local files of a benchmark: csv, tsv, jsonl or parquet for classification, plain text for language modelling."""
-
-    train: str = Field(description="Training file.")
-    validation: str | None = Field(None, description="Validation file; text may be split off the training file.")
-    search: str | None = Field(None, description="File that guides the search; else a part of train is set aside.")
-
-
-class HubSettings(Section):
-    """A data set of the hub, read through `datasets`."""
-
-    path: str = Field(description="Data set id, such as nyu-mll/glue or allenai/c4.")
-    name: str | None = Field(None, description="Its configuration, such as sst2 or en.")
-    revision: str | None = Field(None, description="Branch, tag or commit.")
-    train_split: str = Field("train", description="Name of the training split.")
-    validation_split: str = Field("validation", description="Name of the validation split.")
-    streaming: bool = Field(False, description="Read only as many rows as are used (large corpora).")
-
-
-class BenchmarkSettings(Section):
-    """A data set with its metric."""
-
-    name: str = Field(description="Name in reports.")
-    task: Literal["classification", "language-modeling"] = Field(description="What the model is fine-tuned for.")
-    builtin: Literal["pydoc-topics"] | None = Field(None, description="Text that comes with Python.")
-    files: FilesSettings | None = Field(None, description="Local files.")
-    hub: HubSettings | None = Field(None, description="Data set of the hub.")
-    text_columns: list[str] = Field(["text"], min_length=1, max_length=2, description="One text column, or a pair.")
-    label_column: str = Field("label", description="Column of class indices.")
-    num_labels: int = Field(2, ge=2, description="Number of classes.")
-    max_length: int = Field(128, ge=8, description="Tokens an example or block.")
-    n_train: int | None = Field(None, ge=1, description="At most so many training examples or blocks.")
-    n_search: int = Field(256, ge=1, description="Examples or blocks that guide the search; never validation data.")
-    n_validation: int | None = Field(None, ge=1, description="At most so many validation examples or blocks.")
-    search_fraction: Fraction = Field(0.05, description="Share of documents set aside for the search (text).")
-    validation_fraction: Fraction = Field(0.1, description="Share of documents held out where no file is given (text).")
-    split_seed: int = Field(0, ge=0, description="Decides which documents or examples are set aside.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> BenchmarkSettings:
-        if sum(source is not None for source in (self.builtin, self.files, self.hub)) != 1:
-            raise ValueError("set exactly one of benchmark.builtin, benchmark.files and benchmark.hub")
-        if self.builtin and self.task != "language-modeling":
-            raise ValueError("benchmark.builtin is text: set benchmark.task to language-modeling")
-        if self.files and self.task == "classification" and self.files.validation is None:
-            raise ValueError("classification from files needs benchmark.files.validation")
-        return self
+from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
 
 
 class CalibrationSettings(Section):
@@ -169,6 +87,14 @@ class EvaluationSettings(Section):
     )
     batch_size: int = Field(64, ge=1, description="Examples a batch.")
 
+    @field_validator("budgets")
+    @classmethod
+    def _distinct(cls, budgets: list[float]) -> list[float]:
+        # Folders and tables name a budget by these digits: two of one name would overwrite each other.
+        if len({f"{budget:g}" for budget in budgets}) < len(budgets):
+            raise ValueError("budgets must differ in their first six digits: give each of them once")
+        return budgets
+
 
 class ExportSettings(Section):
     """What is written for each budget."""
@@ -184,7 +110,21 @@ class TrackingSettings(Section):
 
     tracking_uri: str | None = Field(None, description="MLflow server or database; by default sqlite in COALORA_HOME.")
     experiment: str = Field("coalora", min_length=1, description="Experiment name.")
-    registered_model: str | None = Field(None, description="Name in the registry; by default coalora-<pipeline>.")
+    registered_model: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name in the registry; by default coalora-<pipeline>.",
+    )
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _server_or_database(cls, uri: str | None) -> str | None:
+        if uri is not None and ("://" not in uri or uri.startswith("file:")):
+            raise ValueError(
+                "MLflow keeps no runs in folders: give a server such as http://host:5000 or a database such as "
+                "sqlite:////folder/mlflow.db, or leave it out"
+            )
+        return uri
 
 
 class VersioningSettings(Section):

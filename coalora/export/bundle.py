@@ -22,7 +22,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key, write_adapter
 from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import Task
-from coalora.search.select import select_configuration
+from coalora.search.budget import best_within
 
 _FORMAT = "coalora-bundle/1"
 
@@ -98,9 +98,7 @@ class Bundle:
                 expected=f"{low:.3f} to {high:.3f}",
                 remedy="ask for more bits, or train with a space that has smaller choices",
             )
-        return select_configuration(
-            self.members.configurations, self.members.losses, self.tables.bits, self.tables.err, budget
-        )
+        return best_within(self.members.configurations, self.members.losses, self.tables.bits, self.tables.err, budget)
 
     @torch.no_grad()
     def adapt_to(self, configuration: np.ndarray) -> Adapted:

@@ -74,6 +74,7 @@ class Budget(_Part):
 
 class Member(_Part):
     average_bits: Bits
+    nbytes: Count  # packed bytes of the target layers
     round: Count
     loss: dict[str, float]
     metric: dict[str, float]

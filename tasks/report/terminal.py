@@ -44,14 +44,17 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
     for head in ("budget", "bits a\nweight", "base", "adapter", "both"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for name in names:
-        head = f"{result.arms[name].label}\n{result.metric_name} {result.arrow}"
-        table.add_column(Text(head, justify="right"), justify="right", vertical="bottom")
+        table.add_column(Text(result.arms[name].label), justify="right", no_wrap=True, vertical="bottom")
     for row in budget_table(result):
         cells = [f"{row.budget:.2f}", f"{row.average_bits:.2f}"]
         cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
         table.add_row(*cells, *(_mark(row.metric[name], name in row.best) for name in names))
     console.print(table)
-    console.print(Text("* best of its row at the decimals shown; several when they tie", style="dim"))
+    better = "higher" if result.benchmark.higher_is_better else "lower"
+    words = (
+        f"{result.metric_name} {result.arrow} ({better} is better); * best of its row at the decimals shown, ties too"
+    )
+    console.print(Text(words, style="dim"))
     full = result.full_precision
     _line(console, "full precision", f"{number(full.metric)} at {full.bits:g} bits")
     values = result.hypervolume.values
@@ -67,7 +70,8 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
         _line(console, "note", note)
     for export in sorted(result.exports, key=lambda at: at.budget):
         size = human_bytes(export.base_bytes + export.adapter_bytes)
-        _line(console, f"export at {export.budget:.2f}", f"{export.folder}   ({size})")
+        folder = export.folder if files is None else str(files.html.parent.parent / export.folder)
+        _line(console, f"export at {export.budget:.2f}", f"{folder}   ({size})")
     if files is not None:
         _line(console, "report", str(files.html))
         _line(console, "picture", str(files.front_png))

@@ -50,7 +50,7 @@ def make_result(
             }
         )
     members = [
-        {"average_bits": float(b), "round": int(rng.integers(0, 4)), **measures(b)}
+        {"average_bits": float(b), "nbytes": int(b * 1000), "round": int(rng.integers(0, 4)), **measures(b)}
         for b in np.linspace(2.12, 5.4, n_members)
     ]
     steps = np.arange(0, 1200, 2)

@@ -1,0 +1,151 @@
+"""A finished run answers any budget; nothing is left behind where it cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coalora.errors import CoaloraError
+from coalora.export.base import load_adapted
+from coalora.export.bundle import Bundle
+from flows.adapt import main, read_run
+from tests.tiny_run import TinyRun, at_home, tiny_run
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[TinyRun]:
+    made = tiny_run()
+    with at_home(made.home):
+        yield made
+
+
+def adapt(run: TinyRun | Path, out: Path, *more: str, budget: str = "3.3") -> int:
+    folder = run if isinstance(run, Path) else run.folder
+    return main([str(folder), "--budget", budget, "--out", str(out), *more])
+
+
+def copy_record(run: TinyRun, folder: Path, **changes: Any) -> Path:
+    record = json.loads((run.folder / "run.json").read_text()) | changes
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def refused(run: TinyRun | Path, out: Path, **options: Any) -> str:
+    with pytest.raises(CoaloraError) as caught:
+        adapt(run, out, **options)
+    return str(caught.value)
+
+
+def test_a_new_budget_is_answered_with_base_and_adapter(
+    run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "3.3-bits"
+    assert adapt(run.folder.parent / "latest", out) == 0
+    content = json.loads((out / "configuration.json").read_text())
+    assert 2 < content["average_bits"] <= 3.3
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: {content['average_bits']:.3f} average bits, adapter ")
+    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"adapter {size:,} bytes" in printed
+    assert content["digest"] == Bundle.load(run.folder / "bundle").adapt(3.3).digest
+    model = load_adapted(out / "base", out / "adapter")
+    with torch.no_grad():
+        assert torch.isfinite(model(input_ids=torch.arange(1, 9)[None]).logits).all()
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "base", "configuration.json"]
+    assert [p.name for p in out.parent.iterdir()] == ["3.3-bits"]
+
+
+def test_a_budget_of_the_run_gives_the_runs_own_export(run: TinyRun, tmp_path: Path) -> None:
+    adapt(run, tmp_path / "out", budget="2.5")
+    exported = run.folder / "export" / "2.5-bits"
+    files = [p.relative_to(exported) for p in exported.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    assert len(files) > 5
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (exported / file).read_bytes(), file
+
+
+def test_without_base_the_adapter_alone_is_written_and_no_model_is_read(run: TinyRun, tmp_path: Path) -> None:
+    gone = run.calibrated.base.model_dump(mode="json") | {"digest": "0" * 64}
+    folder = copy_record(run, tmp_path / "run", base=gone)
+    assert adapt(folder, tmp_path / "out", "--no-base") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter", "configuration.json"]
+    assert "base 000000000000: not in the store" in refused(folder, tmp_path / "other")
+
+
+def test_the_device_is_this_machines_and_not_the_runs(run: TinyRun, tmp_path: Path) -> None:
+    settings = run.settings.model_dump(mode="json")
+    settings["runtime"]["device"] = "cuda"
+    assert adapt(copy_record(run, tmp_path / "run", settings=settings), tmp_path / "out") == 0
+
+
+def test_an_empty_folder_is_written_to(run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert adapt(run, tmp_path / "out", "--no-base") == 0
+
+
+def test_a_folder_with_files_is_left_alone(run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "must be new or empty" in refused(run, tmp_path)
+    assert "must be new or empty" in refused(run, tmp_path / "mine.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("budget", ["1.5", "-3", "nan"])
+def test_a_budget_below_the_space_is_refused_before_anything_is_written(
+    run: TinyRun, tmp_path: Path, budget: str
+) -> None:
+    assert "at least the smallest average bits" in refused(run, tmp_path / "out", budget=budget)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_in_the_middle_leaves_nothing(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tasks.export.write_base", fail)
+    with pytest.raises(OSError, match="disk full"):
+        adapt(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["", "report", "bundle"])
+def test_a_folder_that_is_no_run_is_refused(run: TinyRun, tmp_path: Path, part: str) -> None:
+    folder = run.folder / part if part else tmp_path / "runs" / "none"
+    text = refused(folder, tmp_path / "out")
+    assert str(folder) in text
+    assert "python -m flows.pipeline" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ("{", "run.json"),
+        ("[]", "run.json"),
+        ("{}", "'settings'"),
+        ('{"settings": {"seed": -1}}', "model: is required"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path: Path, content: str, fragment: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CoaloraError) as caught:
+        read_run(tmp_path)
+    assert fragment in str(caught.value)
+
+
+def test_a_record_without_a_bundle_is_refused(run: TinyRun, tmp_path: Path) -> None:
+    folder = copy_record(run, tmp_path / "run", bundle={"kind": "bundle"})
+    assert "record of a finished run of this version" in refused(folder, tmp_path / "out")
+
+
+def test_another_home_has_not_the_artifacts(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "elsewhere"))
+    text = refused(run, tmp_path / "out")
+    assert "the run's artifacts must be in the store" in text
+    assert str(tmp_path / "elsewhere") in text
+    assert "COALORA_HOME" in text

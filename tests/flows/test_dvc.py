@@ -1,0 +1,52 @@
+"""`dvc repro` runs the same stages as the flow, with its cache warm and cold, to the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.flows.checkout import Checkout, computed
+
+
+@pytest.fixture(scope="module")
+def cold(make_checkout: Callable[[str], Checkout]) -> tuple[Checkout, str]:
+    checkout = make_checkout("cold")
+    return checkout, checkout.repro()
+
+
+def test_repro_with_a_cold_cache_gives_the_numbers_of_the_flow(
+    cold: tuple[Checkout, str], finished: tuple[Checkout, str]
+) -> None:
+    by_repro = (cold[0].root / "outputs" / "report" / "metrics.json").read_bytes()
+    assert by_repro == (finished[0].latest / "report" / "metrics.json").read_bytes()
+
+
+def test_repro_after_the_flow_computes_nothing(finished: tuple[Checkout, str]) -> None:
+    checkout, _ = finished
+    output = checkout.repro()
+    assert computed(output) == []
+    by_repro = (checkout.root / "outputs" / "report" / "metrics.json").read_bytes()
+    assert by_repro == (checkout.latest / "report" / "metrics.json").read_bytes()
+
+
+def test_a_second_repro_runs_no_stage(cold: tuple[Checkout, str]) -> None:
+    assert "Data and pipelines are up to date" in cold[0].repro()
+
+
+def test_repro_versions_every_rounds_set_from_inside_its_stage(cold: tuple[Checkout, str]) -> None:
+    folder = cold[0].root / "configurations" / "tiny"
+    assert len(list(folder.glob("round-*.json.dvc"))) == 3
+
+
+def test_no_stage_starts_a_prefect_server(cold: tuple[Checkout, str]) -> None:
+    assert "temporary server" not in cold[1]
+
+
+def test_metrics_and_plots_are_declared(cold: tuple[Checkout, str]) -> None:
+    metrics = json.loads(cold[0].run("-m", "dvc", "metrics", "show", "--json"))
+    (shown,) = metrics[""]["data"].values()
+    assert set(shown["data"]["hypervolume"]) == {"none", "shared", "coa"}
+    plots = cold[0].run("-m", "dvc", "plots", "show", "--show-vega", "outputs/report/front.csv")
+    assert "average_bits" in plots

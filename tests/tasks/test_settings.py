@@ -1,0 +1,154 @@
+"""Settings explain themselves (they are the form in Prefect's UI) and cannot be changed by accident.
+
+The messages for wrong values are tested in tests/flows/test_definitions.py, as users see them.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel, ValidationError
+
+from tasks.settings import EvaluationSettings, RuntimeSettings, Settings
+from tasks.settings_data import BenchmarkSettings, ModelSettings
+
+MINIMAL: dict[str, Any] = {
+    "model": {"name_or_path": "m"},
+    "benchmark": {"name": "b", "task": "language-modeling", "builtin": "pydoc-topics"},
+}
+
+
+def sections(model: type[BaseModel] = Settings, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path or "settings", model
+    for name, field in model.model_fields.items():
+        for option in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                yield from sections(option, f"{path}.{name}".lstrip("."))
+
+
+SECTIONS = dict(sections())
+
+
+def test_the_walk_finds_nested_and_optional_sections() -> None:
+    assert {"settings", "model.pretrain", "benchmark.files", "benchmark.hub", "search", "runtime"} <= set(SECTIONS)
+
+
+@pytest.mark.parametrize("path", SECTIONS)
+def test_every_field_says_what_it_is(path: str) -> None:
+    model = SECTIONS[path]
+    assert model.__doc__
+    for name, field in model.model_fields.items():
+        assert field.description, f"{path}.{name}"
+        assert field.description.endswith("."), f"{path}.{name}: {field.description}"
+
+
+@pytest.mark.parametrize("path", SECTIONS)
+def test_every_section_refuses_unknown_keys_and_changes(path: str) -> None:
+    model = SECTIONS[path]
+    assert model.model_config["extra"] == "forbid"
+    assert model.model_config["frozen"] is True
+    # Infinity is larger than every lower bound, so that bounds alone let it through.
+    assert model.model_config["allow_inf_nan"] is False
+
+
+def test_settings_cannot_be_assigned_to() -> None:
+    settings = Settings.model_validate(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.search.rounds = 5  # type: ignore[misc]
+
+
+def test_the_json_schema_builds_and_carries_descriptions_units_and_ranges() -> None:
+    schema = json.loads(json.dumps(Settings.model_json_schema()))
+    search = schema["$defs"]["SearchSettings"]
+    assert search["additionalProperties"] is False
+    assert search["properties"]["rounds"] | {"title": ""} == {
+        "default": 2, "description": "Search rounds, each followed by training.", "minimum": 0, "title": "",
+        "type": "integer",
+    }  # fmt: skip
+    assert schema["$defs"]["AdapterSettings"]["properties"]["lora_dropout"]["exclusiveMaximum"] == 1
+    assert schema["required"] == ["model", "benchmark"]
+    assert all("description" in field for part in schema["$defs"].values() for field in part["properties"].values())
+
+
+def test_settings_survive_json() -> None:
+    raw = {**MINIMAL, "evaluation": {"budgets": [2.5, 3]}, "choices": {"allow": {"bits": [2], "scale_dtype": ["bf16"]}}}
+    settings = Settings.model_validate(raw)
+    again = Settings.model_validate_json(settings.model_dump_json())
+    assert again == settings
+    assert again.choices.allow == {"bits": [2], "scale_dtype": ["bf16"]}
+
+
+def test_defaults_are_valid() -> None:
+    """pydantic does not check defaults: a bad one would be refused only where somebody writes it out."""
+    settings = Settings.model_validate(MINIMAL)
+    assert Settings.model_validate(settings.model_dump()) == settings
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_truth_value_is_no_number_and_a_number_is_no_list(value: bool) -> None:
+    with pytest.raises(ValidationError, match="true and false are no value"):
+        EvaluationSettings(budgets=[2.0, value])
+    with pytest.raises(ValidationError, match="true and false are no value"):
+        EvaluationSettings(batch_size=value)
+    assert ModelSettings(name_or_path="m", trust_remote_code=value).trust_remote_code is value
+
+
+@pytest.mark.parametrize("budgets", [[3.0, 3], [2.5, 2.5000001]])
+def test_budgets_that_would_share_a_folder_are_refused(budgets: list[float]) -> None:
+    with pytest.raises(ValidationError, match="budgets must differ"):
+        EvaluationSettings(budgets=budgets)
+    assert EvaluationSettings(budgets=[2.5, 2.501]).budgets == [2.5, 2.501]
+
+
+@pytest.mark.parametrize(
+    ("sources", "accepted"),
+    [
+        ({}, False),
+        ({"builtin": "pydoc-topics"}, True),
+        ({"files": {"train": "a"}}, True),
+        ({"hub": {"path": "a"}}, True),
+        ({"builtin": "pydoc-topics", "hub": {"path": "a"}}, False),
+        ({"files": {"train": "a"}, "hub": {"path": "a"}}, False),
+        ({"hub": {"path": "a", "streaming": True}}, False),
+        ({"hub": {"path": "a", "streaming": True}, "n_train": 4}, False),
+        ({"hub": {"path": "a", "streaming": True}, "n_train": 4, "n_validation": 4}, True),
+        ({"builtin": "pydoc-topics", "search_fraction": 0.5, "validation_fraction": 0.5}, False),
+        # What has a file of its own is not split off.
+        ({"files": {"train": "a", "validation": "b"}, "search_fraction": 0.5, "validation_fraction": 0.5}, True),
+        ({"files": {"train": "a", "search": "b"}, "search_fraction": 0.5, "validation_fraction": 0.5}, True),
+    ],
+)
+def test_a_text_benchmark_has_one_source_that_leaves_text_to_train_on(sources: dict[str, Any], accepted: bool) -> None:
+    fields = {"name": "b", "task": "language-modeling", **sources}
+    if accepted:
+        BenchmarkSettings.model_validate(fields)
+    else:
+        with pytest.raises(ValidationError):
+            BenchmarkSettings.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "asked", "found"),
+    [
+        (False, {}, ("cpu", "float32")),
+        (True, {}, ("cuda", "bfloat16")),
+        (True, {"device": "cpu"}, ("cpu", "float32")),
+        (False, {"dtype": "bfloat16"}, ("cpu", "bfloat16")),
+        (True, {"dtype": "float32"}, ("cuda", "float32")),
+        (False, {"device": "cuda"}, ("cuda", "bfloat16")),
+    ],
+)
+def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, asked: dict[str, Any], found: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    runtime = RuntimeSettings(cache_mib=7, **asked)
+    resolved = runtime.resolved()
+    assert (resolved.device, resolved.dtype, resolved.cache_mib) == (*found, 7)
+    assert resolved.resolved() == resolved
+    assert (runtime.device, runtime.dtype) == (asked.get("device", "auto"), asked.get("dtype", "auto"))

@@ -1,0 +1,97 @@
+"""One run of the tiny pipeline without cache or server: its artifacts, made by the stages' own functions.
+
+What publishes, adapts and reports needs real artifacts; they are made once for all tests of a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from flows.calibration import Calibrated, calibration_chain
+from flows.definitions import load_settings
+from flows.evaluation import Evaluated, evaluation_chain
+from flows.export import Exported, export_chain
+from flows.run import PipelineRun
+from flows.training import Trained, training_chain
+from tasks.engine import Stage
+from tasks.publish import write_run_folder
+from tasks.reporting import make_report
+from tasks.settings import Settings
+from tasks.store import Artifact
+
+CHANGES = [
+    "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",
+    "model.pretrain.steps=4", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=3",
+]  # fmt: skip
+
+
+class _Plain:
+    """Calls stages as they are."""
+
+    def run(self, stage: Stage, /, *, refresh: bool = False, **inputs: Any) -> Artifact:
+        return stage.task.fn(**stage.bind(inputs))
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """What a finished run has made. `home` is its COALORA_HOME, `folder` its run folder."""
+
+    home: Path
+    folder: Path
+    settings: Settings
+    calibrated: Calibrated
+    trained: Trained
+    evaluated: Evaluated
+    exported: Exported
+    report: Artifact
+
+
+@contextmanager
+def at_home(home: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COALORA_HOME", str(home))
+        yield
+
+
+@cache
+def _home() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="coalora-tiny-")
+
+
+@cache
+def tiny_run() -> TinyRun:
+    root = Path(_home().name)
+    home = root / "home"
+    settings = load_settings("tiny", file=Path(__file__).parent / "flows" / "tiny.yaml", changes=CHANGES)
+    with at_home(home):
+        run = PipelineRun("tiny", settings, _Plain(), None, None)  # type: ignore[arg-type]
+        calibrated = calibration_chain(run)
+        trained = training_chain(run, calibrated)
+        evaluated = evaluation_chain(run, calibrated, trained)
+        exported = export_chain(run, calibrated, trained, evaluated)
+        report = run.run(make_report, result=exported.result)
+        folder = write_run_folder.fn(
+            folder=str(root / "runs" / "tiny" / "0123abcd"),
+            report=report,
+            bundle=exported.bundle,
+            exports={
+                f"export/{budget:g}-bits": export
+                for budget, export in zip(settings.evaluation.budgets, exported.exports, strict=True)
+            },
+            record={
+                "pipeline": "tiny",
+                "settings": settings.model_dump(mode="json"),
+                "base": calibrated.base.model_dump(mode="json"),
+                "benchmark": calibrated.benchmark.model_dump(mode="json"),
+                "bundle": exported.bundle.model_dump(mode="json"),
+            },
+        )
+    return TinyRun(home, Path(folder), settings, calibrated, trained, evaluated, exported, report)
