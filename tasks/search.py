@@ -1,4 +1,4 @@
-"""Stages `search` and `select`: a round of Pareto search, and the final choice for each budget."""
+"""Stage `search`: a round of Pareto search."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from coalora.search.hypervolume import hypervolume
 from coalora.search.pareto import is_non_dominated
 from coalora.search.propose import propose
 from coalora.search.segments import segment_filter
-from coalora.search.select import select_configuration
 from coalora.search.surrogate import Surrogate
 from tasks.adapted import build_adapted
 from tasks.engine import stage
-from tasks.loaders import SELECTED, SET, BaseModel, load_benchmark, load_set, load_tables
+from tasks.loaders import SET, BaseModel, load_benchmark, load_set, load_tables
 from tasks.progress import Progress
 from tasks.settings import AdapterSettings, RuntimeSettings, SearchSettings
 from tasks.store import Artifact, Scalar, Store
@@ -44,8 +43,8 @@ def search_round(
     """The set of the next round: members measured anew, candidates proposed, measured and merged, segments filtered.
 
     Members are measured each round because theta has trained on since: their old losses no longer compare. The
-    reference point is fixed by the first round (its worst loss plus a tenth of the range, and the space's largest bits),
-    so that hypervolumes of all rounds compare.
+    reference point is fixed by the first round (its worst loss plus a tenth of the range, and the space's largest
+    bits), so that hypervolumes of all rounds compare.
     """
     data, measured = load_benchmark(benchmark), load_tables(tables)
     adapted = build_adapted(
@@ -105,47 +104,6 @@ def search_round(
         return {name: record[name] for name in names}
 
     return Store().put("configuration-set", write)
-
-
-@stage("select", tags=("gpu",))
-def select_budgets(
-    *,
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
-    configurations: Artifact,
-    state: Artifact,
-    adapter: AdapterSettings,
-    search_batch_size: int,
-    budgets: list[float],
-    runtime: RuntimeSettings,
-    seed: int,
-) -> Artifact:
-    """The final set with the losses of the final adapter, and the configuration of each asked budget.
-
-    Selection looks at the search split alone; validation examples are only ever reported on.
-    """
-    data, measured = load_benchmark(benchmark), load_tables(tables)
-    adapted = build_adapted(
-        BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state
-    )
-    members = _measure(adapted, data.search, load_set(configurations, measured), search_batch_size, "final set")
-    chosen = np.array(
-        [
-            select_configuration(members.configurations, members.losses, measured.bits, measured.err, budget)
-            for budget in budgets
-        ]
-    )
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / SET, members.to_dict(measured))
-        selected = ConfigurationSet(
-            chosen, np.full(len(chosen), np.nan), members.joined.max(initial=0).repeat(len(chosen))
-        )
-        write_json(folder / SELECTED, selected.to_dict(measured) | {"budgets": budgets})
-        return {"n_members": len(members)}
-
-    return Store().put("selection", write)
 
 
 def _measure(

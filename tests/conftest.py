@@ -1,4 +1,4 @@
-"""Before any test imports torch: one thread a process. Test files run on two processes, and tiny matrices on two threads
+"""Before any test imports torch: one thread a process. Files run on two processes, and tiny matrices on two threads
 lose more to each other than they gain."""
 
 import os
