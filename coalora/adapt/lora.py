@@ -7,6 +7,7 @@ tokens, and is the same expression that the export writes to disk.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
@@ -63,7 +64,10 @@ def attach(
     The same seed gives the same initial adapter.
     """
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers has renamed; nothing that a user could act upon.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft_model = get_peft_model(model, config)
     adjusted = []
     for layer in layers:
         module = peft_model.get_base_model().get_submodule(layer.name)
