@@ -172,7 +172,8 @@ def _budget(
 
 def _layer_bits(configuration: np.ndarray, measured: Any) -> list[float]:
     n_weights = np.array([layer.n_weights for layer in measured.layers])
-    return (measured.nbytes[np.arange(len(n_weights)), configuration] * 8 / n_weights).tolist()
+    bits = measured.nbytes[np.arange(len(n_weights)), configuration] * 8 / n_weights
+    return [round(float(b), 2) for b in bits]  # for a heat map whose cells print it
 
 
 def _label(method: str, task: str) -> str:
