@@ -172,8 +172,7 @@ def _budget(
 
 def _layer_bits(configuration: np.ndarray, measured: Any) -> list[float]:
     n_weights = np.array([layer.n_weights for layer in measured.layers])
-    bits = measured.nbytes[np.arange(len(n_weights)), configuration] * 8 / n_weights
-    return [round(float(b), 2) for b in bits]  # for a heat map whose cells print it
+    return (measured.nbytes[np.arange(len(n_weights)), configuration] * 8 / n_weights).tolist()
 
 
 def _label(method: str, task: str) -> str:

@@ -50,7 +50,7 @@ def heatmap_figure(result: Result | Mapping[str, Any]) -> Figure:
                 ax.add_patch(Rectangle(cell, 1 - edge, 0.92, fc=color, ec=color, lw=0.15, clip_on=False, gid=tip(text)))
                 if printed:
                     ax.text(
-                        x + 0.5, row + 0.5, f"{bits:g}", ha="center", va="center_baseline", fontsize=8.5,
+                        x + 0.5, row + 0.5, f"{bits:.3g}", ha="center", va="center_baseline", fontsize=8.5,
                         color=text_on(color), clip_on=False,
                     )  # fmt: skip
         right = n_layers + gap * (len(blocks) - 1)
