@@ -71,14 +71,19 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
             expected="definitions: {pipelines: {NAME: {model: ..., benchmark: ...}}}",
         )
     for name in pipelines:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise CoaloraError(
-                "a pipeline has a plain name, which folders and the registry can carry",
-                got=f"{name!r} in {path}",
-                expected="at most 64 letters, digits, . _ -, the first a letter or a digit",
-                remedy="rename it, with quotes if it looks like a number",
-            )
+        check_name(name, f" in {path}")
     return pipelines
+
+
+def check_name(name: object, where: str = "") -> None:
+    """Refuse a pipeline's name that run folders, configuration sets or the registry cannot carry."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CoaloraError(
+            "a pipeline has a plain name, which folders and the registry can carry",
+            got=f"{name!r}{where}",
+            expected="at most 64 letters, digits, . _ -, the first a letter or a digit",
+            remedy="rename it, with quotes if it looks like a number",
+        )
 
 
 def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from prefect import flow
 
 from coalora.errors import CoaloraError
 from flows.calibration import calibration
+from flows.definitions import check_name
 from flows.evaluation import evaluation
 from flows.export import export
 from flows.preflight import preflight
@@ -32,6 +33,7 @@ def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Publishe
         settings: As in pipelines.yaml.
         refresh: Stages to compute again whatever is cached.
     """
+    check_name(name)  # a run started from a form has not been read from a file
     check_refresh(refresh)
     found = preflight(settings, root=Path.cwd())
     low, high = found.bits_range
@@ -96,7 +98,7 @@ def show(published: Published, settings: Settings) -> None:
         ("open the report", f"xdg-open {latest}/report/report.html"),
         ("adapt to another budget", f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits"),
         ("compare runs in MLflow", f"mlflow ui --backend-store-uri {place.tracking_uri}"),
-        ("schedule it", "prefect server start   # then: prefect deploy --all --prefect-file pipelines.yaml"),
+        ("start a Prefect server", "prefect server start   # README.md: deploy, schedule, run on a worker"),
     ]
     for words, command in commands:
         console.print(f"  {words:<25} {command}", markup=False, highlight=False, soft_wrap=True)

@@ -119,9 +119,10 @@ def _snapshot(name: str, revision: str | None) -> Path:
         patterns = [f"*{suffix}" for suffix in MODEL_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CoaloraError(
             "the base model must be a hub id or a local folder",
-            got=f"{name}: {str(error).splitlines()[0]}",
+            got=f"{name}: {reason}",
             expected="for example 'FacebookAI/roberta-large' or a path to a saved model",
             remedy="check model.name_or_path and the network",
         ) from error

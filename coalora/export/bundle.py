@@ -44,9 +44,6 @@ class Adapted:
     tensors: dict[str, Tensor]
     choices: np.ndarray
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.tensors
-
 
 class Bundle:
     """A trained, configuration-aware adapter.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coalora.errors import CoaloraError
-from flows.definitions import apply_change, load_settings, read_pipelines, validate_settings
+from flows.definitions import apply_change, check_name, load_settings, read_pipelines, validate_settings
 from tasks.settings import Settings
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -187,3 +187,9 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, content: bytes, fragm
         load_settings("demo", file=file)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../outside", "", "-x", "a b", "x" * 65, 7])
+def test_a_name_from_a_form_is_checked_as_one_from_a_file(name: object) -> None:
+    with pytest.raises(CoaloraError, match="plain name"):
+        check_name(name)
