@@ -25,6 +25,8 @@ from tasks.export import write_export
 from tasks.settings import RuntimeSettings, Settings
 from tasks.store import Artifact, Store
 
+ARTIFACTS = ("base", "benchmark", "tables", "bundle")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             configuration,
             base=artifacts["base"],
             benchmark=artifacts["benchmark"],
+            tables=artifacts["tables"],
             bundle=artifacts["bundle"],
             export=settings.export.model_copy(update={"base": not options.no_base}),
             # The number type is the run's, the device is this machine's.
@@ -69,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
-    """Settings of a finished run, and its artifacts `base`, `benchmark` and `bundle`.
+    """Settings of a finished run, and its `ARTIFACTS`.
 
     Raises:
         CoaloraError: no run folder, or one whose record is damaged or of another version.
@@ -85,7 +88,7 @@ def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
     try:
         record: Any = read_json(file)
         settings = validate_settings(record["settings"], str(file))
-        return settings, {n: Artifact.model_validate(record[n]) for n in ("base", "benchmark", "bundle")}
+        return settings, {n: Artifact.model_validate(record[n]) for n in ARTIFACTS}
     except CoaloraError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -97,6 +97,7 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
             "settings": run.settings.model_dump(mode="json"),
             "base": calibrated.base.model_dump(mode="json"),
             "benchmark": calibrated.benchmark.model_dump(mode="json"),
+            "tables": calibrated.tables.model_dump(mode="json"),
             "bundle": exported.bundle.model_dump(mode="json"),
             "mlflow_run_id": run_id,
         },

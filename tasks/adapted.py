@@ -8,7 +8,7 @@ from coalora.adapt.adapted import AdaptedModel, AdapterRecipe, Method
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
 from coalora.train.loop import TrainingState
-from tasks.loaders import BaseModel, load_tables
+from tasks.loaders import BaseModel, load_input_statistics, load_tables
 from tasks.settings import AdapterSettings, RuntimeSettings
 from tasks.store import Artifact, Store
 
@@ -48,6 +48,7 @@ def build_adapted(
         method=method,
         recipe=AdapterRecipe(**adapter.model_dump()),
         seed=seed,
+        statistics=load_input_statistics(tables, measured),
         cache_bytes=runtime.cache_mib << 20,
     )
     if state is not None:

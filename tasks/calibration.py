@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coalora.calibrate.statistics import input_second_moments
+from coalora.calibrate.statistics import collect_statistics, save_statistics
 from coalora.calibrate.tables import calibration_tables, error_table
 from coalora.errors import CoaloraError
-from coalora.files import write_tensors
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 from tasks.engine import stage
-from tasks.loaders import TABLES, BaseModel, load_benchmark
+from tasks.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
 from tasks.progress import Progress
 from tasks.settings import CalibrationSettings, ChoiceSettings, RuntimeSettings
 from tasks.store import Artifact, Scalar, Store
@@ -40,23 +39,21 @@ def calibrate(
     model = source.load(data, runtime, seed=seed)
     layers = find_target_layers(model, target_modules)
     space = ChoiceSpace(choices.scheme, **choices.allow)
-    moments = input_second_moments(
+    statistics = collect_statistics(
         model,
         layers,
         data.train.head(calibration.n_samples),
         batch_size=calibration.batch_size,
+        hessians=space.scheme.needs_statistics,
         progress=Progress("input statistics"),
     )
     weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-    err = error_table(weights, moments, space, progress=Progress(f"errors of {len(space)} choices by layer"))
+    err = error_table(weights, statistics, space, progress=Progress(f"errors of {len(space)} choices by layer"))
     tables = calibration_tables(layers, space, err, source.digest)
 
     def write(folder: Path) -> dict[str, Scalar]:
         tables.save(folder / TABLES)
-        write_tensors(
-            folder / "statistics.safetensors",
-            {layer.name: moment for layer, moment in zip(layers, moments, strict=True)},
-        )
+        save_statistics(folder / STATISTICS, layers, statistics)
         low, high = tables.bits_range()
         return {"n_layers": len(layers), "n_weights": tables.n_weights, "min_bits": low, "max_bits": high}
 

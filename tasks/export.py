@@ -15,7 +15,15 @@ from coalora.files import read_json
 from coalora.models.loading import load_config
 from tasks.adapted import parameters
 from tasks.engine import stage
-from tasks.loaders import SELECTED, BaseModel, load_benchmark, load_selected, load_set, load_tables
+from tasks.loaders import (
+    SELECTED,
+    BaseModel,
+    load_benchmark,
+    load_input_statistics,
+    load_selected,
+    load_set,
+    load_tables,
+)
 from tasks.settings import AdapterSettings, ExportSettings, RuntimeSettings
 from tasks.store import Artifact, Scalar, Store
 
@@ -75,6 +83,7 @@ def export_budget(
             configuration,
             base=base,
             benchmark=benchmark,
+            tables=tables,
             bundle=bundle,
             export=export,
             runtime=runtime,
@@ -90,6 +99,7 @@ def write_export(
     *,
     base: Artifact,
     benchmark: Artifact,
+    tables: Artifact,
     bundle: Artifact,
     export: ExportSettings,
     runtime: RuntimeSettings,
@@ -103,7 +113,15 @@ def write_export(
         source, data = BaseModel(base), load_benchmark(benchmark)
         model = source.load(data, runtime, seed=seed)
         stored = getattr(load_config(source.path), "dtype", None)
-        write_base(folder / "base", model, made.tables, configuration, task=data.task, rest_dtype=stored)
+        write_base(
+            folder / "base",
+            model,
+            made.tables,
+            configuration,
+            task=data.task,
+            statistics=load_input_statistics(tables, made.tables),
+            rest_dtype=stored,
+        )
         source.tokenizer().save_pretrained(folder / "base")
     return {
         "average_bits": adapted.average_bits,

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coalora.calibrate.statistics import load_statistics
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Benchmark
 from coalora.errors import CoaloraError
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_model, load_tokenizer
+from coalora.quant.scheme import InputStatistics
 from tasks.fingerprint import model_digest
 from tasks.settings import RuntimeSettings
 from tasks.store import Artifact, Scalar, Store
@@ -25,6 +27,7 @@ from tasks.store import Artifact, Scalar, Store
 REFERENCE = "reference.json"
 MODEL = "model"
 TABLES = "tables.safetensors"
+STATISTICS = "statistics.safetensors"
 SET = "configurations.json"
 SELECTED = "selected.json"
 
@@ -99,6 +102,11 @@ def load_benchmark(artifact: Artifact) -> Benchmark:
 
 def load_tables(artifact: Artifact) -> CalibrationTables:
     return CalibrationTables.load(Store().path(artifact) / TABLES)
+
+
+def load_input_statistics(artifact: Artifact, measured: CalibrationTables) -> list[InputStatistics]:
+    """Statistics of the layers' inputs from a calibration artifact, in the order of its layers."""
+    return load_statistics(Store().path(artifact) / STATISTICS, measured.layers)
 
 
 def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[str, Scalar]) -> Artifact:

@@ -25,6 +25,7 @@ from coalora.errors import CoaloraError
 from coalora.models.loading import Task
 from coalora.models.quantized import FULL_PRECISION, QuantizedBase
 from coalora.models.targets import TargetLayer
+from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
 Method = Literal["coa", "shared", "none"]
@@ -50,6 +51,7 @@ class AdaptedModel:
         task: decides PEFT's task type, and so whether a head is trained.
         method: `coa`, `shared` or `none`.
         recipe: the adapter's sizes.
+        statistics, cache_bytes: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives both methods the same initial pair.
     """
 
@@ -63,12 +65,13 @@ class AdaptedModel:
         method: Method,
         recipe: AdapterRecipe,
         seed: int,
+        statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
     ) -> None:
         self.method = method
         self.recipe = recipe
         self.layers = list(layers)
-        self.base = QuantizedBase(model, layers, space, cache_bytes=cache_bytes)
+        self.base = QuantizedBase(model, layers, space, statistics=statistics, cache_bytes=cache_bytes)
         self.device = next(model.parameters()).device
         config = lora_config(layers, task, r=recipe.r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout)
         self.peft_model, self.lora_A = attach(model, layers, config, seed=seed)

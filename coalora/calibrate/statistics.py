@@ -1,39 +1,51 @@
-"""Input statistics of the target layers: the second moment of every input feature, E[x_j^2].
+"""Input statistics of the target layers: the second moment of every input feature, E[x_j^2], and where asked for
+the whole second-moment matrix E[x x^T].
 
-They weight quantization errors by what the layer is fed: E ||(W - q(W)) x||^2 = sum_ij (W - q(W))_ij^2 E[x_j^2] where
-features are uncorrelated (the diagonal of the Hessian of GPTQ, arXiv 2210.17323, and the importance matrix of GGUF).
+The moments weight quantization errors by what the layer is fed:
+    E ||(W - q(W)) x||^2 = sum_ij (W - q(W))_ij^2 E[x_j^2]
+where features are uncorrelated (the diagonal of the Hessian of GPTQ, arXiv 2210.17323, and the importance matrix of
+GGUF); the whole matrix is what calibrated quantizers and closed-form compensation read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
+from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
+from coalora.quant.scheme import InputStatistics
 
 
 @torch.no_grad()
-def input_second_moments(
+def collect_statistics(
     model: nn.Module,
     layers: Sequence[TargetLayer],
     split: Split,
     *,
     batch_size: int,
+    hessians: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Tensor]:
-    """E[x_j^2] over the tokens of `split`, one float32 tensor (in_features,) for each layer; padding is left out.
+) -> list[InputStatistics]:
+    """Statistics over the tokens of `split`, on the CPU, one for each layer; padding is left out. One pass serves
+    every choice of every scheme.
 
     A layer that sees one vector an example (a pooler), or only some tokens, is averaged over what it sees.
+
+    Args:
+        hessians: collect E[x x^T] (in, in) as well; 4 in^2 bytes a layer.
 
     Raises:
         CoaloraError: a layer that no example reaches, or activations that are not finite.
     """
     device = next(model.parameters()).device
     sums = [torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for layer in layers]
+    products = [torch.zeros(layer.shape[1], layer.shape[1], device=device) if hessians else None for layer in layers]
     counts = [0] * len(layers)
     mask: Tensor | None = None
 
@@ -47,6 +59,9 @@ def input_second_moments(
             x = x.flatten(0, -2)
             sums[index] += x.square().sum(0, dtype=torch.float64)
             counts[index] += len(x)
+            product = products[index]
+            if product is not None:
+                product.addmm_(x.T, x)
 
         return add
 
@@ -73,4 +88,37 @@ def input_second_moments(
                 got=f"{layer.name}: {'no input' if count == 0 else 'NaN or inf'} in {len(split)} examples",
                 remedy="leave the layer out of target_modules, or run the base model in a wider dtype",
             )
-    return moments
+    return [
+        InputStatistics(moment, None if product is None else (product / count).cpu())
+        for moment, product, count in zip(moments, products, counts, strict=True)
+    ]
+
+
+def save_statistics(path: Path, layers: Sequence[TargetLayer], statistics: Sequence[InputStatistics]) -> None:
+    """Write `<layer>.second_moment`, and `<layer>.hessian` where there is one."""
+    tensors: dict[str, Tensor] = {}
+    for layer, known in zip(layers, statistics, strict=True):
+        tensors[f"{layer.name}.second_moment"] = known.second_moment
+        if known.hessian is not None:
+            tensors[f"{layer.name}.hessian"] = known.hessian
+    write_tensors(path, tensors)
+
+
+def load_statistics(path: Path, layers: Sequence[TargetLayer]) -> list[InputStatistics]:
+    """Read `save_statistics`, in the order of `layers`.
+
+    Raises:
+        CoaloraError: a layer has no statistics in the file.
+    """
+    tensors, _ = read_tensors(path)
+    absent = [layer.name for layer in layers if f"{layer.name}.second_moment" not in tensors]
+    if absent:
+        raise CoaloraError(
+            "every target layer has input statistics",
+            got=f"none for {', '.join(absent[:3])} ({len(absent)} of {len(layers)}) in {path.name}",
+            remedy="calibrate this model with these target_modules anew",
+        )
+    return [
+        InputStatistics(tensors[f"{layer.name}.second_moment"], tensors.get(f"{layer.name}.hessian"))
+        for layer in layers
+    ]

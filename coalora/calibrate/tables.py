@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
+from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
 
@@ -85,18 +86,19 @@ class CalibrationTables:
 @torch.no_grad()
 def error_table(
     weights: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
+    statistics: Sequence[InputStatistics],
     space: ChoiceSpace,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """err (N, K) float64 of the formula above; weights are out x in, second moments (in,)."""
+    """err (N, K) float64 of the formula above; weights are out x in."""
     err = np.zeros((len(weights), len(space.choices)))
-    for index, (weight, moment) in enumerate(zip(weights, second_moments, strict=True)):
+    for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
+        moment = known.second_moment
         # A feature that never fires in calibration still counts a little, or its weights could be anything.
         weighting = (moment + 1e-6 * moment.mean()).to(weight.device)
         norm = float((weight.float().square().sum(0) * weighting).sum()) or 1.0
-        for k, quantized in enumerate(space.scheme.fake_quantize_many(weight, space.choices)):
+        for k, quantized in enumerate(space.scheme.fake_quantize_many(weight, space.choices, known)):
             residual = quantized.float().sub_(weight.float()).square_().sum(0)
             err[index, k] = float(residual @ weighting) / norm
         if progress:

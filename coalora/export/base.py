@@ -8,6 +8,7 @@ bit, as the model that was evaluated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding
 from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import Task, default_device, default_dtype, meta_model
-from coalora.quant.scheme import get_scheme
+from coalora.quant.scheme import InputStatistics, get_scheme
 from coalora.quant.space import ChoiceSpace
 
 PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
@@ -36,12 +37,14 @@ def write_base(
     configuration: np.ndarray,
     *,
     task: Task,
+    statistics: Sequence[InputStatistics] | None = None,
     rest_dtype: torch.dtype | None = None,
 ) -> None:
     """Pack `model` (in full precision, before PEFT wraps it) under `configuration` (N,) into `folder`.
 
-    `rest_dtype` is the type of the other floating tensors on disk where it is smaller and holds their values exactly,
-    as it does for a 16-bit checkpoint computed in float32; otherwise they stay in the model's type.
+    `statistics` of the layers' inputs are for calibrated schemes. `rest_dtype` is the type of the other floating
+    tensors on disk where it is smaller and holds their values exactly, as it does for a 16-bit checkpoint computed in
+    float32; otherwise they stay in the model's type.
 
     Raises:
         CoaloraError: a configuration outside of the tables' layers or choices, or a model without their layers.
@@ -56,10 +59,11 @@ def write_base(
         )
     folder.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Tensor] = {}
-    for layer, k in zip(tables.layers, configuration, strict=True):
+    known = statistics if statistics is not None else [None] * len(tables.layers)
+    for layer, k, seen in zip(tables.layers, configuration, known, strict=True):
         weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
         choice = tables.space.choices[int(k)]
-        parts = scheme.pack(scheme.quantize(weight, choice), choice, layer.shape)
+        parts = scheme.pack(scheme.quantize(weight, choice, seen), choice, layer.shape)
         packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     content |= {
         "average_bits": round(float(tables.average_bits(configuration)), 6),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
 from coalora.models.targets import TargetLayer
+from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
 FULL_PRECISION = -1
@@ -28,6 +29,7 @@ class QuantizedBase:
         model: the base model, before or after PEFT has wrapped it (layers are found by name, once).
         layers: its N target layers.
         space: the K choices; a configuration is an int array (N,) of indices into it.
+        statistics: of the layers' inputs, for calibrated schemes.
         cache_bytes: limit of the cache of dequantized weights; 0 turns it off.
     """
 
@@ -37,8 +39,16 @@ class QuantizedBase:
         layers: Sequence[TargetLayer],
         space: ChoiceSpace,
         *,
+        statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
     ) -> None:
+        if space.scheme.needs_statistics and statistics is None:
+            raise CoaloraError(
+                "a calibrated scheme quantizes with the statistics of the layers' inputs",
+                got=f"scheme {space.scheme.name!r} without statistics",
+                remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
+            )
+        self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
         self.layers = list(layers)
         self.space = space
         self.cache_bytes = cache_bytes
@@ -77,7 +87,8 @@ class QuantizedBase:
             self._cache.move_to_end(key)
             return self._cache[key]
         master = self._masters[index]
-        weight = self.space.scheme.fake_quantize(master, self.space.choices[choice]).to(master.dtype)
+        weight = self.space.scheme.fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        weight = weight.to(master.dtype)
         if weight.nbytes <= self.cache_bytes:
             self._cache[key] = weight
             self._cached_bytes += weight.nbytes

@@ -29,7 +29,7 @@ from coalora.errors import CoaloraError
 from coalora.quant.nearest import IntervalTable
 from coalora.quant.nf_book import nf_lookup
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import Choice, FieldValue, Scheme, register_scheme
+from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CHUNK = 2**17  # weights
@@ -163,7 +163,7 @@ class NFScheme(Scheme):
         second = SCALE_DTYPES[c.scale_dtype].itemsize * n_scale_blocks
         return packed_size(count, c.bits) + packed_size(n_blocks, c.scale_bits) + second + 4
 
-    def quantize(self, weight: Tensor, choice: Choice) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
         c = _nf(choice)
         blocks = _blocks(weight, c.block_size)
         state = _quantize_scales(_block_scales(blocks), c)
@@ -215,11 +215,13 @@ class NFScheme(Scheme):
             "offset": tensors["offset"],
         }
 
-    def fake_quantize(self, weight: Tensor, choice: Choice) -> Tensor:
+    def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """About 5 ms for a million weights on one core, without large temporaries."""
         return next(self.fake_quantize_many(weight, [choice]))
 
-    def fake_quantize_many(self, weight: Tensor, choices: Sequence[Choice]) -> Iterator[Tensor]:
+    def fake_quantize_many(
+        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
+    ) -> Iterator[Tensor]:
         by_size: dict[int, tuple[Tensor, Tensor]] = {}
         for choice in choices:
             c = _nf(choice)

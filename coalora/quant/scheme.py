@@ -27,6 +27,20 @@ FieldValue = int | str
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """What calibration saw of a layer's inputs x (in_features,).
+
+    Attributes:
+        second_moment: float32 (in,), E[x_j^2].
+        hessian: float32 (in, in), E[x x^T], the Hessian of the layer's output error up to a factor; None where
+            nothing in the run asks for it.
+    """
+
+    second_moment: Tensor
+    hessian: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Choice:
     """One way to quantize one layer; a subclass has one dataclass field per field of its scheme."""
 
@@ -46,8 +60,10 @@ class Scheme(ABC):
         choice_type: the `Choice` subclass of this scheme.
         field_values: ordered values of every field (neighbours in the search are adjacent values); insertion
             order is field order.
+        needs_statistics: whether `quantize` reads the Hessian of the layer's inputs (calibrated schemes).
     """
 
+    needs_statistics: ClassVar[bool] = False
     name: ClassVar[str]
     choice_type: ClassVar[type[Choice]]
     field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]]
@@ -69,8 +85,11 @@ class Scheme(ABC):
         """Exact bytes of the tensors that `pack` returns for a weight of ``shape``; arithmetic only."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, choice: Choice) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
         """Quantize ``weight`` (out, in) to unpacked codes and their scales.
+
+        Args:
+            statistics: of the layer's inputs; read by calibrated schemes alone.
 
         Raises:
             CoaloraError: the weight is empty, not floating point, or not finite.
@@ -98,17 +117,19 @@ class Scheme(ABC):
             CoaloraError: a tensor is missing, or has not the size or dtype of ``choice`` and ``shape``.
         """
 
-    def fake_quantize(self, weight: Tensor, choice: Choice) -> Tensor:
+    def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """``dequantize(quantize(weight))`` in float32 on the weight's device, or a faster equal."""
-        return self.dequantize(self.quantize(weight, choice), choice, weight.shape)
+        return self.dequantize(self.quantize(weight, choice, statistics), choice, weight.shape)
 
-    def fake_quantize_many(self, weight: Tensor, choices: Sequence[Choice]) -> Iterator[Tensor]:
+    def fake_quantize_many(
+        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
+    ) -> Iterator[Tensor]:
         """`fake_quantize` for every choice in turn, exactly, sharing work between choices where a scheme can.
 
         One result exists at a time unless the caller keeps them.
         """
         for choice in choices:
-            yield self.fake_quantize(weight, choice)
+            yield self.fake_quantize(weight, choice, statistics)
 
 
 _SCHEMES: dict[str, Scheme] = {}

@@ -34,6 +34,7 @@ from coalora.calibrate.tables import CalibrationTables, calibration_tables, erro
 from coalora.data.benchmark import Split, pad
 from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import find_target_layers
+from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
 # Matrices of 36 x 52 gain nothing from threads and lose much on a machine that is busy.
@@ -210,10 +211,10 @@ def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
     ) -> CalibrationTables:
         layers = find_target_layers(model)
         generator = torch.Generator().manual_seed(seed)
-        moments = [torch.rand(layer.shape[1], generator=generator) + 0.1 for layer in layers]
+        statistics = [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]
         weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight").data) for layer in layers]
         space = space or small_space
-        return calibration_tables(layers, space, error_table(weights, moments, space), base_digest)
+        return calibration_tables(layers, space, error_table(weights, statistics, space), base_digest)
 
     return make
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from coalora.calibrate.statistics import input_second_moments
+from coalora.calibrate.statistics import collect_statistics, load_statistics, save_statistics
 from coalora.data.benchmark import Split, pad
 from coalora.errors import CoaloraError
 from coalora.models.targets import find_target_layers
@@ -39,6 +39,10 @@ def _naive(model, layers, split: Split) -> list[torch.Tensor]:
     return [torch.cat(inputs[layer.name]).square().mean(0) for layer in layers]
 
 
+def _moments(model, layers, split: Split, batch_size: int) -> list[torch.Tensor]:
+    return [known.second_moment for known in collect_statistics(model, layers, split, batch_size=batch_size)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_moments_are_the_mean_over_tokens_without_padding(
@@ -46,7 +50,7 @@ def test_moments_are_the_mean_over_tokens_without_padding(
 ) -> None:
     model = tiny_models[family]()
     layers = find_target_layers(model)
-    moments = input_second_moments(model, layers, split, batch_size=batch_size)
+    moments = _moments(model, layers, split, batch_size)
     for layer, moment, expected in zip(layers, moments, _naive(model, layers, split), strict=True):
         assert moment.shape == (layer.shape[1],)
         assert moment.dtype == torch.float32
@@ -56,16 +60,16 @@ def test_moments_are_the_mean_over_tokens_without_padding(
 def test_padding_would_have_made_a_difference(tiny_llama, split: Split) -> None:
     model = tiny_llama()
     layers = find_target_layers(model)
-    moments = input_second_moments(model, layers, split, batch_size=5)
+    moments = _moments(model, layers, split, 5)
     unmasked = dataclasses.replace(split, lengths=torch.full((5,), 11))
-    counted = input_second_moments(model, layers, unmasked, batch_size=5)
+    counted = _moments(model, layers, unmasked, 5)
     assert not torch.allclose(moments[0], counted[0], rtol=0.01)
 
 
 def test_a_layer_that_sees_one_vector_an_example_is_averaged_over_examples(tiny_bert_classifier, split: Split) -> None:
     model = tiny_bert_classifier()
     layers = find_target_layers(model, ["bert.pooler.dense", "classifier", "attention.self.query"])
-    moments = input_second_moments(model, layers, split, batch_size=2)
+    moments = _moments(model, layers, split, 2)
     for moment, expected in zip(moments, _naive(model, layers, split), strict=True):
         torch.testing.assert_close(moment.double(), expected, rtol=1e-4, atol=1e-7)
 
@@ -73,16 +77,16 @@ def test_a_layer_that_sees_one_vector_an_example_is_averaged_over_examples(tiny_
 def test_hooks_are_gone_afterwards_even_after_an_error(tiny_llama, split: Split) -> None:
     model = tiny_llama()
     layers = find_target_layers(model)
-    input_second_moments(model, layers, split, batch_size=5)
+    collect_statistics(model, layers, split, batch_size=5)
     wrong = dataclasses.replace(split, input_ids=split.input_ids + 10_000)
     with pytest.raises(IndexError):
-        input_second_moments(model, layers, wrong, batch_size=5)
+        collect_statistics(model, layers, wrong, batch_size=5)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_progress_counts_examples(tiny_llama, split: Split) -> None:
     model, seen = tiny_llama(), []
-    input_second_moments(
+    collect_statistics(
         model, find_target_layers(model), split, batch_size=2, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(2, 5), (4, 5), (5, 5)]
@@ -92,11 +96,32 @@ def test_activations_that_are_not_finite_are_refused_with_the_layer(tiny_llama, 
     model = tiny_llama()
     model.model.layers[1].mlp.gate_proj.weight.data.fill_(float("nan"))
     with pytest.raises(CoaloraError, match=r"got: model\.layers\.1\.mlp\.down_proj: NaN or inf"):
-        input_second_moments(model, find_target_layers(model), split, batch_size=5)
+        collect_statistics(model, find_target_layers(model), split, batch_size=5)
 
 
 def test_a_layer_that_no_input_reaches_is_refused(tiny_llama, split: Split) -> None:
     model = tiny_llama()
     model.spare = torch.nn.Linear(4, 4)
     with pytest.raises(CoaloraError, match="got: spare: no input"):
-        input_second_moments(model, find_target_layers(model, ["q_proj", "spare"]), split, batch_size=5)
+        collect_statistics(model, find_target_layers(model, ["q_proj", "spare"]), split, batch_size=5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_hessian_has_the_moments_on_its_diagonal_and_is_that_of_one_pass(tiny_models, split, family: str) -> None:
+    model = tiny_models[family]()
+    layers = find_target_layers(model)
+    for known in collect_statistics(model, layers, split, batch_size=2, hessians=True):
+        torch.testing.assert_close(known.hessian.diagonal(), known.second_moment, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(known.hessian, known.hessian.T)
+
+
+def test_statistics_read_back_what_was_saved_and_refuse_layers_they_lack(tiny_llama, split: Split, tmp_path) -> None:
+    model = tiny_llama()
+    layers = find_target_layers(model)
+    known = collect_statistics(model, layers[:2], split, batch_size=5, hessians=True)
+    save_statistics(tmp_path / "s.safetensors", layers[:2], known)
+    for read, saved in zip(load_statistics(tmp_path / "s.safetensors", layers[:2]), known, strict=True):
+        assert torch.equal(read.second_moment, saved.second_moment)
+        assert torch.equal(read.hessian, saved.hessian)
+    with pytest.raises(CoaloraError, match=r"got: none for model\.layers\.0"):
+        load_statistics(tmp_path / "s.safetensors", layers)

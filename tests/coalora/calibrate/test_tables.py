@@ -13,6 +13,7 @@ from coalora.calibrate.tables import CalibrationTables, calibration_tables, erro
 from coalora.files import file_sha256
 from coalora.models.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
+from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
 
@@ -26,7 +27,7 @@ def test_errors_equal_the_formula_written_out(tiny_gpt2, small_space: ChoiceSpac
     layers = find_target_layers(model)
     weights = [layer.matrix(model.get_submodule(layer.name).weight.data) for layer in layers]
     moments = [torch.rand(layer.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1 for layer in layers]
-    err = error_table(weights, moments, small_space)
+    err = error_table(weights, [InputStatistics(m) for m in moments], small_space)
     base = QuantizedBase(model, layers, small_space)
     for k in range(len(small_space)):
         base.switch(np.full(len(layers), k))
@@ -43,7 +44,7 @@ def test_errors_predict_the_output_error_for_uncorrelated_inputs(small_space: Ch
     W = torch.randn(24, 40, generator=generator)
     scale = torch.rand(40, generator=generator) * 3
     x = torch.randn(20_000, 40, generator=generator) * scale
-    err = error_table([W], [x.square().mean(0)], small_space)[0]
+    err = error_table([W], [InputStatistics(x.square().mean(0))], small_space)[0]
     for k, choice in enumerate(small_space.choices):
         residual = x @ (W - small_space.scheme.fake_quantize(W, choice)).T
         assert err[k] == pytest.approx(float(residual.square().mean() / (x @ W.T).square().mean()), rel=0.1)
@@ -61,7 +62,7 @@ def test_errors_fall_with_bits_and_rise_with_block_size(tables: CalibrationTable
 def test_the_error_is_relative_and_does_not_depend_on_units(small_space: ChoiceSpace) -> None:
     W = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
     moment = torch.rand(32, generator=torch.Generator().manual_seed(3))
-    err = error_table([W, W * 4, W], [moment, moment, moment * 1000], small_space)
+    err = error_table([W, W * 4, W], [InputStatistics(m) for m in (moment, moment, moment * 1000)], small_space)
     np.testing.assert_allclose(err[1], err[0], rtol=1e-2)
     np.testing.assert_allclose(err[2], err[0], rtol=1e-5)
 
@@ -72,12 +73,12 @@ def test_a_feature_that_never_fires_still_counts_a_little(small_space: ChoiceSpa
     W[:, 0] = torch.randn(8, generator=torch.Generator().manual_seed(4))
     moment = torch.ones(16)
     moment[0] = 0
-    err = error_table([W], [moment], ChoiceSpace("nf", bits=[2], block_size=[64], scale_bits=[2]))
+    err = error_table([W], [InputStatistics(moment)], ChoiceSpace("nf", bits=[2], block_size=[64], scale_bits=[2]))
     assert np.all(err > 0)
 
 
 def test_a_layer_of_zeros_has_no_error(small_space: ChoiceSpace) -> None:
-    assert np.all(error_table([torch.zeros(4, 16)], [torch.ones(16)], small_space) == 0)
+    assert np.all(error_table([torch.zeros(4, 16)], [InputStatistics(torch.ones(16))], small_space) == 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -134,7 +135,9 @@ def test_layers_weights_and_moments_must_be_as_many(small_space: ChoiceSpace) ->
 
 def test_progress_counts_layers(small_space: ChoiceSpace) -> None:
     seen = []
-    error_table([torch.ones(2, 16)] * 2, [torch.ones(16)] * 2, small_space, progress=lambda *x: seen.append(x))
+    error_table(
+        [torch.ones(2, 16)] * 2, [InputStatistics(torch.ones(16))] * 2, small_space, progress=lambda *x: seen.append(x)
+    )
     assert seen == [(1, 2), (2, 2)]
 
 

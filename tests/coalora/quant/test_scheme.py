@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coalora.errors import CoaloraError
 from coalora.quant import scheme as module
-from coalora.quant.scheme import Choice, Scheme, get_scheme, register_scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme, register_scheme
 from coalora.quant.space import ChoiceSpace
 
 
@@ -36,7 +36,7 @@ class RoundScheme(Scheme):
     def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
         return shape[0] * shape[1]
 
-    def quantize(self, weight: Tensor, choice: Choice) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
         assert isinstance(choice, RoundChoice)
         return {"codes": (weight / choice.step).round().to(torch.int8)}
 
