@@ -34,6 +34,8 @@ def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, eva
         selection=evaluated.selection,
         state=trained.states["coa"][-1],
         adapter=s.adapter,
+        runtime=s.runtime,
+        seed=s.seed,
     )
     exports = [
         run.run(

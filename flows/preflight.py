@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
 from coalora.models.loading import load_config, meta_model
@@ -54,6 +55,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         float(nbytes.max(1).sum() * 8 / n_weights),
     )
     _check_budgets(settings, bits_range)
+    AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
+    _check_objective(settings)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
             "DVC must be initialised where configuration sets are versioned",
@@ -113,6 +116,16 @@ def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
             got=f"benchmark.max_length {benchmark.max_length}",
             expected=f"at most {limit} tokens",
             remedy="lower benchmark.max_length",
+        )
+
+
+def _check_objective(settings: Settings) -> None:
+    objective = settings.training.objective
+    if objective.distillation and objective.teacher == "base" and settings.benchmark.task == "classification":
+        raise CoaloraError(
+            "a classifier's base has no trained head to teach",
+            got="training.objective.teacher base for a classification benchmark",
+            remedy="set training.objective.teacher=adapted",
         )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe, Method
+from coalora.adapt.adapted import AdaptedModel, Method
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
 from coalora.train.loop import TrainingState

@@ -44,7 +44,7 @@ def calibrate(
         layers,
         data.train.head(calibration.n_samples),
         batch_size=calibration.batch_size,
-        hessians=space.scheme.needs_statistics,
+        hessians=calibration.hessians or space.scheme.needs_statistics,
         progress=Progress("input statistics"),
     )
     weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coalora.adapt.adapted import AdapterRecipe
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.configurations import ConfigurationSet
 from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from coalora.models.loading import load_config
-from tasks.adapted import parameters
+from tasks.adapted import build_adapted, parameters
 from tasks.engine import stage
 from tasks.loaders import (
     SELECTED,
@@ -37,20 +37,29 @@ def make_bundle(
     selection: Artifact,
     state: Artifact,
     adapter: AdapterSettings,
+    runtime: RuntimeSettings,
+    seed: int,
 ) -> Artifact:
-    """Shared pair, theta, head, tables and final set, without the base model."""
-    measured = load_tables(tables)
+    """Shared pair, theta, head, compensation, tables and final set, without the base model."""
+    measured, data = load_tables(tables), load_benchmark(benchmark)
     # What was measured for the asked budgets answers other budgets as well as a member does.
     members, chosen = load_set(selection, measured), read_json(Store().path(selection) / SELECTED)
     merged = members.merge(ConfigurationSet.from_dict(chosen, measured))
     _, first = np.unique(merged.configurations, axis=0, return_index=True)
+    factors = None
+    if adapter.compensation_rank:
+        adapted = build_adapted(
+            BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state
+        )
+        factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
         measured,
         merged.take(first).sorted(measured),
         parameters(state),
         AdapterRecipe(**adapter.model_dump()),
-        load_benchmark(benchmark).task,
+        data.task,
         base_model=BaseModel(base).name,
+        compensation=factors,
     )
 
     def write(folder: Path) -> dict[str, Scalar]:

@@ -18,6 +18,10 @@ class CalibrationSettings(Section):
 
     n_samples: int = Field(64, ge=1, description="Training examples or blocks run through the model.")
     batch_size: int = Field(16, ge=1, description="Examples a batch.")
+    hessians: bool = Field(
+        False,
+        description="Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
+    )
 
 
 class ChoiceSettings(Section):
@@ -33,11 +37,30 @@ class ChoiceSettings(Section):
 class AdapterSettings(Section):
     """LoRA and the configuration-aware model theta."""
 
-    r: int = Field(16, ge=1, description="LoRA rank.")
+    r: int = Field(16, ge=1, description="LoRA rank of a layer, compensation included.")
     lora_alpha: int = Field(16, ge=1, description="LoRA scale s = lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before lora_A.")
     embedding_dim: int = Field(8, ge=1, description="Size of each embedding of theta.")
     hidden_dim: int = Field(128, ge=1, description="Hidden width of theta.")
+    compensation_rank: int = Field(
+        0, ge=0, description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none."
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",
+    )
+
+
+class ObjectiveSettings(Section):
+    """Task loss, distillation from the full-precision model, or both."""
+
+    distillation: float = Field(0.0, ge=0, le=1, description="0 is the task's loss alone, 1 distillation alone.")
+    temperature: float = Field(1.0, gt=0, description="Softens the outputs that are compared.")
+    hidden: float = Field(0.0, ge=0, description="Weight of the hidden states' error beside the outputs'.")
+    teacher: Literal["base", "adapted"] = Field(
+        "base",
+        description="base: without adapter (language models); adapted: with the adapter as it is now.",
+    )
 
 
 class TrainingSettings(Section):
@@ -52,11 +75,15 @@ class TrainingSettings(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     warmup_steps: int = Field(20, ge=1, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
-    sampling: Literal["uniform", "low-bits"] = Field(
+    sampling: Literal["uniform", "low-bits", "sandwich", "adaptive"] = Field(
         "low-bits",
-        description="How a step draws its configuration; low-bits spends more steps where most is lost.",
+        description="How a step draws its configuration; adaptive spends steps where the loss is in excess.",
     )
-    sampling_power: float = Field(2.5, ge=1, description="Strength of low-bits; 1 is uniform.")
+    sampling_power: float = Field(2.5, ge=1, description="Strength of low-bits (1 is uniform) and of adaptive.")
+    objective: ObjectiveSettings = Field(ObjectiveSettings(), description="What a step minimises.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
 
 
 class InitialSetSettings(Section):

@@ -7,6 +7,7 @@ from pathlib import Path
 from coalora.adapt.adapted import Method
 from coalora.files import write_json, write_tensors
 from coalora.train.loop import TrainingRecipe, TrainingState, train
+from coalora.train.objective import Objective
 from tasks.adapted import HISTORY, STATE, build_adapted, load_state
 from tasks.engine import stage
 from tasks.loaders import BaseModel, load_benchmark, load_set, load_tables
@@ -42,8 +43,12 @@ def train_round(
     measured = load_tables(tables)
     adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
     members = load_set(configurations, measured)
-    fields = training.model_dump(exclude={"initial_steps", "round_steps"})
-    recipe = TrainingRecipe(total_steps=training.initial_steps + rounds * training.round_steps, **fields)
+    fields = training.model_dump(exclude={"initial_steps", "round_steps", "objective"})
+    recipe = TrainingRecipe(
+        total_steps=training.initial_steps + rounds * training.round_steps,
+        objective=Objective(**training.objective.model_dump()),
+        **fields,
+    )
     steps = training.initial_steps if round_index == 0 else training.round_steps
     if adapted.named_parameters():
         state, records = train(

@@ -1,16 +1,18 @@
 """A base model that is quantized to any configuration and adapted to it.
 
-Three methods share one class, so that a comparison differs in nothing else:
-`coa`  the shared pair with theta's adjustment, y = W x + s B (I + U) A x;
-`shared` the shared pair alone (U = 0);
-`none` no LoRA at all: only the task head of a classifier is trained (a linear probe on the quantized base), and
-       nothing for a language model.
+The methods share one class, so that a comparison differs in nothing else:
+`coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and with the closed-form compensation of
+          each layer's choice where the recipe gives it a part of the rank;
+`paper`   theta's adjustment of a pair of full rank, as in the paper;
+`shared`  the pair of full rank alone (U = 0);
+`lq-lora` the pair of full rank, started from the compensation of one configuration (`start_from_compensation`);
+`none`    no LoRA at all: only the task head of a classifier is trained (a linear probe on the quantized base), and
+          nothing for a language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
@@ -19,7 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coalora.adapt.compensation import CompensationTable
 from coalora.adapt.lora import ADAPTER, attach, lora_config
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
 from coalora.models.loading import Task
@@ -28,18 +32,7 @@ from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
-Method = Literal["coa", "shared", "none"]
-
-
-@dataclass(frozen=True)
-class AdapterRecipe:
-    """What the adapter is: LoRA's rank, alpha and dropout, and theta's widths."""
-
-    r: int = 16
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    embedding_dim: int = 8
-    hidden_dim: int = 128
+Method = Literal["coa", "paper", "shared", "lq-lora", "none"]
 
 
 class AdaptedModel:
@@ -49,10 +42,11 @@ class AdaptedModel:
         model: the base model; it is wrapped in place.
         layers, space: as in `QuantizedBase`.
         task: decides PEFT's task type, and so whether a head is trained.
-        method: `coa`, `shared` or `none`.
+        method: one of the module docstring's.
         recipe: the adapter's sizes.
         statistics, cache_bytes: as in `QuantizedBase`.
-        seed: initial adapter and theta; the same seed gives both methods the same initial pair.
+        seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair.
+        compensation: factors by (layer, choice) that are known already; others are computed when first needed.
     """
 
     def __init__(
@@ -67,19 +61,33 @@ class AdaptedModel:
         seed: int,
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
+        compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.method = method
+        self.is_language_model = task == "language-modeling"
         self.recipe = recipe
         self.layers = list(layers)
         self.base = QuantizedBase(model, layers, space, statistics=statistics, cache_bytes=cache_bytes)
         self.device = next(model.parameters()).device
-        config = lora_config(layers, task, r=recipe.r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout)
-        self.peft_model, self.lora_A = attach(model, layers, config, seed=seed)
+        self.ranks = recipe.ranks(layers)
+        self.compensation: CompensationTable | None = None
+        compensated = recipe.compensation_rank if method == "coa" else 0
+        if compensated or method == "lq-lora":
+            self.compensation = CompensationTable(
+                self.base.residual,
+                _known(statistics),
+                [compensated] * len(layers) if compensated else self.ranks,
+                cache_bytes=cache_bytes,
+                known=compensation,
+            )
+        trained = [rank - compensated for rank in self.ranks]
+        config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
+        self.peft_model, self.lora_A, self.lora_B = attach(model, layers, config, seed=seed)
         self.theta: ConfigurationAwareModel | None = None
-        if method == "coa":
+        if method in ("coa", "paper"):
             torch.manual_seed(seed + 1)
             self.theta = ConfigurationAwareModel(
-                space, layers, recipe.r, embedding_dim=recipe.embedding_dim, hidden_dim=recipe.hidden_dim
+                space, layers, max(trained), embedding_dim=recipe.embedding_dim, hidden_dim=recipe.hidden_dim
             ).to(self.device)
         if method == "none":
             self._drop_lora()
@@ -149,6 +157,27 @@ class AdaptedModel:
         # unbind's backward is one stack; indexing would fill a gradient of N x r x r for every layer.
         for lora_A, u in zip(self.lora_A, [None] * len(self.layers) if U is None else U.unbind(), strict=True):
             lora_A.U = u
+        if self.compensation is not None and self.method == "coa":
+            for index, choice in enumerate(configuration):
+                A, B = self.compensation(index, int(choice))
+                self.lora_A[index].compensation = A
+                # PEFT multiplies the product by s; the compensation is meant as it is.
+                self.lora_B[index].compensation = B / self.recipe.scale
+
+    @torch.no_grad()
+    def start_from_compensation(self, configuration: np.ndarray) -> None:
+        """Start the pair from the compensation of `configuration` (N,), each factor taking the root of its size.
+
+        LQ-LoRA (arXiv 2311.12023, section 3) alternates quantization and decomposition; here the base stays
+        q(W, c), as for every other method, and the decomposition is made once.
+        """
+        if self.compensation is None:
+            raise CoaloraError("only method 'lq-lora' starts from the compensation", got=f"method {self.method!r}")
+        for index, choice in enumerate(configuration):
+            A, B = self.compensation(index, int(choice))
+            size = A.norm(dim=1).clamp_min(1e-12).sqrt()
+            self.lora_A[index].weight.copy_(A / size[:, None])
+            self.lora_B[index].weight.copy_(B * size / self.recipe.scale)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -159,8 +188,18 @@ class AdaptedModel:
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""
         self.base.restore()
-        for lora_A in self.lora_A:
-            lora_A.U = None
+        for lora_A, lora_B in zip(self.lora_A, self.lora_B, strict=True):
+            lora_A.U = lora_A.compensation = lora_B.compensation = None
+
+
+def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:
+    if statistics is None:
+        raise CoaloraError(
+            "compensation is weighted by the statistics of the layers' inputs",
+            got="none",
+            remedy="give the statistics that calibration collected",
+        )
+    return statistics
 
 
 def _plain(name: str) -> str:

@@ -1,13 +1,15 @@
-"""PEFT's LoRA layers with the adjustment U folded into lora_A: y = W x + s B (I + U) A x.
+"""PEFT's LoRA layers with what a configuration adds to them: y = W x + s B (I + U) A x + B_c A_c x.
 
-`get_peft_model` builds PEFT's own layers; only the class of each `lora_A` linear changes, so that parameter names, the
-adapter's file format and everything else of PEFT stay as they are. Folding costs r*r*in a layer, whatever the number of
-tokens, and is the same expression that the export writes to disk.
+`get_peft_model` builds PEFT's own layers; only the classes of each `lora_A` and `lora_B` linear change, so that
+parameter names, the adapter's file format and everything else of PEFT stay as they are. Folding U costs r*r*in a layer,
+whatever the number of tokens; the compensation (A_c, B_c) of the layer's choice is joined to the trained pair as
+further rows and columns. Both are the same expressions that the export writes to disk: one plain LoRA.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -25,30 +27,63 @@ _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "language-modeling": TaskType
 
 
 class AdjustedLinear(nn.Linear):
-    """A `lora_A` whose effective weight is (I + U) A; U is None for the plain adapter."""
+    """A `lora_A` whose effective weight is (I + U) A with the rows A_c below; None for what a configuration lacks."""
 
     U: Tensor | None = None
+    compensation: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
-        return fold(self.weight, self.U)
+        folded = fold(self.weight, self.U)
+        return folded if self.compensation is None else torch.cat([folded, self.compensation.to(folded.dtype)])
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.effective_weight())
+
+
+class ExtendedLinear(nn.Linear):
+    """A `lora_B` whose effective weight has the columns B_c / s beside the trained ones, s being LoRA's scale."""
+
+    compensation: Tensor | None = None
+
+    def effective_weight(self) -> Tensor:
+        if self.compensation is None:
+            return self.weight
+        return torch.cat([self.weight, self.compensation.to(self.weight.dtype)], dim=1)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight())
 
 
 def fold(lora_A: Tensor, U: Tensor | None) -> Tensor:
-    """(I + U) A, r x in; A itself where U is None."""
-    return lora_A if U is None else torch.addmm(lora_A, U.to(lora_A.dtype), lora_A)
+    """(I + U) A, r x in; A itself where U is None. U may be larger than r: its leading part counts."""
+    if U is None:
+        return lora_A
+    r = lora_A.shape[0]
+    return torch.addmm(lora_A, U[:r, :r].to(lora_A.dtype), lora_A)
 
 
 def lora_config(
-    layers: Sequence[TargetLayer], task: Task, *, r: int, lora_alpha: int, lora_dropout: float = 0.0
+    layers: Sequence[TargetLayer],
+    task: Task,
+    *,
+    ranks: Sequence[int],
+    scale: float,
+    lora_dropout: float = 0.0,
 ) -> LoraConfig:
-    """PEFT's config for the target layers. The task head of a classifier is trained and saved with the adapter."""
+    """PEFT's config for the target layers. The task head of a classifier is trained and saved with the adapter.
+
+    Args:
+        ranks: (N,) of the layers; where they differ the config has a `rank_pattern`.
+        scale: s, the same for every layer: PEFT's lora_alpha / r, by an `alpha_pattern` where ranks differ.
+    """
+    r = Counter(ranks).most_common(1)[0][0]
+    others = {layer.name: rank for layer, rank in zip(layers, ranks, strict=True) if rank != r}
     return LoraConfig(
         task_type=_TASK_TYPES[task],
         r=r,
-        lora_alpha=lora_alpha,
+        lora_alpha=_whole(scale * r),
+        rank_pattern=others,
+        alpha_pattern={name: _whole(scale * rank) for name, rank in others.items()},
         lora_dropout=lora_dropout,
         target_modules=[layer.name for layer in layers],
         fan_in_fan_out=any(layer.transposed for layer in layers),
@@ -56,10 +91,15 @@ def lora_config(
     )
 
 
+def _whole(value: float) -> int:
+    # PEFT only divides by the rank; its type says int, and a whole number should look like one in the file.
+    return int(value) if float(value).is_integer() else cast(int, value)
+
+
 def attach(
     model: PreTrainedModel, layers: Sequence[TargetLayer], config: LoraConfig, *, seed: int
-) -> tuple[PeftModel, list[AdjustedLinear]]:
-    """Wrap `model` with PEFT and return it with the N `lora_A` layers, in the order of `layers`.
+) -> tuple[PeftModel, list[AdjustedLinear], list[ExtendedLinear]]:
+    """Wrap `model` with PEFT and return it with the N `lora_A` and the N `lora_B` layers, in the order of `layers`.
 
     The same seed gives the same initial adapter.
     """
@@ -68,10 +108,12 @@ def attach(
         # PEFT asks for an attribute that transformers has renamed; nothing that a user could act upon.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         peft_model = get_peft_model(model, config)
-    adjusted = []
+    adjusted, extended = [], []
     for layer in layers:
         module = peft_model.get_base_model().get_submodule(layer.name)
         lora_A: AdjustedLinear = module.lora_A[ADAPTER]  # type: ignore[index, assignment]
-        lora_A.__class__ = AdjustedLinear
+        lora_B: ExtendedLinear = module.lora_B[ADAPTER]  # type: ignore[index, assignment]
+        lora_A.__class__, lora_B.__class__ = AdjustedLinear, ExtendedLinear
         adjusted.append(lora_A)
-    return cast(PeftModel, peft_model), adjusted
+        extended.append(lora_B)
+    return cast(PeftModel, peft_model), adjusted, extended

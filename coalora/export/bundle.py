@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalora.adapt.adapted import AdapterRecipe
 from coalora.adapt.lora import fold, lora_config
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
@@ -24,7 +24,8 @@ from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import Task
 from coalora.search.budget import best_within
 
-_FORMAT = "coalora-bundle/1"
+_FORMAT = "coalora-bundle/2"
+_COMPENSATION = "compensation."
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Bundle:
         recipe: the adapter's sizes.
         task: the base's task.
         base_model: what the adapter's config names as its base (hub id, or a relative path).
+        compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
+            every choice of a configuration that is adapted to, where the recipe has a compensation.
     """
 
     def __init__(
@@ -66,16 +69,19 @@ class Bundle:
         task: Task,
         *,
         base_model: str = "",
+        compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.tables, self.members, self.tensors = tables, members, tensors
         self.recipe, self.task, self.base_model = recipe, task, base_model
+        self.compensation = compensation or {}
+        self.ranks = recipe.ranks(tables.layers)
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
         if theta:
             self.theta = ConfigurationAwareModel(
                 tables.space,
                 tables.layers,
-                recipe.r,
+                max(self.ranks) - recipe.compensation_rank,
                 embedding_dim=recipe.embedding_dim,
                 hidden_dim=recipe.hidden_dim,
             )
@@ -102,15 +108,15 @@ class Bundle:
         """The adapter of one configuration (N,): theta's U folded into lora_A."""
         content = configuration_dict(configuration, self.tables)
         U = None if self.theta is None else self.theta(torch.as_tensor(configuration))
-        tensors = {}
-        index = {layer.name: i for i, layer in enumerate(self.tables.layers)}
-        for key, tensor in self.tensors.items():
-            group, name = key.split(".", 1)
-            if group == "theta":
-                continue
-            if U is not None and name.endswith(".lora_A.weight"):
-                tensor = fold(tensor, U[index[name.removesuffix(".lora_A.weight")]])
-            tensors[peft_key(name)] = tensor
+        tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith("theta.")}
+        for index, (layer, k) in enumerate(zip(self.tables.layers, configuration, strict=True)):
+            A, B = (peft_key(f"{layer.name}.lora_{side}.weight") for side in "AB")
+            if U is not None:
+                tensors[A] = fold(tensors[A], U[index])
+            if self.recipe.compensation_rank:
+                below, beside = self._compensation(index, int(k))
+                tensors[A] = torch.cat([tensors[A], below])
+                tensors[B] = torch.cat([tensors[B], beside / self.recipe.scale], dim=1)
         return Adapted(
             float(self.tables.average_bits(configuration)),
             configuration_digest(content),
@@ -118,6 +124,15 @@ class Bundle:
             tensors,
             np.asarray(configuration),
         )
+
+    def _compensation(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
+        if (index, choice) not in self.compensation:
+            raise CoaloraError(
+                "a bundle holds the compensation of its members' choices",
+                got=f"{self.tables.space.describe(choice)} for {self.tables.layers[index].name}",
+                remedy="choose a configuration of the set (adapt, select), or train with adapter.compensation_rank=0",
+            )
+        return self.compensation[index, choice]
 
     def adapt(self, budget: float) -> Adapted:
         """Configuration and adapter for any budget of average bits."""
@@ -129,7 +144,7 @@ class Bundle:
         content |= {"average_bits": round(adapted.average_bits, 6), "digest": adapted.digest}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "configuration.json", content)
-        config = lora_config(self.tables.layers, self.task, r=self.recipe.r, lora_alpha=self.recipe.lora_alpha)
+        config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale)
         config.base_model_name_or_path = self.base_model
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in adapted.tensors.items()}
         write_adapter(folder / "adapter", config, tensors, content)
@@ -140,11 +155,16 @@ class Bundle:
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
         header = {
             "format": _FORMAT,
-            "recipe": vars(self.recipe),
+            "recipe": vars(self.recipe) | {"rank_pattern": dict(self.recipe.rank_pattern)},
             "task": self.task,
             "base_model": self.base_model,
         }
-        write_tensors(folder / "adapter.safetensors", self.tensors, header)
+        stored = {
+            f"{_COMPENSATION}{index}.{k}.lora_{side}": factor.half()  # exact: the factors are float16 values
+            for (index, k), pair in self.compensation.items()
+            for side, factor in zip("AB", pair, strict=True)
+        }
+        write_tensors(folder / "adapter.safetensors", self.tensors | stored, header)
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
@@ -164,6 +184,8 @@ class Bundle:
         tensors, header = read_tensors(folder / "adapter.safetensors")
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
             raise CoaloraError("not a bundle's adapter.safetensors", got=f"header {header}", expected=_FORMAT)
+        stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
+        pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
         return cls(
             tables,
             members,
@@ -171,4 +193,8 @@ class Bundle:
             AdapterRecipe(**header["recipe"]),
             header["task"],
             base_model=header["base_model"],
+            compensation={
+                (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
+                for i, k in pairs
+            },
         )

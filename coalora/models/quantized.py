@@ -81,6 +81,10 @@ class QuantizedBase:
             self._weights[index].copy_(self._masters[index])
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
+    def residual(self, index: int, choice: int) -> Tensor:
+        """W - q(W, c) (out, in) of layer `index` under choice `choice`, in float32; nothing is switched."""
+        return self._masters[index].float() - self._dequantized(index, choice).float()
+
     def _dequantized(self, index: int, choice: int) -> Tensor:
         key = (index, choice)
         if key in self._cache:

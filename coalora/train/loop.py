@@ -10,17 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
-from coalora.train.sampling import Sampling, batch_indices, sample_member
+from coalora.train.objective import Objective, ask_teacher, step_loss
+from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
 
 _MOMENTS = ("exp_avg.", "exp_avg_sq.")
+_SAMPLER = "sampler."
+# Losses come to the host once in so many steps: a step that waits for its own loss leaves a GPU idle.
+_FLUSH = 10
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,16 @@ class TrainingRecipe:
     max_grad_norm: float = 1.0
     sampling: Sampling = "low-bits"
     sampling_power: float = 2.5
+    objective: Objective = field(default_factory=Objective)
+    gradient_checkpointing: bool = False
 
 
 @dataclass
 class TrainingState:
     """What training needs to go on: parameters, AdamW's moments, and the steps done.
 
-    `tensors` holds `<parameter>`, `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`.
+    `tensors` holds `<parameter>`, `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, and under `sampler.` what the
+    adaptive sampler has learnt of the losses.
     """
 
     step: int = 0
@@ -84,7 +93,8 @@ def train(
             got=f"{len(configurations)} configurations, {len(average_bits)} average bits",
         )
     if state is not None and state.tensors:
-        adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(_MOMENTS)})
+        aside = (*_MOMENTS, _SAMPLER)
+        adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(aside)})
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
@@ -94,38 +104,80 @@ def train(
             "training stays inside its schedule", got=f"{start} + {steps} steps", expected=recipe.total_steps
         )
     optimizer = _optimizer(parameters, recipe, state)
-    records = []
-    adapted.peft_model.train()
-    for step in range(start, start + steps):
-        member = sample_member(
-            average_bits, sampling=recipe.sampling, power=recipe.sampling_power, seed=seed, step=step
-        )
-        indices = batch_indices(len(split), recipe.batch_size, seed=seed, step=step)
-        scale = _schedule(step, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout, so that a resumed step equals an undisturbed one
-        adapted.switch(configurations[member])
-        loss = adapted.peft_model(**split.batch(indices, adapted.device)).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
-        # Both in one transfer. A finite loss can have a gradient that is not, and clipping spreads it everywhere.
-        value, gradient = torch.stack([loss.detach().float(), norm.float()]).tolist()
-        if not (math.isfinite(value) and math.isfinite(gradient)):
-            optimizer.zero_grad(set_to_none=True)
-            raise CoaloraError(
-                "the training loss and its gradient must stay finite",
-                got=f"loss {value}, gradient norm {gradient} at step {step} ({average_bits[member]:.2f} bits)",
-                remedy="lower training.lr",
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        records.append({"step": step, "loss": value, "lr": recipe.lr * scale, "bits": float(average_bits[member])})
+    sampler = Sampler(
+        average_bits,
+        sampling=recipe.sampling,
+        power=recipe.sampling_power,
+        seed=seed,
+        estimates=_read_estimates(state),
+    )
+    records: list[dict[str, float]] = []
+    pending: list[tuple[int, int, Tensor]] = []
+
+    def flush() -> None:
+        """Bring the losses of the last steps to the host, in one transfer."""
+        for (step, member, _), (loss, norm) in zip(
+            pending, torch.stack([v for *_, v in pending]).tolist(), strict=True
+        ):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise CoaloraError(
+                    "the training loss and its gradient must stay finite",
+                    got=f"loss {loss}, gradient norm {norm} at step {step} ({average_bits[member]:.2f} bits)",
+                    remedy="lower training.lr",
+                )
+            sampler.observe(member, loss)
+            bits = float(average_bits[member])
+            records.append({"step": step, "loss": loss, "lr": recipe.lr * _schedule(step, recipe), "bits": bits})
+        pending.clear()
         if progress:
-            progress(step - start + 1, steps, loss=float(np.mean([r["loss"] for r in records[-20:]])))
-    adapted.peft_model.eval()
+            progress(len(records), steps, loss=float(np.mean([r["loss"] for r in records[-20:]])))
+
+    model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
+    if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    adapted.peft_model.train()
+    try:
+        for step in range(start, start + steps):
+            member = sampler.draw(step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * _schedule(step, recipe)
+            batch = split.batch(batch_indices(len(split), recipe.batch_size, seed=seed, step=step), adapted.device)
+            teacher = ask_teacher(adapted, batch, recipe.objective)
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout, so that a resumed step equals an undisturbed one
+            adapted.switch(configurations[member])
+            loss, task_loss = step_loss(adapted, batch, recipe.objective, teacher)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm).float()
+            # A finite loss can have a gradient that is not, and clipping spreads it everywhere: such a step is left out
+            # on the device, without asking the host.
+            finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            pending.append((step, member, torch.stack([task_loss.float(), torch.where(finite, norm, torch.nan)])))
+            if (step + 1) % _FLUSH == 0:
+                flush()
+        if pending:
+            flush()
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        if recipe.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+        adapted.peft_model.eval()
     adapted.refresh()
-    return TrainingState(start + steps, _tensors(parameters, optimizer)), records
+    return TrainingState(start + steps, _tensors(parameters, optimizer) | _write_estimates(sampler)), records
+
+
+def _read_estimates(state: TrainingState | None) -> LossEstimates | None:
+    if state is None or f"{_SAMPLER}bits" not in state.tensors:
+        return None
+    return LossEstimates(*(state.tensors[_SAMPLER + name].numpy() for name in ("bits", "loss", "count")))
+
+
+def _write_estimates(sampler: Sampler) -> dict[str, Tensor]:
+    if sampler.sampling != "adaptive":
+        return {}
+    return {_SAMPLER + name: torch.from_numpy(array.copy()) for name, array in vars(sampler.estimates).items()}
 
 
 def _optimizer(
@@ -137,11 +189,12 @@ def _optimizer(
         members = [p for key, p in parameters.items() if key.startswith(name + ".")]
         if members:
             groups.append({"params": members, "lr": peak, "peak_lr": peak})
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    # Fused: one pass over each parameter, and a step that found_inf forbids is left out without a host's word.
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     if state is not None and state.step:
         for key, parameter in parameters.items():
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.step), device=parameter.device),
                 "exp_avg": state.tensors[f"exp_avg.{key}"].to(parameter, copy=True),
                 "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].to(parameter, copy=True),
             }

@@ -29,7 +29,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
+from coalora.adapt.adapted import AdaptedModel
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.data.benchmark import Split, pad
 from coalora.models.pretrain import train_tokenizer

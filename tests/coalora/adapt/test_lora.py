@@ -33,7 +33,9 @@ def test_layers_compute_the_formula(tiny_models, family) -> None:
     """y = W x + bias + s B (I + U) A x, on PEFT's layer itself."""
     model = tiny_models[family]()
     layers = find_target_layers(model)
-    peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0)
+    peft_model, lora_A, _ = attach(
+        model, layers, lora_config(layers, "language-modeling", ranks=[4] * len(layers), scale=1.5), seed=0
+    )
     generator = torch.Generator().manual_seed(1)
     for layer, a in zip(layers, lora_A, strict=True):
         module = peft_model.get_base_model().get_submodule(layer.name)
@@ -52,7 +54,9 @@ def test_adjusted_adapter_equals_one_folded_by_hand(tiny_models, family) -> None
     for by_hand in (False, True):
         model = tiny_models[family]()
         layers = find_target_layers(model)
-        peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0)
+        peft_model, lora_A, _ = attach(
+            model, layers, lora_config(layers, "language-modeling", ranks=[4] * len(layers), scale=1.5), seed=0
+        )
         generator = torch.Generator().manual_seed(1)
         for layer, a in zip(layers, lora_A, strict=True):
             B = peft_model.get_base_model().get_submodule(layer.name).lora_B["default"].weight
@@ -70,7 +74,9 @@ def test_adjusted_adapter_equals_one_folded_by_hand(tiny_models, family) -> None
 def test_zero_U_gives_exactly_the_plain_adapter(tiny_llama) -> None:
     model = tiny_llama()
     layers = find_target_layers(model)
-    peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=6), seed=0)
+    peft_model, lora_A, _ = attach(
+        model, layers, lora_config(layers, "language-modeling", ranks=[4] * len(layers), scale=1.5), seed=0
+    )
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -85,7 +91,9 @@ def test_exactly_the_target_layers_are_wrapped(tiny_llama) -> None:
     model = tiny_llama(num_hidden_layers=4)
     layers = [x for x in find_target_layers(model) if (x.block, x.kind) != (2, "self_attn.q_proj")]
     assert len(layers) == 27
-    peft_model, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=2, lora_alpha=2), seed=0)
+    peft_model, lora_A, _ = attach(
+        model, layers, lora_config(layers, "language-modeling", ranks=[2] * len(layers), scale=1.0), seed=0
+    )
     assert lora_layers(peft_model) == {layer.name for layer in layers}
     assert [a.in_features for a in lora_A] == [layer.shape[1] for layer in layers]
     assert all(isinstance(a, AdjustedLinear) for a in lora_A)
@@ -95,7 +103,9 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(tiny_llama) -
     def start(seed: int) -> torch.Tensor:
         model = tiny_llama()
         layers = find_target_layers(model)
-        _, lora_A = attach(model, layers, lora_config(layers, "language-modeling", r=4, lora_alpha=4), seed=seed)
+        _, lora_A, _ = attach(
+            model, layers, lora_config(layers, "language-modeling", ranks=[4] * len(layers), scale=1.0), seed=seed
+        )
         return torch.cat([a.weight.flatten() for a in lora_A])
 
     assert torch.equal(start(3), start(3))

@@ -180,7 +180,7 @@ def test_tensors_of_another_format_are_refused(tiny_llama, make_bundle, tmp_path
     bundle, _ = make_bundle(tiny_llama)
     bundle.save(tmp_path)
     write_tensors(tmp_path / "adapter.safetensors", bundle.tensors, {"format": "coalora-bundle/99"})
-    with pytest.raises(CoaloraError, match=r"coalora-bundle/99.*expected: coalora-bundle/1"):
+    with pytest.raises(CoaloraError, match=r"coalora-bundle/99.*expected: coalora-bundle/2"):
         Bundle.load(tmp_path)
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from coalora.errors import CoaloraError
-from coalora.train.sampling import batch_indices, sample_member
+from coalora.train.sampling import LossEstimates, Sampler, batch_indices
 
 # Not in rising order: ranks go by bits, not by position.
 BITS = np.array([4.0, 2.25, 7.0, 3.0, 5.5])
@@ -16,7 +16,8 @@ BITS = np.array([4.0, 2.25, 7.0, 3.0, 5.5])
 
 def draw(n: int, **options) -> np.ndarray:
     settings = {"sampling": "low-bits", "power": 2.5, "seed": 0, **options}
-    return np.array([sample_member(BITS, step=step, **settings) for step in range(n)])
+    sampler = Sampler(BITS, **settings)
+    return np.array([sampler.draw(step) for step in range(n)])
 
 
 def test_uniform_draws_all_members_alike() -> None:
@@ -40,23 +41,24 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
     assert not np.array_equal(draw(50), draw(50, seed=1))
     np.random.default_rng(0).random(1000)
     torch.manual_seed(123)
-    assert np.array_equal(
-        draw(50)[30:], [sample_member(BITS, sampling="low-bits", power=2.5, seed=0, step=s) for s in range(30, 50)]
-    )
+    late = Sampler(BITS, sampling="low-bits", power=2.5, seed=0)
+    assert np.array_equal(draw(50)[30:], [late.draw(step) for step in range(30, 50)])
 
 
 def test_members_of_equal_bits_are_all_drawn() -> None:
-    drawn = {sample_member(np.full(3, 2.0), sampling="low-bits", power=2.5, seed=0, step=s) for s in range(100)}
+    sampler = Sampler(np.full(3, 2.0), sampling="low-bits", power=2.5, seed=0)
+    drawn = {sampler.draw(step) for step in range(100)}
     assert drawn == {0, 1, 2}
 
 
 def test_a_single_member_is_always_drawn() -> None:
-    assert {sample_member(np.ones(1), sampling="low-bits", power=9, seed=0, step=s) for s in range(20)} == {0}
+    sampler = Sampler(np.ones(1), sampling="low-bits", power=9, seed=0)
+    assert {sampler.draw(step) for step in range(20)} == {0}
 
 
 def test_power_below_one_is_refused() -> None:
     with pytest.raises(CoaloraError, match=r"at least 1; got: 0\.5"):
-        sample_member(BITS, sampling="low-bits", power=0.5, seed=0, step=0)
+        Sampler(BITS, sampling="low-bits", power=0.5, seed=0)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (7, 7), (5, 12), (3, 1), (8, 2)])
@@ -83,3 +85,74 @@ def test_drawing_leaves_the_global_generators_alone() -> None:
     draw(3)
     assert torch.equal(torch.get_rng_state(), state)
     assert str(np.random.get_state()) == numpy_state  # noqa: NPY002
+
+
+def test_sandwich_draws_smallest_largest_and_a_random_member_in_turn() -> None:
+    drawn = BITS[draw(300, sampling="sandwich")]
+    assert set(drawn[0::3]) == {BITS.min()}
+    assert set(drawn[1::3]) == {BITS.max()}
+    assert set(drawn[2::3]) == set(BITS)
+
+
+def told(sampler: Sampler, loss_of, n: int) -> np.ndarray:
+    """Draw `n` members, telling the sampler the loss of each."""
+    drawn = []
+    for step in range(n):
+        member = sampler.draw(step)
+        sampler.observe(member, loss_of(step, member))
+        drawn.append(member)
+    return np.array(drawn)
+
+
+def test_adaptive_spends_its_steps_where_the_loss_is_in_excess_whatever_the_bits() -> None:
+    bits = np.linspace(2, 8, 30)
+    # The excess sits at high bits: a sampler that believes in low bits would miss it.
+    drawn = told(Sampler(bits, sampling="adaptive", power=1, seed=0), lambda _, m: 1.0 + 2.0 * (m > 22), 900)
+    late = drawn[300:]
+    assert (late > 21).mean() > 0.6
+    assert (late < 18).mean() > 0.1  # every member is visited now and then
+
+
+def test_adaptive_is_uniform_until_it_has_seen_the_set_twice() -> None:
+    bits = np.linspace(2, 8, 30)
+    drawn = told(Sampler(bits, sampling="adaptive", power=3, seed=0), lambda _, m: float(m == 0), 60)
+    assert np.array_equal(drawn, told(Sampler(bits, sampling="uniform", power=3, seed=0), lambda _, m: 0.0, 60))
+
+
+def test_adaptive_follows_losses_that_change() -> None:
+    bits = np.linspace(2, 8, 20)
+    drawn = told(
+        Sampler(bits, sampling="adaptive", power=1, seed=0), lambda s, m: float(m < 5 if s < 600 else m > 14), 1800
+    )
+    assert (drawn[300:600] < 7).mean() > 0.6
+    assert (drawn[1500:] > 12).mean() > 0.6
+
+
+def test_adaptive_goes_on_from_its_estimates_as_if_undisturbed() -> None:
+    def loss(step: int, member: int) -> float:
+        return float(np.random.default_rng([step, member]).random() + member / 5)
+
+    whole = told(Sampler(BITS, sampling="adaptive", power=2, seed=3), loss, 60)
+    first = Sampler(BITS, sampling="adaptive", power=2, seed=3)
+    told(first, loss, 30)
+    second = Sampler(BITS, sampling="adaptive", power=2, seed=3, estimates=first.estimates)
+    drawn = []
+    for step in range(30, 60):
+        drawn.append(second.draw(step))
+        second.observe(drawn[-1], loss(step, drawn[-1]))
+    assert np.array_equal(whole[30:], drawn)
+
+
+def test_estimates_move_to_the_members_of_a_new_round() -> None:
+    old = LossEstimates.empty(np.array([2.0, 4.0, 8.0]))
+    for rank, loss in ((0, 3.0), (2, 1.0)):
+        old.observe(rank, loss)
+    new = old.moved_to(np.array([2.0, 5.0, 8.0, 9.0]))
+    assert new.loss.tolist() == [3.0, 2.0, 1.0, 1.0]
+    assert np.isnan(old.loss[1])
+
+
+def test_modes_that_observe_nothing_draw_the_same_whatever_the_losses() -> None:
+    for mode in ("uniform", "low-bits", "sandwich"):
+        quiet, loud = (Sampler(BITS, sampling=mode, power=2, seed=0) for _ in range(2))
+        assert np.array_equal(told(quiet, lambda s, m: 0.0, 40), told(loud, lambda s, m: 9.0 * m, 40))

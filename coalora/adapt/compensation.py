@@ -1,0 +1,102 @@
+"""Closed-form compensation of the quantization error: the best low-rank term for each (layer, choice), untrained.
+
+For the residual E = W - q(W, c) and inputs of second moment H = E[x x^T], the rank-r term that is nearest in what the
+layer puts out,
+
+    min over B (out x r), A (r x in) of  E ||(E - B A) x||^2 = tr((E - B A) H (E - B A)^T),
+
+is B = the leading r eigenvectors of E H E^T and A = B^T E (Eckart and Young on E H^(1/2)). QERA (arXiv 2410.06040),
+CLoQ (arXiv 2501.18475) and EoRA (arXiv 2410.21271) reach the same minimum by a singular value decomposition of
+E H^(1/2) and a product with H^(-1/2); in this form no root and no inverse of H is needed, so that a singular H needs no
+damping. With the diagonal of H alone it is the activation-weighted LoftQ of LQ-LoRA (arXiv 2311.12023, section 3).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+from coalora.quant.scheme import InputStatistics
+
+
+def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple[Tensor, Tensor]:
+    """(lora_A (r, in), lora_B (out, r)) whose product is the best rank-r fit of `residual` (out, in).
+
+    The factors are float32 with values rounded to float16, so that a bundle stores them in half the bytes and gives
+    back exactly what was evaluated. Columns of lora_B are orthonormal, in falling order of the error that they take
+    away; where the residual has a lower rank than r, the rows of lora_A behind it are zero up to rounding. The sign of
+    each column is fixed (its largest entry is positive), so that equal inputs give equal factors on every machine with
+    the same arithmetic.
+
+    Raises:
+        CoaloraError: r is not between 1 and the smaller side of the residual.
+    """
+    if not 1 <= r <= min(residual.shape):
+        raise CoaloraError(
+            "a compensation's rank lies between 1 and the smaller side of its layer",
+            got=f"rank {r} for a layer of shape {tuple(residual.shape)}",
+            remedy="lower adapter.compensation_rank",
+        )
+    E = residual.double()
+    H = statistics.hessian
+    weighted = E * statistics.second_moment.to(E) if H is None else E @ H.to(E)
+    _, vectors = torch.linalg.eigh(weighted @ E.T)
+    B = vectors[:, -r:].flip(1)
+    largest = B.gather(0, B.abs().argmax(dim=0, keepdim=True))
+    B = B * largest.sign()
+    return (B.T @ E).half().float(), B.half().float()
+
+
+class CompensationTable:
+    """Compensation of any (layer, choice), computed when first asked for and kept within a byte limit.
+
+    Args:
+        residual: (layer index, choice index) -> W - q(W) (out, in).
+        statistics: of the N layers' inputs.
+        ranks: rank (N,) of each layer's term; 0 for none.
+        cache_bytes: limit of what is kept.
+        known: factors that are given instead of computed, by (layer, choice); never dropped.
+    """
+
+    def __init__(
+        self,
+        residual: Callable[[int, int], Tensor],
+        statistics: Sequence[InputStatistics],
+        ranks: Sequence[int],
+        *,
+        cache_bytes: int = 1 << 28,
+        known: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self._residual, self._statistics, self._ranks = residual, statistics, ranks
+        self.cache_bytes = cache_bytes
+        self._known = dict(known or {})
+        self._cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self._nbytes = 0
+
+    def __call__(self, layer: int, choice: int) -> tuple[Tensor, Tensor]:
+        """(lora_A (r, in), lora_B (out, r)) of choice `choice` in layer `layer`, on the residual's device."""
+        key = (layer, choice)
+        if key in self._known:
+            return self._known[key]
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        made = compensation(self._residual(layer, choice), self._statistics[layer], self._ranks[layer])
+        size = sum(tensor.nbytes for tensor in made)
+        if size <= self.cache_bytes:
+            self._cache[key] = made
+            self._nbytes += size
+            while self._nbytes > self.cache_bytes:
+                _, dropped = self._cache.popitem(last=False)
+                self._nbytes -= sum(tensor.nbytes for tensor in dropped)
+        return made
+
+    def factors(self, configurations: np.ndarray) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The factors of every (layer, choice) that occurs in `configurations` (n, N), on the CPU."""
+        pairs = sorted({(index, int(k)) for row in configurations for index, k in enumerate(row)})
+        return {pair: (A.cpu(), B.cpu()) for pair in pairs for A, B in [self(*pair)]}

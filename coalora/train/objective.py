@@ -1,0 +1,117 @@
+"""What a training step minimises: the task's loss, distillation from the full-precision model, or both.
+
+Distillation (Hinton et al. 2015, arXiv 1503.02531): tau^2 KL(teacher || student) of the softened outputs, averaged over
+examples or predicted tokens; optionally the mean squared difference of the hidden states of every block, relative to
+the teacher's own mean square. Two teachers:
+
+`base`    the full-precision base without adapter: what quantization took away, and no more. For language models.
+`adapted` the full-precision base with the shared adapter as it is now, without gradient (the in-place distillation of
+          slimmable networks, Yu and Huang 2019, arXiv 1903.05134): it learns the task as training goes on. Also for
+          classifiers, whose base has no trained head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coalora.adapt.adapted import AdaptedModel
+from coalora.data.benchmark import IGNORED
+from coalora.errors import CoaloraError
+
+Teacher = Literal["base", "adapted"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """(1 - distillation) * task loss + distillation * (KL + hidden * hidden-state error).
+
+    Attributes:
+        distillation: 0 is the task alone, 1 distillation alone.
+        temperature: tau of the softened outputs.
+        hidden: weight of the hidden states' error beside the KL; 0 leaves it out.
+        teacher: see the module docstring.
+
+    Raises:
+        CoaloraError: a weight outside of its range.
+    """
+
+    distillation: float = 0.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    teacher: Teacher = "base"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1 or self.temperature <= 0 or self.hidden < 0:
+            raise CoaloraError(
+                "an objective's weights lie in their ranges",
+                got=f"distillation {self.distillation}, temperature {self.temperature}, hidden {self.hidden}",
+                expected="distillation from 0 to 1, temperature above 0, hidden at least 0",
+            )
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """Logits, and hidden states of every block where the objective asks for them; without gradient."""
+
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
+def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Objective) -> TeacherOutput | None:
+    """The teacher's outputs for a batch; None where nothing is distilled. Leaves the base in full precision."""
+    if objective.distillation == 0:
+        return None
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    training = adapted.peft_model.training
+    adapted.full_precision()
+    adapted.peft_model.eval()
+    try:
+        with torch.no_grad():
+            if objective.teacher == "base":
+                with adapted.peft_model.disable_adapter():
+                    out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
+            else:
+                out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
+    finally:
+        adapted.peft_model.train(training)
+    return TeacherOutput(out.logits, tuple(out.hidden_states or ()))
+
+
+def step_loss(
+    adapted: AdaptedModel, batch: dict[str, Tensor], objective: Objective, teacher: TeacherOutput | None
+) -> tuple[Tensor, Tensor]:
+    """(what is minimised, the task's loss without gradient), both scalars, of the configuration held now."""
+    hidden = teacher is not None and objective.hidden > 0
+    out = adapted.peft_model(**batch, output_hidden_states=hidden)
+    if teacher is None:
+        return out.loss, out.loss.detach()
+    weight, tau = objective.distillation, objective.temperature
+    student, target = out.logits, teacher.logits
+    counted = torch.ones_like(student[..., 0])
+    if adapted.is_language_model:
+        student, target = student[:, :-1], target[:, :-1]
+        counted = (batch["labels"][:, 1:] != IGNORED).to(student.dtype)
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / tau, -1), F.log_softmax(target.float() / tau, -1),
+        log_target=True, reduction="none",
+    ).sum(-1)  # fmt: skip
+    # A product instead of an index: indexing by a mask would wait for the device.
+    distance = tau**2 * (divergence * counted).sum() / counted.sum()
+    if hidden:
+        distance = distance + objective.hidden * _hidden_error(out.hidden_states, teacher.hidden_states, batch)
+    return (1 - weight) * out.loss + weight * distance, out.loss.detach()
+
+
+def _hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
+    mask = batch["attention_mask"][..., None].float()
+    errors = []
+    # The first hidden states are the embeddings, which nothing changes.
+    for own, wanted in zip(student[1:], teacher[1:], strict=True):
+        difference = ((own.float() - wanted.float()).square() * mask).sum()
+        errors.append(difference / (wanted.float().square() * mask).sum())
+    return torch.stack(errors).mean()
