@@ -9,12 +9,12 @@ from flows.calibration import Calibrated
 from flows.run import PipelineRun
 from flows.training import Trained
 from tasks.evaluation import evaluate_method
+from tasks.reference import train_reference
 from tasks.selection import select_budgets
 from tasks.settings import Settings
 from tasks.store import Artifact
 
-STAGES = [select_budgets, evaluate_method]
-METHODS = ("none", "shared", "coa")
+STAGES = [select_budgets, evaluate_method, train_reference]
 
 
 class Evaluated(BaseModel):
@@ -22,6 +22,7 @@ class Evaluated(BaseModel):
 
     selection: Artifact
     scores: dict[str, Artifact]
+    references: dict[str, list[Artifact]] = {}
 
 
 def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained) -> Evaluated:
@@ -45,9 +46,33 @@ def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained)
             method=method,
             batch_size=s.evaluation.batch_size,
         )
-        for method in METHODS
+        for method in trained.states
     }
-    return Evaluated(selection=selection, scores=scores)
+    return Evaluated(selection=selection, scores=scores, references=_references(run, calibrated, selection))
+
+
+def _references(run: PipelineRun, calibrated: Calibrated, selection: Artifact) -> dict[str, list[Artifact]]:
+    s = run.settings
+    steps = s.baselines.per_budget_steps or s.training.initial_steps + s.search.rounds * s.training.round_steps
+    return {
+        method: [
+            run.run(
+                train_reference,
+                **calibrated.inputs(),
+                selection=selection,
+                index=index,
+                method=method,
+                adapter=s.adapter,
+                training=s.training,
+                steps=steps,
+                batch_size=s.evaluation.batch_size,
+                runtime=s.runtime,
+                seed=s.seed,
+            )
+            for index in range(len(s.evaluation.budgets))
+        ]
+        for method in s.baselines.per_budget
+    }
 
 
 @flow(name="evaluation", flow_run_name="{name}: evaluation")

@@ -69,6 +69,7 @@ def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, eva
         states=trained.states,
         scores=evaluated.scores,
         exports=exports,
+        references=evaluated.references,
     )
     return Exported(bundle=bundle, exports=exports, result=result)
 

@@ -60,10 +60,12 @@ def training_chain(
         if on_set is not None:
             on_set(round_index, sets[-1])
         coa.append(_train(run, calibrated, sets[-1], coa[-1] if coa else None, "coa", round_index))
-    states = {"coa": coa, "shared": _baseline(run, calibrated, sets, "shared")}
+    states = {"coa": coa}
     # Without an adapter a language model has nothing to learn; a classifier has its head.
     trains_head = s.benchmark.task == "classification"
-    states["none"] = _baseline(run, calibrated, sets if trains_head else sets[:1], "none")
+    for method in s.baselines.methods:
+        trained_on = sets[:1] if method == "none" and not trains_head else sets
+        states[method] = _baseline(run, calibrated, trained_on, method)
     return Trained(sets=sets, states=states)
 
 

@@ -14,12 +14,20 @@ from coalora.models.loading import load_config
 from tasks.adapted import HISTORY
 from tasks.engine import stage
 from tasks.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
+from tasks.reference import REFERENCE_SCORE
 from tasks.report.schema import as_result
 from tasks.settings import Settings
 from tasks.store import Artifact, Scalar, Store
 
 RESULT = "result.json"
-LABELS = {"none": "no adapter", "shared": "Shared-LoRA", "coa": "CoA-LoRA"}
+LABELS = {
+    "none": "no adapter",
+    "shared": "Shared-LoRA",
+    "paper": "CoA-LoRA as in the paper",
+    "coa": "CoA-LoRA",
+    "qlora": "one LoRA per budget",
+    "lq-lora": "one LQ-LoRA per budget",
+}
 
 
 @stage("result")
@@ -35,6 +43,7 @@ def assemble(
     states: dict[str, list[Artifact]],
     scores: dict[str, Artifact],
     exports: list[Artifact],
+    references: dict[str, list[Artifact]],
 ) -> Artifact:
     """`result.json` of a run.
 
@@ -43,6 +52,7 @@ def assemble(
         states: method -> its training states, round by round.
         scores: method -> its evaluation.
         exports: one for each asked budget.
+        references: method -> its score for each asked budget.
     """
     store = Store()
     data, measured, source = load_benchmark(benchmark), load_tables(tables), BaseModel(base)
@@ -50,6 +60,7 @@ def assemble(
     measures = {method: read_json(store.path(s) / "scores.json") for method, s in scores.items()}
     bits = measured.average_bits(members.configurations)
     nbytes = measured.total_nbytes(members.configurations)
+    alone = {m: [read_json(store.path(a) / REFERENCE_SCORE) for a in made] for m, made in references.items()}
     comparison = compare(
         {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
         bits,
@@ -88,8 +99,12 @@ def assemble(
             method: {"label": _label(method, data.task), "n_steps": int(states[method][-1].meta["step"] or 0)}
             for method in measures
         },
+        "references": {
+            method: {"label": _label(method, data.task), "n_steps": alone[method][0]["steps"]} for method in alone
+        },
         "budgets": [
             _budget(budget, configuration, export, i, measured, measures)
+            | {f"reference_{part}": {m: rows[i][part] for m, rows in alone.items()} for part in ("metric", "loss")}
             for i, (budget, configuration, export) in enumerate(
                 zip(settings.evaluation.budgets, chosen, exports, strict=True)
             )
@@ -126,7 +141,17 @@ def assemble(
             "budgets": settings.evaluation.budgets,
             "bits": [_layer_bits(configuration, measured) for configuration in chosen],
         },
-        "seconds": _seconds(base, benchmark, tables, *searches, selection, *scores.values(), *exports, states=states),
+        "seconds": _seconds(
+            base,
+            benchmark,
+            tables,
+            *searches,
+            selection,
+            *scores.values(),
+            *(a for made in references.values() for a in made),
+            *exports,
+            states=states,
+        ),
         "exports": [
             {
                 "budget": budget,

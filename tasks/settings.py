@@ -86,6 +86,35 @@ class TrainingSettings(Section):
     )
 
 
+SetMethod = Literal["none", "shared", "paper"]
+ReferenceMethod = Literal["qlora", "lq-lora"]
+
+
+class BaselineSettings(Section):
+    """What CoA-LoRA is compared with, on the same configurations, examples and steps."""
+
+    methods: list[SetMethod] = Field(
+        ["none", "shared"],
+        description="Trained over the same sets: none (no adapter), shared (Shared-LoRA), paper (theta as there).",
+    )
+    per_budget: list[ReferenceMethod] = Field(
+        default_factory=list,
+        description="Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
+    )
+    per_budget_steps: int | None = Field(
+        None, ge=1, description="Steps of each such run; by default those of the whole training."
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _shared_gives_the_ceiling(cls, methods: list[SetMethod]) -> list[SetMethod]:
+        if len(set(methods)) < len(methods) or "shared" not in methods:
+            raise ValueError(
+                "give each method once, and shared among them: full precision is measured with its adapter"
+            )
+        return methods
+
+
 class InitialSetSettings(Section):
     """The configuration set of round 0: allocations at evenly spread budgets."""
 
@@ -200,6 +229,7 @@ class Settings(Section):
     choices: ChoiceSettings = Field(ChoiceSettings(), description="Choice space.")
     adapter: AdapterSettings = Field(AdapterSettings(), description="Adapter.")
     training: TrainingSettings = Field(TrainingSettings(), description="Training.")
+    baselines: BaselineSettings = Field(BaselineSettings(), description="Baselines.")
     initial_set: InitialSetSettings = Field(InitialSetSettings(), description="Initial configuration set.")
     search: SearchSettings = Field(SearchSettings(), description="Search.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Evaluation.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from coalora.adapt.adapted import Method
@@ -14,6 +15,12 @@ from tasks.loaders import BaseModel, load_benchmark, load_set, load_tables
 from tasks.progress import Progress
 from tasks.settings import AdapterSettings, RuntimeSettings, TrainingSettings
 from tasks.store import Artifact, Scalar, Store
+
+
+def training_recipe(training: TrainingSettings, total_steps: int) -> TrainingRecipe:
+    """The recipe of a run of `total_steps` under these settings."""
+    fields = training.model_dump(exclude={"initial_steps", "round_steps", "objective"})
+    return TrainingRecipe(total_steps=total_steps, objective=Objective(**training.objective.model_dump()), **fields)
 
 
 @stage("train", tags=("gpu",))
@@ -36,19 +43,16 @@ def train_round(
 
     Args:
         previous: state of the round before; None starts afresh.
-        method: `coa`, `shared` or `none`.
+        method: as in `AdaptedModel`; `paper` draws configurations uniformly, as the paper does.
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
     """
     data = load_benchmark(benchmark)
     measured = load_tables(tables)
     adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
     members = load_set(configurations, measured)
-    fields = training.model_dump(exclude={"initial_steps", "round_steps", "objective"})
-    recipe = TrainingRecipe(
-        total_steps=training.initial_steps + rounds * training.round_steps,
-        objective=Objective(**training.objective.model_dump()),
-        **fields,
-    )
+    recipe = training_recipe(training, training.initial_steps + rounds * training.round_steps)
+    if method == "paper":
+        recipe = replace(recipe, sampling="uniform")
     steps = training.initial_steps if round_index == 0 else training.round_steps
     if adapted.named_parameters():
         state, records = train(

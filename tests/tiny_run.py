@@ -30,6 +30,8 @@ from tasks.store import Artifact
 CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",
     "model.pretrain.steps=4", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=3",
+    "adapter.compensation_rank=1", "adapter.rank_pattern={mlp.*: 5}", "calibration.hessians=true",
+    "baselines.methods=[none, shared, paper]", "baselines.per_budget=[qlora, lq-lora]", "baselines.per_budget_steps=2",
 ]  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def tiny_run() -> TinyRun:
                 "settings": settings.model_dump(mode="json"),
                 "base": calibrated.base.model_dump(mode="json"),
                 "benchmark": calibrated.benchmark.model_dump(mode="json"),
+                "tables": calibrated.tables.model_dump(mode="json"),
                 "bundle": exported.bundle.model_dump(mode="json"),
             },
         )

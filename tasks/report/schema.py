@@ -19,7 +19,7 @@ Bits = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Point = tuple[float, float]  # (loss, average bits), the order of the search's objectives
 
-ARM_ORDER = ("none", "shared", "coa")
+ARM_ORDER = ("none", "shared", "paper", "coa")
 
 
 class _Part(BaseModel):
@@ -61,6 +61,9 @@ class Budget(_Part):
     n_layers_by_bits: dict[float, Count]
     metric: dict[str, float]
     loss: dict[str, float]
+    # Adapters fine-tuned for this configuration alone, by method; they are no arms, as they have no members.
+    reference_metric: dict[str, float] = {}
+    reference_loss: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _total_is_the_sum(self) -> Self:
@@ -142,6 +145,7 @@ class Result(_Part):
     settings: dict[str, JsonValue]
     full_precision: FullPrecision
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    references: dict[str, Arm] = {}
     budgets: Annotated[list[Budget], Field(min_length=1)]
     members: Annotated[list[Member], Field(min_length=1)]
     hypervolume: Hypervolume
@@ -158,6 +162,9 @@ class Result(_Part):
             for i, part in enumerate(parts):
                 for field in ("metric", "loss"):
                     _same_arms(f"{where}[{i}].{field}", getattr(part, field), self.arms)
+        for i, budget in enumerate(self.budgets):
+            for field in ("reference_metric", "reference_loss"):
+                _same_arms(f"budgets[{i}].{field}", getattr(budget, field), self.references)
         _same_arms("hypervolume.values", self.hypervolume.values, self.arms)
         unknown = sorted(set(self.curves) - set(self.arms))
         if unknown:

@@ -17,7 +17,7 @@ DECIMALS = 3
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget: bits per weight, bytes on disk, the metric of every arm and the names of the best arms."""
+    """One budget: bits per weight, bytes on disk, the metric of every arm and reference, and the best arms."""
 
     budget: float
     average_bits: float
@@ -25,6 +25,7 @@ class BudgetRow:
     adapter_bytes: int
     total_bytes: int
     metric: dict[str, float]
+    reference: dict[str, float]
     best: frozenset[str]
 
 
@@ -50,6 +51,7 @@ def budget_table(result: Result | Mapping[str, Any]) -> list[BudgetRow]:
             adapter_bytes=budget.adapter_bytes,
             total_bytes=budget.total_bytes,
             metric={name: budget.metric[name] for name in result.arm_names},
+            reference=budget.reference_metric,
             best=best_arms(budget.metric, higher_is_better=result.benchmark.higher_is_better),
         )
         for budget in result.budgets_in_order
@@ -113,15 +115,18 @@ def markdown_table(result: Result | Mapping[str, Any]) -> str:
     result = as_result(result)
     names = result.arm_names
     arms = [_cell(result.arms[name].label) for name in names]
+    single = [_cell(arm.label) for arm in result.references.values()]
     head = ["budget", "bits a weight", "base", "adapter", "both"]
+    columns = [f"{arm}, {_cell(result.metric_name)} {result.arrow}" for arm in [*arms, *single]]
     lines = [
-        "| " + " | ".join([*head, *(f"{arm}, {_cell(result.metric_name)} {result.arrow}" for arm in arms)]) + " |",
-        "|" + " ---: |" * (len(head) + len(arms)),
+        "| " + " | ".join([*head, *columns]) + " |",
+        "|" + " ---: |" * (len(head) + len(columns)),
     ]
     for row in budget_table(result):
         cells = [f"{row.budget:.2f}", f"{row.average_bits:.2f}"]
         cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
         cells += [_bold(number(row.metric[name]), name in row.best) for name in names]
+        cells += [number(row.reference[name]) for name in result.references]
         lines.append("| " + " | ".join(cells) + " |")
     values = result.hypervolume.values
     best = best_arms(values, higher_is_better=True)

@@ -45,10 +45,14 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for name in names:
         table.add_column(Text(result.arms[name].label), justify="right", no_wrap=True, vertical="bottom")
+    for reference in result.references.values():
+        table.add_column(Text(reference.label), justify="right", no_wrap=True, vertical="bottom")
     for row in budget_table(result):
         cells = [f"{row.budget:.2f}", f"{row.average_bits:.2f}"]
         cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
-        table.add_row(*cells, *(_mark(row.metric[name], name in row.best) for name in names))
+        cells_of_arms = [_mark(row.metric[name], name in row.best) for name in names]
+        single = [Text(number(row.reference[name])) for name in result.references]
+        table.add_row(*cells, *cells_of_arms, *single)
     console.print(table)
     better = "higher" if result.benchmark.higher_is_better else "lower"
     words = (

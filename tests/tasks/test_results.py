@@ -23,7 +23,7 @@ from tasks.results import assemble
 from tasks.store import Store
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
-METHODS = ("none", "shared", "coa")
+METHODS = ("none", "shared", "paper", "coa")
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,26 @@ def test_hypervolumes_are_the_area_that_members_dominate(run: TinyRun, result: d
         assert volume["values"][method] == pytest.approx(expected, rel=1e-9)
 
 
+def test_each_budget_shows_what_an_adapter_for_it_alone_reaches(run: TinyRun, result: dict[str, Any]) -> None:
+    store = Store()
+    assert set(result["references"]) == {"qlora", "lq-lora"}
+    assert {arm["n_steps"] for arm in result["references"].values()} == {2}
+    for method, made in run.evaluated.references.items():
+        scores = [json.loads((store.path(artifact) / "score.json").read_text()) for artifact in made]
+        for row, score in zip(result["budgets"], scores, strict=True):
+            assert row["reference_loss"][method] == score["loss"]
+            assert row["reference_metric"][method] == score["metric"]
+    # Two steps from different starts: the same numbers would mean that the start is not used.
+    assert result["budgets"][0]["reference_loss"]["qlora"] != result["budgets"][0]["reference_loss"]["lq-lora"]
+
+
 def test_arms_model_and_benchmark_are_described(run: TinyRun, result: dict[str, Any]) -> None:
     steps = run.settings.training.initial_steps + run.settings.search.rounds * run.settings.training.round_steps
-    assert {m: a["n_steps"] for m, a in result["arms"].items()} == {"none": 0, "shared": steps, "coa": steps}
+    assert {m: a["n_steps"] for m, a in result["arms"].items()} == {
+        "none": 0, "shared": steps, "paper": steps, "coa": steps
+    }  # fmt: skip
     assert {m: a["label"] for m, a in result["arms"].items()} == {
-        "none": "no adapter", "shared": "Shared-LoRA", "coa": "CoA-LoRA"
+        "none": "no adapter", "shared": "Shared-LoRA", "paper": "CoA-LoRA as in the paper", "coa": "CoA-LoRA"
     }  # fmt: skip
     assert (result["model"]["n_layers"], result["model"]["n_weights"]) == (14, 2 * (4 * 32 * 32 + 3 * 32 * 64))
     assert result["model"]["digest"] == load_tables(run.calibrated.tables).base_digest
@@ -131,7 +146,7 @@ def test_arms_model_and_benchmark_are_described(run: TinyRun, result: dict[str, 
 
 
 def test_curves_cover_every_step_of_the_methods_that_train(run: TinyRun, result: dict[str, Any]) -> None:
-    assert set(result["curves"]) == {"shared", "coa"}
+    assert set(result["curves"]) == {"shared", "paper", "coa"}
     for rows in result["curves"].values():
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert [row["round"] for row in rows] == [0, 0, 1]
@@ -198,10 +213,11 @@ def test_a_methods_scores_cannot_be_left_out(run: TinyRun) -> None:
             pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
             selection=run.evaluated.selection, states=run.trained.states,
             scores={"coa": run.evaluated.scores["coa"]}, exports=run.exported.exports,
+            references={},
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"shorter|longer"):
         assemble(
             pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
             selection=run.evaluated.selection, states=run.trained.states, scores=run.evaluated.scores,
-            exports=run.exported.exports[:1],
+            exports=run.exported.exports[:1], references={},
         )  # fmt: skip

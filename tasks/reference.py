@@ -1,0 +1,74 @@
+"""Stage `reference`: an adapter fine-tuned for the configuration of one budget alone, and its score.
+
+What configuration-aware training exists to replace: one run for each configuration. `qlora` starts the pair as LoRA
+does (QLoRA, arXiv 2305.14314), `lq-lora` from the decomposition of the quantization error (LQ-LoRA, arXiv 2311.12023).
+Both get the examples in the order of the other methods, and as many steps as asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coalora.evaluate.losses import score_configurations
+from coalora.files import write_json
+from coalora.train.loop import train
+from tasks.adapted import build_adapted
+from tasks.engine import stage
+from tasks.loaders import BaseModel, load_benchmark, load_selected, load_tables
+from tasks.progress import Progress
+from tasks.settings import AdapterSettings, ReferenceMethod, RuntimeSettings, TrainingSettings
+from tasks.store import Artifact, Scalar, Store
+from tasks.training import training_recipe
+
+REFERENCE_SCORE = "score.json"
+
+
+@stage("reference", tags=("gpu",))
+def train_reference(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    selection: Artifact,
+    index: int,
+    method: ReferenceMethod,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
+    steps: int,
+    batch_size: int,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """`score.json`: validation loss and metric of the adapter for budget number `index` of the selection."""
+    data, measured = load_benchmark(benchmark), load_tables(tables)
+    configuration = load_selected(selection, measured)[index : index + 1]
+    adapted = build_adapted(
+        BaseModel(base),
+        data,
+        tables,
+        method="lq-lora" if method == "lq-lora" else "shared",
+        adapter=adapter,
+        runtime=runtime,
+        seed=seed,
+    )
+    if method == "lq-lora":
+        adapted.start_from_compensation(configuration[0])
+    bits = measured.average_bits(configuration)
+    train(
+        adapted,
+        data.train,
+        configuration,
+        bits,
+        training_recipe(training, steps),
+        steps=steps,
+        seed=seed,
+        progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
+    )
+    losses, metrics = score_configurations(adapted, data.validation, configuration, batch_size=batch_size)
+    content = {"method": method, "steps": steps, "loss": float(losses[0]), "metric": float(metrics[0])}
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_json(folder / REFERENCE_SCORE, content)
+        return {"loss": content["loss"], "metric": content["metric"]}
+
+    return Store().put("reference", write)
