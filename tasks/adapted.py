@@ -8,7 +8,7 @@ from coalora.adapt.adapted import AdaptedModel, Method
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
-from coalora.train.loop import TrainingState
+from coalora.train.loop import ASIDE, TrainingState
 from tasks.loaders import BaseModel, load_input_statistics, load_tables
 from tasks.settings import AdapterSettings, RuntimeSettings
 from tasks.store import Artifact, Store
@@ -24,7 +24,7 @@ def load_state(artifact: Artifact) -> TrainingState:
 
 def parameters(artifact: Artifact) -> dict[str, Tensor]:
     """The trained parameters of a state, without the optimizer's moments."""
-    return {k: v for k, v in load_state(artifact).tensors.items() if not k.startswith("exp_avg")}
+    return {k: v for k, v in load_state(artifact).tensors.items() if not k.startswith(ASIDE)}
 
 
 def build_adapted(

@@ -45,6 +45,9 @@ class AdapterSettings(Section):
     compensation_rank: int = Field(
         0, ge=0, description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none."
     )
+    expert_bits: int = Field(
+        0, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
         description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",

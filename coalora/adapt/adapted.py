@@ -1,8 +1,8 @@
 """A base model that is quantized to any configuration and adapted to it.
 
 The methods share one class, so that a comparison differs in nothing else:
-`coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and with the closed-form compensation of
-          each layer's choice where the recipe gives it a part of the rank;
+`coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and as the recipe says with experts for
+          low bit-widths and with the closed-form compensation of each layer's choice;
 `paper`   theta's adjustment of a pair of full rank, as in the paper;
 `shared`  the pair of full rank alone (U = 0);
 `lq-lora` the pair of full rank, started from the compensation of one configuration (`start_from_compensation`);
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coalora.adapt.compensation import CompensationTable
+from coalora.adapt.experts import Experts
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
@@ -89,6 +90,9 @@ class AdaptedModel:
             self.theta = ConfigurationAwareModel(
                 space, layers, max(trained), embedding_dim=recipe.embedding_dim, hidden_dim=recipe.hidden_dim
             ).to(self.device)
+        self.experts: Experts | None = None
+        if method == "coa" and recipe.expert_bits:
+            self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
         if method == "none":
             self._drop_lora()
 
@@ -103,14 +107,15 @@ class AdaptedModel:
             cast(BaseTunerLayer, base.get_submodule(layer.name)).enable_adapters(False)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: `lora.<module>...`, `head.<module>...`, `theta.<...>`."""
+        """What is trained, by name: `lora.<module>...`, `head.<module>...`, `theta.<...>`, `experts.<...>`."""
         named: dict[str, nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():
             if parameter.requires_grad:
                 group = "lora" if ".lora_" in name else "head"
                 named[f"{group}.{_plain(name)}"] = parameter
-        if self.theta is not None:
-            named |= {f"theta.{name}": parameter for name, parameter in self.theta.named_parameters()}
+        for group, module in (("theta", self.theta), ("experts", self.experts)):
+            if module is not None:
+                named |= {f"{group}.{name}": parameter for name, parameter in module.named_parameters()}
         return named
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -157,6 +162,9 @@ class AdaptedModel:
         # unbind's backward is one stack; indexing would fill a gradient of N x r x r for every layer.
         for lora_A, u in zip(self.lora_A, [None] * len(self.layers) if U is None else U.unbind(), strict=True):
             lora_A.U = u
+        for index, choice in enumerate(configuration if self.experts is not None else ()):
+            terms = self.experts(index, int(choice)) if self.experts is not None else None
+            self.lora_A[index].expert, self.lora_B[index].expert = terms or (None, None)
         if self.compensation is not None and self.method == "coa":
             for index, choice in enumerate(configuration):
                 A, B = self.compensation(index, int(choice))
@@ -189,7 +197,7 @@ class AdaptedModel:
         """The base without quantization and the plain shared adapter."""
         self.base.restore()
         for lora_A, lora_B in zip(self.lora_A, self.lora_B, strict=True):
-            lora_A.U = lora_A.compensation = lora_B.compensation = None
+            lora_A.U = lora_A.compensation = lora_B.compensation = lora_A.expert = lora_B.expert = None
 
 
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with what a configuration adds to them: y = W x + s B (I + U) A x + B_c A_c x.
+"""PEFT's LoRA layers with what a configuration adds to them: y = W x + s (B + B_b)(I + U)(A + A_b) x + B_c A_c x.
 
 `get_peft_model` builds PEFT's own layers; only the classes of each `lora_A` and `lora_B` linear change, so that
 parameter names, the adapter's file format and everything else of PEFT stay as they are. Folding U costs r*r*in a layer,
@@ -27,13 +27,14 @@ _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "language-modeling": TaskType
 
 
 class AdjustedLinear(nn.Linear):
-    """A `lora_A` whose effective weight is (I + U) A with the rows A_c below; None for what a configuration lacks."""
+    """A `lora_A` whose effective weight is (I + U)(A + A_b) with the rows A_c below; None for what a choice lacks."""
 
     U: Tensor | None = None
+    expert: Tensor | None = None
     compensation: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
-        folded = fold(self.weight, self.U)
+        folded = fold(self.weight if self.expert is None else self.weight + self.expert, self.U)
         return folded if self.compensation is None else torch.cat([folded, self.compensation.to(folded.dtype)])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,14 +42,14 @@ class AdjustedLinear(nn.Linear):
 
 
 class ExtendedLinear(nn.Linear):
-    """A `lora_B` whose effective weight has the columns B_c / s beside the trained ones, s being LoRA's scale."""
+    """A `lora_B` whose effective weight is B + B_b with the columns B_c / s beside it, s being LoRA's scale."""
 
+    expert: Tensor | None = None
     compensation: Tensor | None = None
 
     def effective_weight(self) -> Tensor:
-        if self.compensation is None:
-            return self.weight
-        return torch.cat([self.weight, self.compensation.to(self.weight.dtype)], dim=1)
+        weight = self.weight if self.expert is None else self.weight + self.expert
+        return weight if self.compensation is None else torch.cat([weight, self.compensation.to(weight.dtype)], dim=1)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight())

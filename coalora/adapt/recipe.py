@@ -21,6 +21,8 @@ class AdapterRecipe:
         embedding_dim, hidden_dim: theta's widths.
         compensation_rank: the part of each layer's rank that is closed-form compensation of its choice, 0 for none
             (`coalora.adapt.compensation`).
+        expert_bits: choices of at most so many bits have a term of their own beside the shared pair, 0 for none
+            (`coalora.adapt.experts`).
         rank_pattern: total rank of layers whose name or kind matches a glob, instead of r; the last match wins.
     """
 
@@ -30,6 +32,7 @@ class AdapterRecipe:
     embedding_dim: int = 8
     hidden_dim: int = 128
     compensation_rank: int = 0
+    expert_bits: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalora.adapt.experts import NO_EXPERT, expert_of_choice
 from coalora.adapt.lora import fold, lora_config
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
@@ -75,6 +76,7 @@ class Bundle:
         self.recipe, self.task, self.base_model = recipe, task, base_model
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
+        self._experts = expert_of_choice(tables.space, recipe.expert_bits)
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
         if theta:
@@ -108,9 +110,14 @@ class Bundle:
         """The adapter of one configuration (N,): theta's U folded into lora_A."""
         content = configuration_dict(configuration, self.tables)
         U = None if self.theta is None else self.theta(torch.as_tensor(configuration))
-        tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith("theta.")}
+        own = ("theta.", "experts.")
+        tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith(own)}
         for index, (layer, k) in enumerate(zip(self.tables.layers, configuration, strict=True)):
             A, B = (peft_key(f"{layer.name}.lora_{side}.weight") for side in "AB")
+            expert = self._experts[int(k)]
+            if expert != NO_EXPERT:
+                tensors[A] = tensors[A] + self.tensors[f"experts.lora_A.{index}_{expert}"]
+                tensors[B] = tensors[B] + self.tensors[f"experts.lora_B.{index}_{expert}"]
             if U is not None:
                 tensors[A] = fold(tensors[A], U[index])
             if self.recipe.compensation_rank:

@@ -23,8 +23,9 @@ from coalora.errors import CoaloraError
 from coalora.train.objective import Objective, ask_teacher, step_loss
 from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
 
-_MOMENTS = ("exp_avg.", "exp_avg_sq.")
+_MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
 _SAMPLER = "sampler."
+ASIDE = (*_MOMENTS, _SAMPLER)  # prefixes of what is no parameter in a state
 # Losses come to the host once in so many steps: a step that waits for its own loss leaves a GPU idle.
 _FLUSH = 10
 
@@ -54,7 +55,8 @@ class TrainingRecipe:
 class TrainingState:
     """What training needs to go on: parameters, AdamW's moments, and the steps done.
 
-    `tensors` holds `<parameter>`, `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, and under `sampler.` what the
+    `tensors` holds `<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step.<parameter>` (the
+    steps that reached it: an expert sees those of its own bits alone), and under `sampler.` what the
     adaptive sampler has learnt of the losses.
     """
 
@@ -93,8 +95,7 @@ def train(
             got=f"{len(configurations)} configurations, {len(average_bits)} average bits",
         )
     if state is not None and state.tensors:
-        aside = (*_MOMENTS, _SAMPLER)
-        adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(aside)})
+        adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(ASIDE)})
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
@@ -183,7 +184,7 @@ def _write_estimates(sampler: Sampler) -> dict[str, Tensor]:
 def _optimizer(
     parameters: dict[str, torch.nn.Parameter], recipe: TrainingRecipe, state: TrainingState | None
 ) -> torch.optim.AdamW:
-    peaks = {"lora": recipe.lr, "theta": recipe.theta_lr, "head": recipe.head_lr}
+    peaks = {"lora": recipe.lr, "theta": recipe.theta_lr, "experts": recipe.lr, "head": recipe.head_lr}
     groups = []
     for name, peak in peaks.items():
         members = [p for key, p in parameters.items() if key.startswith(name + ".")]
@@ -194,7 +195,7 @@ def _optimizer(
     if state is not None and state.step:
         for key, parameter in parameters.items():
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=parameter.device),
+                "step": state.tensors[f"step.{key}"].to(parameter.device, copy=True),
                 "exp_avg": state.tensors[f"exp_avg.{key}"].to(parameter, copy=True),
                 "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].to(parameter, copy=True),
             }
@@ -207,8 +208,9 @@ def _tensors(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.A
         moments = optimizer.state[parameter]
         tensors[key] = parameter.detach().to("cpu", copy=True)
         # A parameter that no step reached (theta without a layer of some kind) has no moments yet.
-        for name in ("exp_avg", "exp_avg_sq"):
-            value = moments.get(name, torch.zeros_like(parameter))
+        blank = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        for name, nothing in {**blank, "step": torch.tensor(0.0)}.items():
+            value = moments.get(name, nothing)
             tensors[f"{name}.{key}"] = value.detach().to("cpu", copy=True)
     return tensors
 

@@ -115,7 +115,7 @@ def test_state_holds_parameters_and_both_moments(tiny_llama, make_adapted, go) -
     state, _ = go(adapted, 2)
     own = adapted.state_dict()
     assert state.step == 2
-    assert set(state.tensors) == {f"{prefix}{k}" for k in own for prefix in ("", "exp_avg.", "exp_avg_sq.")}
+    assert set(state.tensors) == {f"{prefix}{k}" for k in own for prefix in ("", "exp_avg.", "exp_avg_sq.", "step.")}
     assert all(torch.equal(v, state.tensors[k]) for k, v in own.items())
     adapted.named_parameters()["theta.embedding.weight"].data.zero_()
     assert bool(state.tensors["theta.embedding.weight"].any())

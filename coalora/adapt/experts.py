@@ -1,0 +1,63 @@
+"""Pairs of their own for low bit-widths: each layer adds to the shared pair what its choice's bits have learnt.
+
+theta's U turns the rows of A among themselves; it cannot give a 2-bit layer directions that the shared pair does not
+have, and these are what an adapter for one configuration alone finds. So layer l under a choice of b bits runs
+
+    y = q(W_l, c_l) x + s (B_l + B_l,b) (I + U_l) (A_l + A_l,b) x,
+
+of the same rank as before. The terms start at zero, and are there for bit-widths up to a limit only: above it the
+error is small, steps are few, and the shared pair alone does better. (No counterpart in the paper.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coalora.models.targets import TargetLayer
+from coalora.quant.space import ChoiceSpace
+
+NO_EXPERT = -1
+
+
+class Experts(nn.Module):
+    """The terms A_l,b (r x in) and B_l,b (out x r) of every layer and bit-width.
+
+    Args:
+        space: the K choices; those with a field `bits` of at most `max_bits` have a term, one for each bit-width.
+        layers: the N target layers.
+        ranks: trained rank (N,) of each.
+        max_bits: see above; 0 leaves no term at all.
+    """
+
+    def __init__(
+        self, space: ChoiceSpace, layers: Sequence[TargetLayer], ranks: Sequence[int], *, max_bits: int
+    ) -> None:
+        super().__init__()
+        self.expert_of_choice = expert_of_choice(space, max_bits)
+        n = max(self.expert_of_choice, default=NO_EXPERT) + 1
+        # A parameter for each term, not one stacked: what a step does not use has no gradient, and AdamW leaves it be.
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        for index, (layer, r) in enumerate(zip(layers, ranks, strict=True)):
+            for expert in range(n):
+                self.lora_A[f"{index}_{expert}"] = nn.Parameter(torch.zeros(r, layer.shape[1]))
+                self.lora_B[f"{index}_{expert}"] = nn.Parameter(torch.zeros(layer.shape[0], r))
+
+    def forward(self, index: int, choice: int) -> tuple[Tensor, Tensor] | None:
+        """(A_l,b, B_l,b) of choice `choice` in layer `index`; None where its bits have no term."""
+        expert = self.expert_of_choice[choice]
+        if expert == NO_EXPERT:
+            return None
+        A, B = self.lora_A[f"{index}_{expert}"], self.lora_B[f"{index}_{expert}"]
+        # Views: a parameter that is set on a module becomes one of its own.
+        return A.view_as(A), B.view_as(B)
+
+
+def expert_of_choice(space: ChoiceSpace, max_bits: int) -> list[int]:
+    """Number (K,) of each choice's term, counted from 0 by rising bits; -1 for none."""
+    bits = [int(choice.as_dict().get("bits", 16)) for choice in space.choices]
+    low = sorted({b for b in bits if b <= max_bits})
+    return [low.index(b) if b in low else NO_EXPERT for b in bits]

@@ -1,0 +1,84 @@
+"""Experts: terms of a layer's own bit-width, beside the shared pair and in no other choice's way."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from coalora.adapt.experts import NO_EXPERT, expert_of_choice
+from coalora.train.loop import TrainingRecipe, train
+
+
+def at(adapted, k: int) -> np.ndarray:
+    return np.full(len(adapted.layers), k)
+
+
+def test_choices_up_to_the_limit_have_a_term_for_their_bits(small_space) -> None:
+    bits = [choice.bits for choice in small_space.choices]
+    numbers = expert_of_choice(small_space, 3)
+    assert numbers == [{2: 0, 3: 1}.get(b, NO_EXPERT) for b in bits]
+    assert set(expert_of_choice(small_space, 0)) == {NO_EXPERT}
+
+
+def test_untrained_experts_change_nothing(tiny_llama, make_adapted, text_split) -> None:
+    batch = text_split.batch(torch.arange(4))
+    losses = []
+    for bits in (0, 3):
+        adapted = make_adapted(tiny_llama(), expert_bits=bits)
+        for lora_B in adapted.lora_B:
+            torch.nn.init.normal_(lora_B.weight, generator=torch.Generator().manual_seed(1))
+        adapted.switch(at(adapted, 0))
+        losses.append(adapted.peft_model(**batch).loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_the_layer_runs_the_formula(tiny_llama, make_adapted) -> None:
+    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=3)
+    adapted.switch(at(adapted, 0))
+    U = adapted.adjustments(at(adapted, 0))
+    layer, index = adapted.layers[3], 3
+    module = adapted.peft_model.get_base_model().get_submodule(layer.name)
+    x = torch.randn(5, layer.shape[1], generator=torch.Generator().manual_seed(0))
+    own = adapted.experts
+    A = adapted.lora_A[index].weight + own.lora_A[f"{index}_0"]
+    B = adapted.lora_B[index].weight + own.lora_B[f"{index}_0"]
+    expected = module.base_layer(x) + adapted.recipe.scale * x @ ((torch.eye(4) + U[index]) @ A).T @ B.T
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_trains_the_experts_of_its_bits_alone(tiny_llama, make_adapted, text_split) -> None:
+    adapted = make_adapted(tiny_llama(), perturb=0.05, expert_bits=3)
+    before = adapted.state_dict()
+    recipe = TrainingRecipe(total_steps=4, batch_size=4, weight_decay=0.1)
+    configurations = at(adapted, 0)[None]  # 2 bits everywhere
+    state, _ = train(adapted, text_split, configurations, np.array([2.1]), recipe, steps=2, seed=0)
+    moved = {k for k, v in adapted.state_dict().items() if not torch.equal(v, before[k])}
+    experts = {k for k in before if k.startswith("experts.")}
+    assert moved & experts == {k for k in experts if k.endswith("_0")}
+    assert {int(state.tensors[f"step.{k}"]) for k in experts if k.endswith("_1")} == {0}
+
+
+def test_steps_of_rare_experts_survive_a_resumed_run_bit_for_bit(tiny_llama, make_adapted, text_split) -> None:
+    recipe = TrainingRecipe(total_steps=6, batch_size=4, lr=1e-2, warmup_steps=1, sampling="uniform")
+    bits = np.array([2.0, 3.0, 4.0])
+
+    def go(steps: int, state=None):
+        adapted = make_adapted(tiny_llama(), expert_bits=3)
+        configurations = np.stack([at(adapted, k) for k in (0, 2, 4)])
+        return train(adapted, text_split, configurations, bits, recipe, steps=steps, seed=1, state=state)[0]
+
+    whole, resumed = go(6), go(3, go(3))
+    counts = {int(whole.tensors[k]) for k in whole.tensors if k.startswith("step.experts")}
+    assert counts != {6}  # some were reached more rarely than others
+    assert all(torch.equal(v, resumed.tensors[k]) for k, v in whole.tensors.items())
+
+
+def test_above_the_limit_the_shared_pair_is_alone_again(tiny_llama, make_adapted) -> None:
+    adapted = make_adapted(tiny_llama(), perturb=0.1, expert_bits=3)
+    adapted.switch(at(adapted, 0))
+    assert all(a.expert is not None for a in adapted.lora_A)
+    adapted.switch(at(adapted, 7))  # 8 bits
+    assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
+    adapted.switch(at(adapted, 0))
+    adapted.full_precision()
+    assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
