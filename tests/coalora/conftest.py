@@ -34,7 +34,7 @@ from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.data.benchmark import Split, pad
 from coalora.models.pretrain import train_tokenizer
-from coalora.models.targets import find_target_layers
+from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
@@ -203,6 +203,12 @@ def small_space() -> ChoiceSpace:
     )
 
 
+def input_statistics(layers: list[TargetLayer], seed: int) -> list[InputStatistics]:
+    """Second moments as calibration would find them, drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    return [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]
+
+
 @pytest.fixture(scope="session")
 def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
     """`tables_for(model, space=small_space)`: tables of the default target layers; input statistics drawn, seeded."""
@@ -211,8 +217,7 @@ def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
         model: nn.Module, space: ChoiceSpace | None = None, *, base_digest: str = "0" * 64, seed: int = 0
     ) -> CalibrationTables:
         layers = find_target_layers(model)
-        generator = torch.Generator().manual_seed(seed)
-        statistics = [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]
+        statistics = input_statistics(layers, seed)
         weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight").data) for layer in layers]
         space = space or small_space
         return calibration_tables(layers, space, error_table(weights, statistics, space), base_digest)
@@ -272,6 +277,7 @@ def make_adapted(tables_for: Callable[..., CalibrationTables]) -> Callable[..., 
             method=method,
             recipe=AdapterRecipe(**{"r": 4, "lora_alpha": 6, **recipe}),
             seed=seed,
+            statistics=input_statistics(tables.layers, 0),
         )
         generator = torch.Generator().manual_seed(99)
         for parameter in adapted.named_parameters().values():

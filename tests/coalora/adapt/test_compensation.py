@@ -168,6 +168,8 @@ def test_ranks_that_leave_nothing_to_train_or_match_no_layer_are_refused(compens
         compensated(**recipe)
 
 
-def test_compensation_without_statistics_is_refused(tiny_llama, make_adapted) -> None:
+def test_compensation_without_statistics_is_refused(tiny_llama, tables_for) -> None:
+    model = tiny_llama()
+    tables, recipe = tables_for(model), AdapterRecipe(r=4, compensation_rank=2)
     with pytest.raises(CoaloraError, match="weighted by the statistics"):
-        make_adapted(tiny_llama(), compensation_rank=2)
+        AdaptedModel(model, tables.layers, tables.space, "language-modeling", method="coa", recipe=recipe, seed=0)

@@ -19,14 +19,25 @@ from coalora.export.bundle import Bundle
 def make_bundle(
     make_adapted: Callable[..., AdaptedModel], tables_for: Callable[..., CalibrationTables]
 ) -> Callable[..., tuple[Bundle, AdaptedModel]]:
-    """`make_bundle(factory, method="coa")`: (bundle, the in-memory model with the same parameters)."""
+    """`make_bundle(factory, method="coa", **recipe)`: (bundle, the in-memory model with the same parameters)."""
 
-    def make(factory: Callable[..., PreTrainedModel], method: str = "coa") -> tuple[Bundle, AdaptedModel]:
-        adapted, tables = make_adapted(factory(), method, perturb=0.05), tables_for(factory())
+    def make(
+        factory: Callable[..., PreTrainedModel], method: str = "coa", **recipe: object
+    ) -> tuple[Bundle, AdaptedModel]:
+        adapted, tables = make_adapted(factory(), method, perturb=0.05, **recipe), tables_for(factory())
         configurations = np.repeat(np.arange(8)[:, None], len(tables.layers), axis=1)
         members = ConfigurationSet(configurations, np.linspace(3, 2, 8), np.zeros(8, dtype=np.int64)).sorted(tables)
         task = "classification" if "Classification" in type(factory()).__name__ else "language-modeling"
-        bundle = Bundle(tables, members, adapted.state_dict(), adapted.recipe, task, base_model="some/base")
+        factors = adapted.compensation.factors(configurations) if adapted.compensation else None
+        bundle = Bundle(
+            tables,
+            members,
+            adapted.state_dict(),
+            adapted.recipe,
+            task,
+            base_model="some/base",
+            compensation=factors,
+        )
         return bundle, adapted
 
     return make

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from coalora.errors import CoaloraError
@@ -55,6 +56,44 @@ def test_adapters_hold_exactly_the_effective_weights_of_the_model_in_memory(tiny
         rest = {k for k in trained if not k.startswith("theta.") and ".lora_A." not in k}
         assert all(torch.equal(made.tensors["base_model.model." + k.split(".", 1)[1]], trained[k]) for k in rest)
         assert len(made.tensors) == len(rest) + len(adapted.layers)
+
+
+RICH = {"r": 6, "compensation_rank": 2, "expert_bits": 3, "rank_pattern": {"*.0.*": 5}}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_experts_compensation_and_ranks_fold_into_one_plain_adapter(tiny_models, make_bundle, family, tmp_path) -> None:
+    """Stock PEFT, with nothing of this project but the folder, puts out what the model in memory does."""
+    made, adapted = make_bundle(tiny_models[family], **RICH)
+    made.save(tmp_path / "bundle")
+    bundle = Bundle.load(tmp_path / "bundle")
+    model = tiny_models[family]()
+    for k in (0, 7):
+        configuration = np.full(len(adapted.layers), k)
+        adapted.switch(configuration)
+        adapter = bundle.adapt_to(configuration)
+        for layer, a, b in zip(adapted.layers, adapted.lora_A, adapted.lora_B, strict=True):
+            for side, own in (("A", a), ("B", b)):
+                exported = adapter.tensors[f"base_model.model.{layer.name}.lora_{side}.weight"]
+                torch.testing.assert_close(exported, own.effective_weight(), rtol=0, atol=0)
+        bundle.write(adapter, tmp_path / str(k))
+        # The base of the model in memory is quantized: the adapter's share is what must agree.
+        stock = PeftModel.from_pretrained(model, tmp_path / str(k) / "adapter").eval()
+        for layer in adapted.layers:
+            x = torch.randn(3, layer.shape[1], generator=torch.Generator().manual_seed(k))
+            shares = []
+            for peft_model in (stock, adapted.peft_model):
+                module = peft_model.get_base_model().get_submodule(layer.name)
+                shares.append(module(x) - module.base_layer(x))
+            torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-4)
+        model = stock.unload()
+
+
+def test_a_choice_that_no_member_has_lacks_its_compensation_and_says_so(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama, **RICH)
+    del bundle.compensation[3, 5]
+    with pytest.raises(CoaloraError, match=r"compensation of its members' choices; got: nf4 b64"):
+        bundle.adapt_to(np.full(14, 5))
 
 
 def test_bundle_survives_saving(tiny_bert_classifier, make_bundle, tmp_path) -> None:
