@@ -21,6 +21,7 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.train.objective import Objective, ask_teacher, step_loss
+from coalora.train.parallel import Parallel
 from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
 
 _MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
@@ -74,6 +75,7 @@ def train(
     steps: int,
     seed: int,
     state: TrainingState | None = None,
+    parallel: Parallel | None = None,
     progress: Callable[..., None] | None = None,
 ) -> tuple[TrainingState, list[dict[str, float]]]:
     """Train for `steps` more steps and return the new state with one record a step (step, loss, lr, bits).
@@ -81,6 +83,7 @@ def train(
     Args:
         adapted: the model; its parameters are replaced by those of `state` where one is given.
         configurations: (n, N) the training set, `average_bits` (n,) its bits.
+        parallel: this process among several; each calls `train` with the same arguments and gets the same state.
         state: where an earlier call stopped; None starts from the model as it is.
 
     Afterwards the model is in eval mode and holds the last step's configuration, adjusted by theta as it is now.
@@ -112,22 +115,20 @@ def train(
         seed=seed,
         estimates=_read_estimates(state),
     )
+    parallel = parallel or Parallel()
     records: list[dict[str, float]] = []
-    pending: list[tuple[int, int, Tensor]] = []
+    pending: list[tuple[int, Tensor]] = []
 
     def flush() -> None:
         """Bring the losses of the last steps to the host, in one transfer."""
-        for (step, member, _), (loss, norm) in zip(
-            pending, torch.stack([v for *_, v in pending]).tolist(), strict=True
-        ):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise CoaloraError(
-                    "the training loss and its gradient must stay finite",
-                    got=f"loss {loss}, gradient norm {norm} at step {step} ({average_bits[member]:.2f} bits)",
-                    remedy="lower training.lr",
-                )
-            sampler.observe(member, loss)
-            bits = float(average_bits[member])
+        # (processes, steps, 3): every process observes the losses of all, so that all draw alike.
+        values = parallel.gather(torch.stack([v for _, v in pending])).transpose(0, 1)
+        for (step, _), rows in zip(pending, values.tolist(), strict=True):
+            _check_finite(step, rows, average_bits)
+            for loss, _, member in rows:
+                sampler.observe(int(member), loss)
+            loss = float(np.mean([row[0] for row in rows]))
+            bits = float(np.mean([average_bits[int(row[2])] for row in rows]))
             records.append({"step": step, "loss": loss, "lr": recipe.lr * _schedule(step, recipe), "bits": bits})
         pending.clear()
         if progress:
@@ -139,23 +140,28 @@ def train(
     adapted.peft_model.train()
     try:
         for step in range(start, start + steps):
-            member = sampler.draw(step)
+            member = sampler.draw(parallel.draw_step(step))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * _schedule(step, recipe)
-            batch = split.batch(batch_indices(len(split), recipe.batch_size, seed=seed, step=step), adapted.device)
+            indices = batch_indices(len(split), recipe.batch_size, seed=seed, step=parallel.batch_step(step))
+            batch = split.batch(indices, adapted.device)
             teacher = ask_teacher(adapted, batch, recipe.objective)
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout, so that a resumed step equals an undisturbed one
+            # Dropout: a resumed step equals an undisturbed one.
+            torch.manual_seed(seed * 1_000_003 + parallel.batch_step(step))
             adapted.switch(configurations[member])
             loss, task_loss = step_loss(adapted, batch, recipe.objective, teacher)
             loss.backward()
+            parallel.average_gradients(list(parameters.values()))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm).float()
             # A finite loss can have a gradient that is not, and clipping spreads it everywhere: such a step is left out
             # on the device, without asking the host.
-            finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+            finite = torch.isfinite(norm) if parallel.world_size > 1 else torch.isfinite(norm + loss.detach())
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            pending.append((step, member, torch.stack([task_loss.float(), torch.where(finite, norm, torch.nan)])))
+            # A member's number is exact in float32 up to 16 million members.
+            number = torch.full((), float(member), device=adapted.device)
+            pending.append((step, torch.stack([task_loss.float(), torch.where(finite, norm, torch.nan), number])))
             if (step + 1) % _FLUSH == 0:
                 flush()
         if pending:
@@ -167,6 +173,16 @@ def train(
         adapted.peft_model.eval()
     adapted.refresh()
     return TrainingState(start + steps, _tensors(parameters, optimizer) | _write_estimates(sampler)), records
+
+
+def _check_finite(step: int, rows: list[list[float]], average_bits: np.ndarray) -> None:
+    for loss, norm, member in rows:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise CoaloraError(
+                "the training loss and its gradient must stay finite",
+                got=f"loss {loss}, gradient norm {norm} at step {step} ({average_bits[int(member)]:.2f} bits)",
+                remedy="lower training.lr",
+            )
 
 
 def _read_estimates(state: TrainingState | None) -> LossEstimates | None:

@@ -1,0 +1,141 @@
+"""Data-parallel training: several processes, one model each, gradients averaged after every step.
+
+Processes are set up by Accelerate (`accelerate launch`, or `spawn` below): NCCL between GPUs, Gloo between CPUs. Each
+process takes its own examples. What they do with configurations is a choice:
+
+`own`   each process draws its own configuration, so that a step is averaged over as many as there are processes; step t
+        of process p draws what step t * W + p of a single process would.
+`same`  all processes draw one configuration: W processes of batch b take the steps of one with batch W * b.
+
+Gradients travel in one flat tensor. An expert that no process used in a step has no gradient, as with one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from torch import Tensor, nn
+
+from coalora.errors import CoaloraError
+from coalora.files import read_tensors, write_tensors
+
+Configurations = Literal["own", "same"]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among W.
+
+    Attributes:
+        rank, world_size: p and W.
+        configurations: `own` or `same`, see the module docstring.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    configurations: Configurations = "own"
+
+    @classmethod
+    def from_environment(cls, configurations: Configurations = "own") -> Parallel:
+        """As `accelerate launch` or `spawn` set this process up; a single process where neither did."""
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes, configurations)
+
+    def draw_step(self, step: int, rank: int | None = None) -> int:
+        """The step whose configuration this process (or `rank`) takes at `step`."""
+        if self.configurations == "same":
+            return step
+        return step * self.world_size + (self.rank if rank is None else rank)
+
+    def batch_step(self, step: int) -> int:
+        """The step whose examples this process takes at `step`."""
+        return step * self.world_size + self.rank
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes; those that no process has stay None."""
+        if self.world_size == 1:
+            return
+        device = parameters[0].device
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
+        total = reduce(torch.cat([flat, used]), "mean")
+        anywhere = total[len(flat) :].tolist()
+        for parameter, mean, share in zip(
+            parameters, total[: len(flat)].split([p.numel() for p in parameters]), anywhere, strict=True
+        ):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype) if share else None
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(W, ...) of every process's `values`, in the order of ranks."""
+        return gather(values[None]) if self.world_size > 1 else values[None]
+
+
+def spawn(function: Callable[..., Mapping[str, Any]], processes: int, *arguments: Any) -> Mapping[str, Any]:
+    """Run `function(*arguments)` in `processes` new processes that see each other, and return what rank 0 returns.
+
+    Args:
+        function: importable by name; returns tensors and JSON-able values by name, which come back from rank 0.
+        processes: on a machine with GPUs at most as many as these; process p computes on GPU p.
+
+    Raises:
+        CoaloraError: more processes than GPUs.
+        torch.multiprocessing.ProcessRaisedException: a process failed; the others are ended.
+    """
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise CoaloraError(
+            "every training process has a GPU of its own",
+            got=f"{processes} processes",
+            expected=f"at most {torch.cuda.device_count()}",
+            remedy="lower runtime.processes",
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="coalora-spawn-") as folder:
+        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+            _process, (processes, port, folder, function, arguments), nprocs=processes
+        )
+        return _read(Path(folder))
+
+
+def _process(
+    rank: int, processes: int, port: int, folder: str, function: Callable[..., Mapping[str, Any]], arguments: Any
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    try:
+        result = function(*arguments)
+        if rank == 0:
+            _write(Path(folder), result)
+    finally:
+        PartialState(cpu=not torch.cuda.is_available()).destroy_process_group()
+
+
+def _write(folder: Path, result: Mapping[str, Any]) -> None:
+    tensors = {k: v for k, v in result.items() if isinstance(v, Tensor)}
+    write_tensors(folder / "result.safetensors", tensors, {k: v for k, v in result.items() if k not in tensors})
+
+
+def _read(folder: Path) -> Mapping[str, Any]:
+    tensors, rest = read_tensors(folder / "result.safetensors")
+    return {**tensors, **rest}
