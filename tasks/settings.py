@@ -208,6 +208,11 @@ class RuntimeSettings(Section):
     )
     cache_mib: int = Field(256, ge=0, description="Memory for dequantized weights that are in use (MiB).")
 
+    processes: int = Field(1, ge=1, description="Training processes; on GPUs one each. Each takes examples of its own.")
+    process_configurations: Literal["own", "same"] = Field(
+        "own", description="own: each process draws a configuration of its own; same: all take one."
+    )
+
     def resolved(self) -> RuntimeSettings:
         """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart."""
         import torch

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from coalora.adapt.adapted import Method
 from coalora.files import write_json, write_tensors
-from coalora.train.loop import TrainingRecipe, TrainingState, train
+from coalora.train.loop import TrainingRecipe, train
 from coalora.train.objective import Objective
+from coalora.train.parallel import Parallel, spawn
 from tasks.adapted import HISTORY, STATE, build_adapted, load_state
 from tasks.engine import stage
 from tasks.loaders import BaseModel, load_benchmark, load_set, load_tables
@@ -46,32 +48,60 @@ def train_round(
         method: as in `AdaptedModel`; `paper` draws configurations uniformly, as the paper does.
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
     """
-    data = load_benchmark(benchmark)
-    measured = load_tables(tables)
+    inputs = (base, benchmark, tables, configurations, previous, method, adapter, training, rounds, round_index)
+    if runtime.processes > 1:
+        found = dict(spawn(run_steps, runtime.processes, *inputs, runtime, seed))
+    else:
+        found = run_steps(*inputs, runtime, seed)
+    step, records = found.pop("step"), found.pop("records")
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_tensors(folder / STATE, found, {"step": step, "method": method})
+        write_json(folder / HISTORY, [{**record, "round": round_index} for record in records])
+        return {"step": step, "loss": records[-1]["loss"] if records else None}
+
+    return Store().put("training-state", write)
+
+
+def run_steps(
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: Method,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
+    rounds: int,
+    round_index: int,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> dict[str, Any]:
+    """The steps of one round in this process, alone or as one of `runtime.processes`.
+
+    Returns:
+        The state's tensors by name, and `step` and `records`.
+    """
+    data, measured = load_benchmark(benchmark), load_tables(tables)
     adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
+    if not adapted.named_parameters():
+        # A language model without adapter: nothing to learn, and the stage says so by an empty state.
+        return {"step": 0, "records": []}
     members = load_set(configurations, measured)
     recipe = training_recipe(training, training.initial_steps + rounds * training.round_steps)
     if method == "paper":
         recipe = replace(recipe, sampling="uniform")
-    steps = training.initial_steps if round_index == 0 else training.round_steps
-    if adapted.named_parameters():
-        state, records = train(
-            adapted,
-            data.train,
-            members.configurations,
-            measured.average_bits(members.configurations),
-            recipe,
-            steps=steps,
-            seed=seed,
-            state=None if previous is None else load_state(previous),
-            progress=Progress(f"training {method}, round {round_index}"),
-        )
-    else:  # a language model without adapter: nothing to learn, and the stage says so by an empty state
-        state, records = TrainingState(), []
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_tensors(folder / STATE, state.tensors, {"step": state.step, "method": method})
-        write_json(folder / HISTORY, [{**record, "round": round_index} for record in records])
-        return {"step": state.step, "loss": records[-1]["loss"] if records else None}
-
-    return Store().put("training-state", write)
+    among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
+    state, records = train(
+        adapted,
+        data.train,
+        members.configurations,
+        measured.average_bits(members.configurations),
+        recipe,
+        steps=training.initial_steps if round_index == 0 else training.round_steps,
+        seed=seed,
+        state=None if previous is None else load_state(previous),
+        parallel=among,
+        progress=Progress(f"training {method}, round {round_index}") if among.rank == 0 else None,
+    )
+    return {**state.tensors, "step": state.step, "records": records}

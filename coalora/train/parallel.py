@@ -101,9 +101,7 @@ def spawn(function: Callable[..., Mapping[str, Any]], processes: int, *arguments
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="coalora-spawn-") as folder:
-        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-            _process, (processes, port, folder, function, arguments), nprocs=processes
-        )
+        torch.multiprocessing.spawn(_process, (processes, port, folder, function, arguments), nprocs=processes)
         return _read(Path(folder))
 
 
