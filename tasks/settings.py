@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from tasks.settings_choices import ChoiceSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
 
 
@@ -18,16 +19,6 @@ class CalibrationSettings(Section):
 
     n_samples: int = Field(64, ge=1, description="Training examples or blocks run through the model.")
     batch_size: int = Field(16, ge=1, description="Examples a batch.")
-
-
-class ChoiceSettings(Section):
-    """The choice space: a quantization scheme, cut to the values that you allow."""
-
-    scheme: str = Field("nf", description="Quantization scheme.")
-    allow: dict[str, list[int | str]] = Field(
-        default_factory=dict,
-        description="Allowed values by field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
-    )
 
 
 class AdapterSettings(Section):
