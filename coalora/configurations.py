@@ -10,6 +10,8 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.files import digest
 from coalora.models.quantized import check_configuration
+from coalora.quant.scheme import Choice, Scheme
+from coalora.quant.space import MIXED, ChoiceSpace
 
 _SET_FORMAT = "coalora-configurations/1"
 
@@ -58,7 +60,7 @@ class ConfigurationSet:
         bits = tables.average_bits(self.configurations)
         return {
             "format": _SET_FORMAT,
-            "scheme": tables.space.scheme.name,
+            "scheme": tables.space.scheme_name,
             "base_digest": tables.base_digest,
             "layers": [layer.name for layer in tables.layers],
             "choices": [tables.space.choice_dict(k) for k in used],
@@ -84,11 +86,11 @@ class ConfigurationSet:
         if content.get("format") != _SET_FORMAT:
             raise CoaloraError("not a configuration set", got=f"format {content.get('format')}", expected=_SET_FORMAT)
         layers = [layer.name for layer in tables.layers]
-        if content.get("layers") != layers or content.get("scheme") != tables.space.scheme.name:
+        if content.get("layers") != layers or content.get("scheme") != tables.space.scheme_name:
             raise CoaloraError(
                 "a configuration set belongs to the layers and the scheme that it was made for",
                 got=f"{content.get('scheme')} over {len(content.get('layers', []))} layers",
-                expected=f"{tables.space.scheme.name} over {len(layers)} layers",
+                expected=f"{tables.space.scheme_name} over {len(layers)} layers",
             )
         if content.get("base_digest") != tables.base_digest:
             raise CoaloraError(
@@ -99,6 +101,7 @@ class ConfigurationSet:
             )
         index = np.array([tables.space.index(choice) for choice in content["choices"]], dtype=np.int64)
         members = content["members"]
+        every = np.arange(len(layers))
         for number, member in enumerate(members):
             chosen: list[int] = member["choices"]
             extent = f"{min(chosen, default=0)} to {max(chosen, default=0)}"
@@ -108,6 +111,12 @@ class ConfigurationSet:
                     got=f"member {number}: {len(chosen)} choices from {extent}",
                     expected=f"{len(layers)} choices from 0 to {len(index) - 1}",
                 )
+            if not (taken := tables.allowed[every, index[chosen]]).all():
+                raise CoaloraError(
+                    "a member gives every layer a choice that it may take",
+                    got=f"member {number}: {layers[int(np.argmin(taken))]} has one that its rules forbid",
+                    remedy="make a set for these rules",
+                )
         return cls(
             np.array([index[m["choices"]] for m in members], dtype=np.int64).reshape(-1, len(layers)),
             np.array([np.nan if m["loss"] is None else m["loss"] for m in members]),
@@ -116,16 +125,33 @@ class ConfigurationSet:
 
 
 def configuration_dict(configuration: np.ndarray, tables: CalibrationTables) -> dict:
-    """One configuration as JSON: the base it is for, its scheme, and the choice of every layer."""
+    """One configuration as JSON: the base it is for, its scheme (or `mixed`), and the choice of every layer."""
     configuration = check_configuration(configuration, len(tables.layers), len(tables.space.choices))
     return {
         "format": "coalora-configuration/1",
-        "scheme": tables.space.scheme.name,
+        "scheme": tables.space.scheme_name,
         "base_digest": tables.base_digest,
         "layers": {
             layer.name: tables.space.choice_dict(int(k)) for layer, k in zip(tables.layers, configuration, strict=True)
         },
     }
+
+
+def read_choices(content: dict) -> dict[str, tuple[Scheme, Choice]]:
+    """The scheme and choice of every layer of `configuration_dict`.
+
+    Raises:
+        CoaloraError: a scheme or choice that does not exist.
+    """
+    spaces: dict[str, ChoiceSpace] = {}
+    read = {}
+    for name, fields in content["layers"].items():
+        # In a mixed space each choice names its scheme.
+        own = {"scheme": content["scheme"], **fields} if content["scheme"] != MIXED else dict(fields)
+        scheme = own.pop("scheme", "none")
+        space = spaces[scheme] = spaces.get(scheme) or ChoiceSpace(scheme)
+        read[name] = space.scheme, space.choices[space.index(own)]
+    return read
 
 
 def configuration_digest(content: dict) -> str:

@@ -10,12 +10,13 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from coalora.adapt.recipe import AdapterRecipe
+from coalora.calibrate.tables import calibration_tables
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import PretrainRecipe, llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
-from coalora.quant.space import ChoiceSpace
+from tasks.choices import choices_of
 from tasks.corpus import input_files
 from tasks.fingerprint import model_files
 from tasks.settings import Settings
@@ -44,16 +45,13 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         CoaloraError: the first thing that is wrong.
     """
     _check_files(settings)
-    space = ChoiceSpace(settings.choices.scheme, **settings.choices.allow)
     config = base_config(settings)
     _check_sizes(settings, config)
     layers = target_layers(settings, config)
-    nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    n_weights = sum(layer.n_weights for layer in layers)
-    bits_range = (
-        float(nbytes.min(1).sum() * 8 / n_weights),
-        float(nbytes.max(1).sum() * 8 / n_weights),
-    )
+    space, allowed = choices_of(settings.choices, layers)
+    # All but the errors, which take the weights.
+    tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed)
+    bits_range = tables.bits_range()
     _check_budgets(settings, bits_range)
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)

@@ -8,7 +8,7 @@ from coalora.calibrate.statistics import collect_statistics, save_statistics
 from coalora.calibrate.tables import calibration_tables, error_table
 from coalora.errors import CoaloraError
 from coalora.models.targets import find_target_layers
-from coalora.quant.space import ChoiceSpace
+from tasks.choices import choices_of
 from tasks.engine import stage
 from tasks.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
 from tasks.progress import Progress
@@ -38,18 +38,20 @@ def calibrate(
         )
     model = source.load(data, runtime, seed=seed)
     layers = find_target_layers(model, target_modules)
-    space = ChoiceSpace(choices.scheme, **choices.allow)
+    space, allowed = choices_of(choices, layers)
     statistics = collect_statistics(
         model,
         layers,
         data.train.head(calibration.n_samples),
         batch_size=calibration.batch_size,
-        hessians=calibration.hessians or space.scheme.needs_statistics,
+        hessians=calibration.hessians or space.needs_statistics,
         progress=Progress("input statistics"),
     )
     weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-    err = error_table(weights, statistics, space, progress=Progress(f"errors of {len(space)} choices by layer"))
-    tables = calibration_tables(layers, space, err, source.digest)
+    err = error_table(
+        weights, statistics, space, allowed=allowed, progress=Progress(f"errors of {len(space)} choices by layer")
+    )
+    tables = calibration_tables(layers, space, err, source.digest, allowed)
 
     def write(folder: Path) -> dict[str, Scalar]:
         tables.save(folder / TABLES)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from tasks.settings_choices import ChoiceSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
 
 
@@ -21,16 +22,6 @@ class CalibrationSettings(Section):
     hessians: bool = Field(
         False,
         description="Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
-    )
-
-
-class ChoiceSettings(Section):
-    """The choice space: a quantization scheme, cut to the values that you allow."""
-
-    scheme: str = Field("nf", description="Quantization scheme.")
-    allow: dict[str, list[int | str]] = Field(
-        default_factory=dict,
-        description="Allowed values by field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
     )
 
 

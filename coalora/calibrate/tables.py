@@ -30,8 +30,9 @@ class CalibrationTables:
         layers: the N target layers.
         space: the K choices.
         nbytes: (N, K) int64, packed bytes of layer l under choice k.
-        err: (N, K) float64, activation-weighted relative output error.
+        err: (N, K) float64, activation-weighted relative output error; the layer's largest where not `allowed`.
         base_digest: digest of the base model's files.
+        allowed: (N, K) bool, the choices that a layer may take; at least one each.
     """
 
     layers: list[TargetLayer]
@@ -39,6 +40,7 @@ class CalibrationTables:
     nbytes: np.ndarray
     err: np.ndarray
     base_digest: str
+    allowed: np.ndarray
 
     @property
     def n_weights(self) -> int:
@@ -50,6 +52,17 @@ class CalibrationTables:
         """(N, K): each layer's share of the average bits, so that a configuration's average is a sum over layers."""
         return self.nbytes * 8 / self.n_weights
 
+    @property
+    def search_cost(self) -> np.ndarray:
+        """(N, K): `bits`, and where a choice is not `allowed` more than any configuration's.
+
+        Together with the layer's largest error this makes such a choice dominated: no allocation, budget or proposal
+        inside the range of costs ever takes it.
+        """
+        if self.allowed.all():
+            return self.bits
+        return np.where(self.allowed, self.bits, 2 * extremes(self.bits, self.allowed)[1])
+
     def average_bits(self, configurations: np.ndarray) -> np.ndarray:
         """Stored bits a weight of configurations (..., N)."""
         return self.total_nbytes(configurations) * 8 / self.n_weights
@@ -60,8 +73,8 @@ class CalibrationTables:
 
     def bits_range(self) -> tuple[float, float]:
         """Smallest and largest average bits that a configuration can have."""
-        scale = 8 / self.n_weights
-        return float(self.nbytes.min(1).sum() * scale), float(self.nbytes.max(1).sum() * scale)
+        low, high = extremes(self.nbytes, self.allowed)
+        return float(low * 8 / self.n_weights), float(high * 8 / self.n_weights)
 
     def save(self, path: Path) -> None:
         header = {
@@ -69,7 +82,8 @@ class CalibrationTables:
             "space": self.space.to_dict(),
             "base_digest": self.base_digest,
         }
-        write_tensors(path, {"nbytes": self.nbytes, "err": self.err}, header)
+        tensors = {"nbytes": self.nbytes, "err": self.err}
+        write_tensors(path, tensors if self.allowed.all() else tensors | {"allowed": self.allowed}, header)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationTables:
@@ -80,7 +94,14 @@ class CalibrationTables:
             tensors["nbytes"].numpy(),
             tensors["err"].numpy(),
             header["base_digest"],
+            tensors["allowed"].numpy() if "allowed" in tensors else np.ones(tensors["err"].shape, dtype=np.bool_),
         )
+
+
+def extremes(table: np.ndarray, allowed: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest sum over layers of a table (N, K), each layer taking one of its allowed (N, K) choices."""
+    low = np.where(allowed, table, table.max()).min(1).sum()
+    return low, np.where(allowed, table, table.min()).max(1).sum()
 
 
 @torch.no_grad()
@@ -89,26 +110,37 @@ def error_table(
     statistics: Sequence[InputStatistics],
     space: ChoiceSpace,
     *,
+    allowed: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """err (N, K) float64 of the formula above; weights are out x in."""
+    """err (N, K) float64 of the formula above; weights are out x in.
+
+    What is not `allowed` (N, K) is not quantized, and has the layer's largest error: finite, and never worth taking.
+    """
     err = np.zeros((len(weights), len(space.choices)))
+    may = np.ones(err.shape, dtype=np.bool_) if allowed is None else allowed
     for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
         moment = known.second_moment
         # A feature that never fires in calibration still counts a little, or its weights could be anything.
         weighting = (moment + 1e-6 * moment.mean()).to(weight.device)
         norm = float((weight.float().square().sum(0) * weighting).sum()) or 1.0
-        for k, quantized in enumerate(space.scheme.fake_quantize_many(weight, space.choices, known)):
+        for k, quantized in space.fake_quantize_many(weight, np.flatnonzero(may[index]).tolist(), known):
             residual = quantized.float().sub_(weight.float()).square_().sum(0)
             err[index, k] = float(residual @ weighting) / norm
+        err[index, ~may[index]] = err[index].max()
         if progress:
             progress(index + 1, len(weights))
     return err
 
 
 def calibration_tables(
-    layers: Sequence[TargetLayer], space: ChoiceSpace, err: np.ndarray, base_digest: str
+    layers: Sequence[TargetLayer],
+    space: ChoiceSpace,
+    err: np.ndarray,
+    base_digest: str,
+    allowed: np.ndarray | None = None,
 ) -> CalibrationTables:
-    """Join the error table with the exact packed sizes."""
+    """Join the error table with the exact packed sizes; `allowed` None lets every layer take every choice."""
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    return CalibrationTables(list(layers), space, nbytes, err, base_digest)
+    may = np.ones(nbytes.shape, dtype=np.bool_) if allowed is None else allowed
+    return CalibrationTables(list(layers), space, nbytes, err, base_digest, may)

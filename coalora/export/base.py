@@ -19,13 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from coalora.calibrate.tables import CalibrationTables
-from coalora.configurations import configuration_dict, configuration_digest
+from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding
 from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import Task, default_device, default_dtype, meta_model
-from coalora.quant.scheme import InputStatistics, get_scheme
-from coalora.quant.space import ChoiceSpace
+from coalora.quant.scheme import InputStatistics
 
 PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
 
@@ -50,7 +49,7 @@ def write_base(
         CoaloraError: a configuration outside of the tables' layers or choices, or a model without their layers.
     """
     content = configuration_dict(configuration, tables)
-    scheme, names = tables.space.scheme, {f"{layer.name}.weight" for layer in tables.layers}
+    names = {f"{layer.name}.weight" for layer in tables.layers}
     if absent := sorted(names - model.state_dict().keys()):
         raise CoaloraError(
             "a base is packed from the model that was calibrated, before PEFT wraps it",
@@ -62,7 +61,7 @@ def write_base(
     known = statistics if statistics is not None else [None] * len(tables.layers)
     for layer, k, seen in zip(tables.layers, configuration, known, strict=True):
         weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
-        choice = tables.space.choices[int(k)]
+        scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
         parts = scheme.pack(scheme.quantize(weight, choice, seen), choice, layer.shape)
         packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     content |= {
@@ -88,16 +87,16 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     folder = Path(folder)
     content = _read_configuration(folder)
     config = AutoConfig.from_pretrained(folder)
-    space = ChoiceSpace(get_scheme(content["scheme"]))
+    choices = read_choices(content)
     packed, _ = read_tensors(folder / PACKED)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.items():
         name, part = key.rsplit(".", 1)
         parts.setdefault(name, {})[part] = tensor
     state, _ = read_tensors(folder / REST)
-    for name, fields in content["layers"].items():
-        choice, shape = space.choices[space.index(fields)], tuple(content["shapes"][name])
-        weight = space.scheme.dequantize(space.scheme.unpack(parts.get(name, {}), choice, shape), choice, shape)
+    for name, (scheme, choice) in choices.items():
+        shape = tuple(content["shapes"][name])
+        weight = scheme.dequantize(scheme.unpack(parts.get(name, {}), choice, shape), choice, shape)
         state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
     device = device or default_device()
     # The Auto classes load a state only from a file; the architecture's own class takes it as it is.

@@ -103,7 +103,8 @@ class Bundle:
                 expected=f"{low:.3f} to {high:.3f}",
                 remedy="ask for more bits, or train with a space that has smaller choices",
             )
-        return best_within(self.members.configurations, self.members.losses, self.tables.bits, self.tables.err, budget)
+        members, tables = self.members, self.tables
+        return best_within(members.configurations, members.losses, tables.search_cost, tables.err, budget)
 
     @torch.no_grad()
     def adapt_to(self, configuration: np.ndarray) -> Adapted:

@@ -42,10 +42,10 @@ class QuantizedBase:
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
     ) -> None:
-        if space.scheme.needs_statistics and statistics is None:
+        if space.needs_statistics and statistics is None:
             raise CoaloraError(
                 "a calibrated scheme quantizes with the statistics of the layers' inputs",
-                got=f"scheme {space.scheme.name!r} without statistics",
+                got=f"scheme {space.scheme_name!r} without statistics",
                 remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
             )
         self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
@@ -91,7 +91,8 @@ class QuantizedBase:
             self._cache.move_to_end(key)
             return self._cache[key]
         master = self._masters[index]
-        weight = self.space.scheme.fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        scheme = self.space.scheme_of(choice)
+        weight = scheme.fake_quantize(master, self.space.choices[choice], self._statistics[index])
         weight = weight.to(master.dtype)
         if weight.nbytes <= self.cache_bytes:
             self._cache[key] = weight

@@ -112,7 +112,7 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = 
     used: set[str] = set()
     layers: list[TargetLayer] = []
     for name, module in model.named_modules():
-        kind = next((p for p in patterns if _matches(name, p)), None)
+        kind = next((p for p in patterns if matches(name, p)), None)
         if kind is None:
             continue
         is_glob = any(c in kind for c in "*?[")
@@ -139,7 +139,7 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = 
         )
     unused = [p for p in target_modules if p not in used]
     # The longest match wins, so a shorter pattern may lose all its layers to longer ones: that is fine.
-    unused = [p for p in unused if not any(_matches(layer.name, p) for layer in layers)]
+    unused = [p for p in unused if not any(matches(layer.name, p) for layer in layers)]
     if unused or not layers:
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         raise CoaloraError(
@@ -152,7 +152,8 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = 
     return layers
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means a module: a glob its whole name, anything else a suffix of whole parts."""
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith("." + pattern)

@@ -156,6 +156,8 @@ def get_scheme(name: str) -> Scheme:
     """
     # Written as a plain import, not importlib: source digests follow import statements. Here and not at the
     # top, because a scheme's module imports this one.
+    import coalora.quant.float16
+    import coalora.quant.integer
     import coalora.quant.nf  # noqa: F401
 
     if name not in _SCHEMES:

@@ -133,6 +133,11 @@ def test_a_model_that_is_nowhere_is_refused(name: str) -> None:
         (["choices.allow={bits: [2, 5]}"], ["unknown value of field 'bits'", "[5]", "(2, 3, 4, 8)"]),
         (["choices.allow={bits: ['2']}"], ["unknown value of field 'bits'", "['2']"]),
         (["choices.allow={bits: []}"], ["at least one choice"]),
+        (["choices.rules=[{layers: '*.mpl.*', scheme: int}]"], ["no match for '*.mpl.*'", "choices.rules"]),
+        (["choices.rules=[{layers: q_proj, scheme: int, allow: {block: [64]}}]"], ["unknown field of scheme 'int'"]),
+        (["choices.rules=[{layers: '*', max_bits: 3}, {layers: v_proj, min_bits: 4}]"], ["none for", "v_proj"]),
+        (["choices.also=[{scheme: int9}]"], ["unknown quantization scheme", "int9"]),
+        (["choices.rules=[{layers: '*', min_bits: 3}]"], ["evaluation.budgets 2.5 bits", "expected: 3.1"]),
         (["evaluation.budgets=[2.0]"], ["evaluation.budgets 2 bits", "expected: 2.1", "choices.allow"]),
         (["evaluation.budgets=[3, 7.5]"], ["evaluation.budgets 7.5 bits", "to 4.28"]),
         (["initial_set.min_bits=1"], ["initial_set.min_bits 1 bits", "correct initial_set.min_bits"]),
@@ -148,6 +153,15 @@ def test_what_the_shapes_contradict_is_refused(changes: list[str], fragments: Se
     text = refused(tiny(*changes))
     for fragment in fragments:
         assert fragment in text
+
+
+def test_choices_may_differ_by_layer() -> None:
+    rules = "[{layers: '*.mlp.*', scheme: int, allow: {bits: [4, 8]}}, {layers: v_proj, scheme: float}]"
+    found = preflight(tiny(f"choices.rules={rules}", "evaluation.budgets=[5, 8]"))
+    assert found.n_choices == 6 + 12 + 2
+    joined = preflight(tiny("choices.also=[{scheme: int, allow: {bits: [8], mode: [sym]}}]"))
+    assert joined.n_choices == 6 + 3
+    assert joined.bits_range[1] > preflight(tiny()).bits_range[1]
 
 
 def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:

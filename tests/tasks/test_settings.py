@@ -152,3 +152,18 @@ def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(
     assert (resolved.device, resolved.dtype, resolved.cache_mib) == (*found, 7)
     assert resolved.resolved() == resolved
     assert (runtime.device, runtime.dtype) == (asked.get("device", "auto"), asked.get("dtype", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"layers": "*"}, "a rule changes something"),
+        ({"layers": "*", "also": [{"scheme": "int"}]}, "names its first scheme"),
+        ({"layers": "*", "min_bits": 8, "max_bits": 4}, "min_bits 8 is at most max_bits 4"),
+        ({"scheme": "int"}, "Field required"),
+        ({"layers": "*", "min_bits": True}, "true and false are no value"),
+    ],
+)
+def test_rules_that_say_nothing_or_contradict_themselves_are_refused(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Settings.model_validate({**MINIMAL, "choices": {"rules": [rule]}})

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from coalora.errors import CoaloraError
 from coalora.quant.nf import NFChoice
@@ -131,3 +132,90 @@ def test_bad_dictionaries_and_indices_are_refused(small: ChoiceSpace) -> None:
         ChoiceSpace("int3")
     with pytest.raises(CoaloraError, match="no such choice"):
         small.choice_dict(-1)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> ChoiceSpace:
+    nf = ChoiceSpace("nf", bits=[2, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[64])
+    return ChoiceSpace.union([nf, ChoiceSpace("int", bits=[3, 4], group_size=[64]), ChoiceSpace("float")])
+
+
+def test_a_union_joins_fields_of_one_name_and_marks_those_that_a_scheme_lacks(mixed: ChoiceSpace) -> None:
+    assert mixed.field_values == {
+        "scheme": ("nf", "int", "float"),
+        "bits": (2, 3, 4, 16),
+        "scale_bits": (8, "absent"),
+        "scale_dtype": ("bf16", "absent"),
+        "block_size": (64, "absent"),
+        "scale_block_size": (64, "absent"),
+        "group_size": (64, "absent"),
+        "mode": ("sym", "asym", "absent"),
+        "dtype": ("bf16", "fp16", "absent"),
+    }
+    assert [mixed.describe(k) for k in range(len(mixed))] == [
+        "nf2 b64 s8/bf16 x64", "nf4 b64 s8/bf16 x64", "int3 g64 sym", "int3 g64 asym", "int4 g64 sym",
+        "int4 g64 asym", "bf16", "fp16",
+    ]  # fmt: skip
+    assert len(np.unique(mixed.fields, axis=0)) == len(mixed) == 8
+    assert (mixed.fields < mixed.field_sizes).all()
+    assert [mixed.scheme_of(k).name for k in range(8)] == ["nf"] * 2 + ["int"] * 4 + ["float"] * 2
+    for k, choice in enumerate(mixed.choices):
+        assert mixed.nominal_bits[k] == mixed.scheme_of(k).nominal_bits(choice)
+
+
+def test_choices_of_a_union_name_their_scheme_and_are_found_again(mixed: ChoiceSpace) -> None:
+    for k, choice in enumerate(mixed.choices):
+        fields = mixed.choice_dict(k)
+        assert fields == {"scheme": mixed.scheme_of(k).name, **choice.as_dict()}
+        assert mixed.index(json.loads(json.dumps(fields))) == mixed.index(choice) == k
+    with pytest.raises(CoaloraError, match="not a choice of this space"):
+        mixed.index(mixed.choices[2].as_dict())  # which scheme's?
+    with pytest.raises(CoaloraError, match="ask for scheme_of"):
+        _ = mixed.scheme
+    assert mixed.scheme_name == "mixed"
+
+
+def test_unions_survive_json_and_copying_and_a_union_of_one_scheme_is_that_scheme(mixed: ChoiceSpace) -> None:
+    back = ChoiceSpace.from_dict(json.loads(json.dumps(mixed.to_dict())))
+    assert back == mixed == copy.deepcopy(mixed)
+    np.testing.assert_array_equal(back.fields, mixed.fields)
+    one = ChoiceSpace.union([ChoiceSpace("int", bits=[2, 4]), ChoiceSpace("int", bits=[8, 4])])
+    assert one == ChoiceSpace("int", bits=[2, 4, 8])
+    assert one.to_dict() == ChoiceSpace("int", bits=[2, 4, 8]).to_dict()
+    with pytest.raises(CoaloraError, match="at least one choice space"):
+        ChoiceSpace.union([])
+
+
+def test_many_results_of_a_union_are_those_of_its_schemes(mixed: ChoiceSpace) -> None:
+    weight = torch.randn(6, 70, generator=torch.Generator().manual_seed(0))
+    seen = dict(mixed.fake_quantize_many(weight, [7, 0, 3]))
+    assert sorted(seen) == [0, 3, 7]
+    for k, result in seen.items():
+        assert torch.equal(result, mixed.scheme_of(k).fake_quantize(weight, mixed.choices[k]))
+    shapes = [(6, 70), (3, 64)]
+    for row, shape in zip(mixed.packed_nbytes_table(shapes), shapes, strict=True):
+        assert row.tolist() == [mixed.scheme_of(k).packed_nbytes(c, shape) for k, c in enumerate(mixed.choices)]
+
+
+def test_a_climb_can_cross_between_schemes_at_the_nearest_bits(mixed: ChoiceSpace) -> None:
+    table = mixed.neighbours()
+    near = {mixed.describe(k): {mixed.describe(i) for i in row if i >= 0} for k, row in enumerate(table)}
+    # 2.125 and 4.125 bits in nf; 3.25, 3.30, 4.25 and 4.31 bits in int.
+    assert near["nf2 b64 s8/bf16 x64"] == {"nf4 b64 s8/bf16 x64", "int3 g64 sym", "bf16"}
+    assert near["int4 g64 asym"] == {"int3 g64 asym", "int4 g64 sym", "nf4 b64 s8/bf16 x64", "bf16"}
+    assert near["fp16"] == {"bf16", "nf4 b64 s8/bf16 x64", "int4 g64 asym"}
+    reached, new = {0}, {0}
+    while new:
+        new = {int(i) for k in new for i in table[k] if i >= 0} - reached
+        reached |= new
+    assert len(reached) == len(mixed)
+
+
+def test_steps_are_counted_among_the_values_that_a_layer_may_take(full: ChoiceSpace) -> None:
+    bits = np.array([full.field_values["bits"][i] for i in full.fields[:, 0]])
+    allowed = np.stack([np.isin(bits, [2, 8]), np.isin(bits, [2, 3, 4])])
+    k = full.index(NFChoice(2, 4, "bf16", 32, 64))
+    stepped = {bits[i] for i in full.neighbours(1, allowed)[k] if i >= 0}
+    assert stepped == {2, 3, 8}  # 2 to 8 is one step for the first layer
+    assert 8 not in {bits[i] for i in full.neighbours()[k] if i >= 0}
+    np.testing.assert_array_equal(full.neighbours(2, np.ones((3, len(full)), dtype=bool)), full.neighbours(2))
