@@ -143,3 +143,34 @@ def test_fill_takes_free_improvements_and_refuses_what_exceeds_the_budget() -> N
     assert fill([0], err, cost, 3).tolist() == [2]
     with pytest.raises(CoaloraError, match="must fit the budget"):
         fill([2], err, cost, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_allowed_choices_are_taken_and_the_best_of_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    N, K = 4, 6
+    err, cost = rng.random((N, K)), rng.random((N, K))
+    allowed = rng.random((N, K)) < 0.5
+    allowed[np.arange(N), rng.integers(0, K, N)] = True
+    rows = np.arange(N)
+    everything = np.array(list(itertools.product(*(np.flatnonzero(row) for row in allowed))))
+    totals, errors = cost[rows, everything].sum(axis=1), err[rows, everything].sum(axis=1)
+    budgets = np.quantile(totals, [0.0, 0.2, 0.5, 1.0])
+    found = allocate(err, cost, budgets, allowed=allowed)
+    assert allowed[rows, found].all()
+    for C, budget in zip(found, budgets, strict=True):
+        assert err[rows, C].sum() <= errors[totals <= budget * (1 + 1e-12)].min() * (1 + 1e-3)
+
+
+def test_fill_takes_allowed_upgrades_only_and_refuses_a_start_that_is_not_allowed() -> None:
+    err, cost = np.array([[2.0, 1.0, 0.5]]), np.array([[1, 2, 3]])
+    allowed = np.array([[True, True, False]])
+    assert fill([0], err, cost, 3, allowed=allowed).tolist() == [1]
+    with pytest.raises(CoaloraError, match="allowed"):
+        fill([2], err, cost, 3, allowed=allowed)
+
+
+@pytest.mark.parametrize("allowed", [[[True, True], [False, False]], [[True, True]], [[1, 1], [1, 1]]])
+def test_a_layer_without_a_choice_and_masks_of_another_form_are_refused(allowed: list[list[bool]]) -> None:
+    with pytest.raises(CoaloraError, match="choice"):
+        allocate([[1.0, 2.0], [1.0, 2.0]], [[2.0, 1.0], [2.0, 1.0]], 5.0, allowed=allowed)
