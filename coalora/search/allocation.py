@@ -2,7 +2,8 @@
 at once.
 
 The lower convex hulls of the layers, merged by slope, give the optimum of the linear relaxation at every
-budget in one pass (Sinha and Zoltners 1979); `refine` then spends the slack. HIGGS (Malinovskii et al., NAACL
+budget in one pass (Sinha and Zoltners 1979); `refine` then spends the slack, from better starts (`bands`) where
+the relaxation rounds badly; small problems go through a dynamic program (`core`). HIGGS (Malinovskii et al., NAACL
 2025) shows that the loss is close to linear in per-layer errors, which makes the sum of errors the right
 objective. LQ-LoRA (Guo et al., ICLR 2024) hands the same problem to an integer programming solver.
 """
@@ -18,6 +19,10 @@ from coalora.search.core import solve_core
 from coalora.search.hulls import lower_hull, staircase
 from coalora.search.refine import refine
 from coalora.search.walk import walk_hulls
+
+# Up to so many layers the dynamic program of `core` still has room to better what `bands` found; beyond, a beam of
+# affordable size finds less than that.
+_CORE_LAYERS = 64
 
 __all__ = ["allocate", "fill", "lower_hull", "within"]
 
@@ -52,13 +57,11 @@ def allocate(
         budgets: (B,) or a single number: the largest allowed sum of costs, in units of `cost`.
         allowed: bool (N, K), the choices that a layer may take; None allows all.
         tolerance: relative distance from the optimum that is good enough. Budgets where the linear relaxation
-            proves this distance share one fast pass; each of the others takes a dynamic program, tens of
-            milliseconds at N = 144.
+            proves this distance take one fast pass, the others a second one.
 
     Returns:
         Configurations (B, N), int64: each costs at most its budget (floating-point costs: up to rounding,
-        1e-12 relative). Total error is within `tolerance` of the optimum, unless the beam of `core`
-        overflows.
+        1e-12 relative). Not proven optimal: docs/search.md has the measured distances from exact solvers.
 
     Raises:
         CoaloraError: shapes differ, entries are not finite, a layer is left without a choice, or a budget is below
@@ -83,8 +86,9 @@ def allocate(
         )
     walk = walk_hulls(stairs, limits)
     position, unproven = refine(stairs, walk, limits, tolerance)
-    for b in np.flatnonzero(unproven):
-        position[b] = solve_core(stairs, position[b], float(limits[b]), float(walk.price[b]), tolerance)
+    if errors.shape[0] <= _CORE_LAYERS:
+        for b in np.flatnonzero(unproven):
+            position[b] = solve_core(stairs, position[b], float(limits[b]), float(walk.price[b]), tolerance)
     return stairs.index[np.arange(errors.shape[0]), position]
 
 
