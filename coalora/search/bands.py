@@ -17,7 +17,7 @@ import numpy as np
 from coalora.search.checks import Bool, Float, Int
 from coalora.search.hulls import Staircase, hull_paths
 
-_FLIPS = 5  # long steps that are tried both ways: 32 combinations a budget
+_FLIPS = 6  # long steps that are tried both ways: 64 combinations a budget
 _SKIPS = 12  # times that the walk goes on behind a step that does not fit
 
 
@@ -100,7 +100,7 @@ def band_starts(bands: Bands, budget: float, price: float, count: int) -> tuple[
     last = np.minimum(split, bands.layer.size - 1) if bands.layer.size else split
     rows = np.arange(upper.shape[0])
     value = np.where(upper, bands.high_err, bands.low_err).sum(axis=1)
-    rate = np.zeros(rows.size)
+    rate: Float = np.zeros(rows.size)
     if bands.layer.size:
         over = split < bands.layer.size
         rate = np.where(over, -bands.err[last] / bands.cost[last], 0.0)
