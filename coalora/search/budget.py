@@ -12,11 +12,17 @@ from numpy.typing import ArrayLike
 
 from coalora.errors import CoaloraError
 from coalora.search.allocation import allocate, fill, within
-from coalora.search.checks import Int, as_configurations, as_table, table_sum
+from coalora.search.checks import Int, as_allowed, as_configurations, as_table, is_allowed, table_sum
 
 
 def best_within(
-    configurations: ArrayLike, losses: ArrayLike, cost_table: ArrayLike, err_table: ArrayLike, budget: float
+    configurations: ArrayLike,
+    losses: ArrayLike,
+    cost_table: ArrayLike,
+    err_table: ArrayLike,
+    budget: float,
+    *,
+    allowed: ArrayLike | None = None,
 ) -> Int:
     """Configuration (N,) for a budget: the member of lowest loss that fits; the allocation where none does.
 
@@ -26,9 +32,12 @@ def best_within(
         cost_table: (N, K), summing over layers to the cost of a configuration, e.g. average bits.
         err_table: (N, K), per-layer errors that stand in for the loss where nothing was measured.
         budget: largest allowed cost.
+        allowed: bool (N, K), the choices that a layer may take; None allows all. Members that take others are passed
+            over.
 
     Raises:
-        CoaloraError: wrong shapes, non-finite losses, or a budget below the cheapest possible configuration.
+        CoaloraError: wrong shapes, non-finite losses, a layer without a choice, or a budget below the cheapest
+            allowed configuration.
     """
     err = as_table(err_table, name="err_table")
     cost = as_table(cost_table, name="cost_table", shape=err.shape)
@@ -36,15 +45,22 @@ def best_within(
     loss = np.asarray(losses, dtype=np.float64)
     if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
         raise CoaloraError("losses must be finite, one per configuration", got=loss.shape, expected=(C.shape[0],))
-    fits = np.flatnonzero(table_sum(cost, C) <= within(budget, cost_table))
+    mask = as_allowed(allowed, err.shape)
+    fits = np.flatnonzero((table_sum(cost, C) <= within(budget, cost_table)) & is_allowed(mask, C))
     if fits.size == 0:
-        return allocate(err, cost_table, budget)[0]
+        return allocate(err, cost_table, budget, allowed=mask)[0]
     return C[fits[np.argmin(loss[fits])]]
 
 
-def contenders(best: Int, cost_table: ArrayLike, err_table: ArrayLike, budget: float) -> Int:
+def contenders(
+    best: Int, cost_table: ArrayLike, err_table: ArrayLike, budget: float, *, allowed: ArrayLike | None = None
+) -> Int:
     """Configurations (m, N), m at most 3, to measure for a budget: `best` (N,), `best` with what is left of the budget
-    spent on it, and the allocation of least total error."""
-    filled = fill(best, err_table, cost_table, budget)
-    allocated = allocate(err_table, cost_table, budget)[0]
+    spent on it, and the allocation of least total error; all of them take choices of `allowed` (N, K) only.
+
+    Raises:
+        CoaloraError: as `fill` and `allocate`; `best` itself must be allowed and fit.
+    """
+    filled = fill(best, err_table, cost_table, budget, allowed=allowed)
+    allocated = allocate(err_table, cost_table, budget, allowed=allowed)[0]
     return np.unique(np.stack([best, filled, allocated]), axis=0)

@@ -84,3 +84,33 @@ def table_sum(table: Float, configurations: Int) -> Float:
     N.
     """
     return table[np.arange(table.shape[0]), configurations].sum(axis=-1)
+
+
+def as_allowed(allowed: ArrayLike | None, shape: tuple[int, ...]) -> Bool:
+    """`allowed` as bool (N, K): the choices that each layer may take; None allows all.
+
+    Raises:
+        CoaloraError: another shape or type, or a layer that is left without a choice.
+    """
+    if allowed is None:
+        return np.ones(shape, dtype=np.bool_)
+    mask = np.asarray(allowed)
+    if mask.shape != shape or mask.dtype != np.bool_:
+        raise CoaloraError(
+            "allowed must say of every layer which choices it may take",
+            got=f"{mask.dtype} {mask.shape}",
+            expected=f"bool {shape}",
+        )
+    empty = np.flatnonzero(~mask.any(axis=1))
+    if empty.size:
+        raise CoaloraError(
+            "every layer must be left at least one choice",
+            got=f"none in {empty.size} layers, the first is layer {empty[0]}",
+            remedy="loosen the constraints on these layers",
+        )
+    return mask
+
+
+def is_allowed(allowed: Bool, configurations: Int) -> Bool:
+    """Mask (n,) of the configurations (n, N) that take only choices of `allowed` (N, K)."""
+    return np.asarray(allowed[np.arange(allowed.shape[0]), configurations].all(axis=-1))

@@ -33,6 +33,7 @@ def climb(
     neighbour_table: Int,
     score: Callable[[Float, Float, Float], Float],
     max_steps: int,
+    allowed: Bool | None = None,
 ) -> Climb:
     """Climb `score` from `start` (N,) until no neighbour is better or `max_steps` moves are made.
 
@@ -40,6 +41,7 @@ def climb(
         known: evaluated configurations (n, N): passed over, though a climb may start from one.
         cost_table: (N, K); neighbour_table: (K, M), as in `enumerate_moves`.
         score: mean, sigma, cost (m,) -> value (m,), -inf for what must not be proposed.
+        allowed: (N, K), the choices that a layer may take; None allows all. `start` must keep to it.
     """
     here = start.copy()
     cost = float(table_sum(cost_table, here))
@@ -50,7 +52,7 @@ def climb(
         value = -np.inf
     steps, scored = 0, 1
     while steps < max_steps:
-        layers, choices = enumerate_moves(here, neighbour_table)
+        layers, choices = enumerate_moves(here, neighbour_table, allowed)
         new = ~_leads_to(here, layers, choices, known)
         layers, choices = layers[new], choices[new]
         if layers.size == 0:

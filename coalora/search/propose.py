@@ -16,7 +16,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coalora.errors import CoaloraError
-from coalora.search.checks import Float, Int, as_configurations, as_objectives, as_point, as_table, table_sum
+from coalora.search.checks import (
+    Bool,
+    Float,
+    Int,
+    as_allowed,
+    as_configurations,
+    as_objectives,
+    as_point,
+    as_table,
+    is_allowed,
+    table_sum,
+)
 from coalora.search.climb import Climb, climb
 from coalora.search.ehvi import log_ehvi
 from coalora.search.neighbours import as_neighbour_table, enumerate_moves
@@ -52,6 +63,7 @@ def propose(
     max_steps: int,
     seed: int,
     cost_bounds: tuple[float, float] | None = None,
+    allowed: ArrayLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Proposal:
     """Propose configurations by their expected gain in hypervolume.
@@ -68,14 +80,17 @@ def propose(
         max_steps: longest climb.
         seed: of the starts.
         cost_bounds: (lowest, highest) cost of a proposal; None leaves the reference point as the only bound.
+        allowed: bool (N, K), the choices that a layer may take; None allows all. Members that take others inform the
+            surrogate, but a climb starts from them only after such choices became the allowed one of nearest cost.
         progress: called with (candidates found, n_candidates) after each.
 
     Raises:
-        CoaloraError: wrong shapes, indices out of range, numbers that must be positive, or bounds that do not
-            rise.
+        CoaloraError: wrong shapes, indices out of range, numbers that must be positive, bounds that do not
+            rise, or a layer without a choice.
     """
     cost = as_table(cost_table, name="cost_table", shape=surrogate.features.shape)
     known = as_configurations(configurations, (cost.shape[0], cost.shape[1]), name="configurations")
+    mask = as_allowed(allowed, cost.shape)
     points, reference = as_objectives(Y), as_point(ref_point, name="ref_point")
     table = as_neighbour_table(neighbour_table)
     if table.shape[0] != cost.shape[1]:
@@ -98,8 +113,8 @@ def propose(
             value = log_ehvi(mean, sigma, total, front, reference)
             return np.where((total >= low) & (total <= high), value, -np.inf)
 
-        starts, drawn = _starts(surrogate, known, points, cost, table, score, n_restarts, rng)
-        climbs = [climb(surrogate, start, known, cost, table, score, max_steps) for start in starts]
+        starts, drawn = _starts(surrogate, known, points, cost, table, mask, score, n_restarts, rng)
+        climbs = [climb(surrogate, start, known, cost, table, score, max_steps, mask) for start in starts]
         steps, scored = steps + sum(c.steps for c in climbs), scored + drawn + sum(c.scored for c in climbs)
         best = max(climbs, key=lambda c: c.log_ehvi)
         if best.log_ehvi == -np.inf:
@@ -126,6 +141,7 @@ def _starts(
     points: Float,
     cost: Float,
     table: Int,
+    allowed: Bool,
     score: Callable[[Float, Float, Float], Float],
     n_restarts: int,
     rng: np.random.Generator,
@@ -133,22 +149,32 @@ def _starts(
     """Half of the starts (at least one) are non-dominated members, the rest the best of a random pool; and
     its size.
     """
-    front = known[is_non_dominated(points)]
+    front = _repaired(known[is_non_dominated(points)], cost, allowed)
     members = front[rng.permutation(front.shape[0])[: (n_restarts + 1) // 2]]
     wanted = n_restarts - members.shape[0]
     if wanted == 0:
         return list(members), 0
-    pool = np.stack([_offspring(front, table, rng) for _ in range(_POOL * wanted)])
+    pool = np.stack([_offspring(front, table, allowed, rng) for _ in range(_POOL * wanted)])
     value = score(*surrogate.predict(pool), table_sum(cost, pool))
     best = np.argsort(-value, kind="stable")[:wanted]
     return [*members, *pool[best]], pool.shape[0]
 
 
-def _offspring(front: Int, table: Int, rng: np.random.Generator) -> Int:
+def _repaired(configurations: Int, cost: Float, allowed: Bool) -> Int:
+    """Configurations (m, N) with every choice that is not allowed replaced by the allowed one of nearest cost."""
+    if is_allowed(allowed, configurations).all():
+        return configurations
+    distance = np.abs(cost[:, :, None] - cost[:, None, :])
+    nearest = np.argmin(np.where(allowed[:, None, :], distance, np.inf), axis=2)
+    out = np.where(allowed, np.arange(cost.shape[1]), nearest)[np.arange(cost.shape[0]), configurations]
+    return np.unique(out, axis=0)
+
+
+def _offspring(front: Int, table: Int, allowed: Bool, rng: np.random.Generator) -> Int:
     """Uniform crossover of two members, then random moves in about one to a quarter of the layers."""
     mother, father = front[rng.integers(front.shape[0], size=2)]
     child = np.where(rng.random(mother.size) < rng.random(), mother, father)
-    layers, choices = enumerate_moves(child, table)
+    layers, choices = enumerate_moves(child, table, allowed)
     if layers.size:
         picked = rng.choice(layers.size, size=int(rng.integers(1, max(2, mother.size // 4 + 1))))
         child[layers[picked]] = choices[picked]

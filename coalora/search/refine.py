@@ -8,18 +8,20 @@ lambda (error per cost at the budget) prices every other choice by its reduced c
 for the multiple-choice knapsack problem"). So: take the choices of smallest r in each of two disjoint halves
 of the layers, form all single and double changes within each half, sort one half by cost, and look up the
 best partner of every member of the other. The relaxation also bounds the optimum from below; budgets whose
-bound is not yet met go on to `core`.
+bound is not yet met are started anew from `bands`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from coalora.search.bands import band_starts, find_bands
 from coalora.search.checks import Bool, Float, Int
 from coalora.search.hulls import Staircase
 from coalora.search.walk import Walk
 
 CANDIDATES = 32  # choices kept in each half: 32 singles, 496 pairs
+_STARTS = 2  # starts of `bands` that are refined
 _CHUNK = 16  # budgets handled together: keeps the working set inside the cache
 
 
@@ -41,20 +43,31 @@ def refine(stairs: Staircase, walk: Walk, budgets: Float, tolerance: float) -> t
     even, pairs = layers % 2 == 0, (layers // 2) % 2 == 0
     position = walk.position.copy()
     error = stairs.err[layers, position].sum(axis=1)
-    unproven = walk.price > 0
-    # The optimum may lie on the other side of the split step: the third pass comes down from there.
-    for start, left in ((None, even), (walk.over, pairs), (None, pairs)):
-        pending = np.flatnonzero(unproven)
-        for chunk in range(0, pending.size, _CHUNK):
-            rows = pending[chunk : chunk + _CHUNK]
-            old = position[rows] if start is None else start[rows]
-            new = _meet(stairs, old, budgets[rows], walk.price[rows], left)
+
+    def unproven() -> Bool:
+        return (walk.price > 0) & (error - walk.bound > tolerance * np.abs(error))
+
+    def attempt(rows: Int, starts: Int, price: Float, left: Bool) -> None:
+        for chunk in range(0, rows.size, _CHUNK):
+            part = slice(chunk, chunk + _CHUNK)
+            new = _meet(stairs, starts[part], budgets[rows[part]], price[part], left)
             value = stairs.err[layers, new].sum(axis=1)
-            fits = stairs.cost[layers, new].sum(axis=1) <= budgets[rows]
-            better = fits & (value < error[rows])
-            position[rows[better]], error[rows[better]] = new[better], value[better]
-        unproven &= error - walk.bound > tolerance * np.abs(error)
-    return position, unproven
+            fits = stairs.cost[layers, new].sum(axis=1) <= budgets[rows[part]]
+            # One by one: a budget may have several starts.
+            for b, found, total in zip(rows[part][fits], new[fits], value[fits], strict=True):
+                if total < error[b]:
+                    position[b], error[b] = found, total
+
+    rows = np.flatnonzero(unproven())
+    attempt(rows, position[rows], walk.price[rows], even)
+    rows = np.flatnonzero(unproven())
+    if rows.size:
+        bands = find_bands(stairs)
+        found = [band_starts(bands, float(budgets[b]), float(walk.price[b]), _STARTS) for b in rows]
+        owner = np.repeat(rows, [len(price) for _, price in found])
+        starts, price = (np.concatenate(part) for part in zip(*found, strict=True))
+        attempt(owner, starts, price, pairs)
+    return position, unproven()
 
 
 def _meet(stairs: Staircase, position: Int, budgets: Float, price: Float, left: Bool) -> Int:

@@ -11,7 +11,10 @@ from scipy.sparse import coo_matrix
 from scipy.spatial import ConvexHull
 
 from coalora.errors import CoaloraError
+from coalora.search import core
 from coalora.search.allocation import allocate, fill, lower_hull
+from coalora.search.hulls import staircase
+from coalora.search.walk import walk_hulls
 
 
 def _tables(kind: str, seed: int, N: int = 24, K: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +61,28 @@ def test_total_error_is_within_a_thousandth_of_the_exact_optimum(kind: str, seed
     for C, budget in zip(found, budgets, strict=True):
         total = err[rows, C].sum()
         assert total <= _exact(err, cost, budget, total) * 1.0012  # 0.1 % and the solver's own gap
+
+
+def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 96 layers of size 1 or 4, whose choices jump from 4.5 to 8 bits. A step of a large layer is too dear for what is
+    # left at these budgets, and a part of one is what the relaxation would take.
+    rng = np.random.default_rng(0)
+    N = 96
+    bits = np.array([2.0, 2.1, 3.0, 3.1, 4.0, 4.1, 4.3, 4.5, 8.0, 8.1, 8.2, 8.5])
+    size = np.where(np.arange(N) % 3 == 2, 4.0, 1.0)[:, None]
+    err = np.exp(0.7 * rng.normal(size=(N, 1))) * 4.0**-bits * np.exp(0.03 * rng.normal(size=(N, bits.size)))
+    cost = size * bits / size.sum()
+    rows = np.arange(N)
+    budgets = np.linspace(4.6, 7.6, 7)
+    found = allocate(err, cost, budgets)
+    assert (cost[rows, found].sum(axis=1) <= budgets * (1 + 1e-11)).all()
+    stairs = staircase(cost, err)
+    walk = walk_hulls(stairs, budgets)
+    monkeypatch.setattr(core, "_WORK", 2**19)  # the oracle: a beam of thousands of partial configurations a layer
+    wide = [core.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(7)]
+    distance = err[rows, found].sum(axis=1) / stairs.err[rows, wide].sum(axis=1) - 1
+    assert np.sort(distance)[-2] < 1e-3
+    assert distance.max() < 5e-3
 
 
 def test_extreme_budgets_give_the_cheapest_and_the_most_accurate() -> None:
@@ -143,3 +168,34 @@ def test_fill_takes_free_improvements_and_refuses_what_exceeds_the_budget() -> N
     assert fill([0], err, cost, 3).tolist() == [2]
     with pytest.raises(CoaloraError, match="must fit the budget"):
         fill([2], err, cost, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_allowed_choices_are_taken_and_the_best_of_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    N, K = 4, 6
+    err, cost = rng.random((N, K)), rng.random((N, K))
+    allowed = rng.random((N, K)) < 0.5
+    allowed[np.arange(N), rng.integers(0, K, N)] = True
+    rows = np.arange(N)
+    everything = np.array(list(itertools.product(*(np.flatnonzero(row) for row in allowed))))
+    totals, errors = cost[rows, everything].sum(axis=1), err[rows, everything].sum(axis=1)
+    budgets = np.quantile(totals, [0.0, 0.2, 0.5, 1.0])
+    found = allocate(err, cost, budgets, allowed=allowed)
+    assert allowed[rows, found].all()
+    for C, budget in zip(found, budgets, strict=True):
+        assert err[rows, C].sum() <= errors[totals <= budget * (1 + 1e-12)].min() * (1 + 1e-3)
+
+
+def test_fill_takes_allowed_upgrades_only_and_refuses_a_start_that_is_not_allowed() -> None:
+    err, cost = np.array([[2.0, 1.0, 0.5]]), np.array([[1, 2, 3]])
+    allowed = np.array([[True, True, False]])
+    assert fill([0], err, cost, 3, allowed=allowed).tolist() == [1]
+    with pytest.raises(CoaloraError, match="allowed"):
+        fill([2], err, cost, 3, allowed=allowed)
+
+
+@pytest.mark.parametrize("allowed", [[[True, True], [False, False]], [[True, True]], [[1, 1], [1, 1]]])
+def test_a_layer_without_a_choice_and_masks_of_another_form_are_refused(allowed: list[list[bool]]) -> None:
+    with pytest.raises(CoaloraError, match="choice"):
+        allocate([[1.0, 2.0], [1.0, 2.0]], [[2.0, 1.0], [2.0, 1.0]], 5.0, allowed=allowed)

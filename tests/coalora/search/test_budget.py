@@ -58,3 +58,15 @@ def test_contenders_fit_and_hold_the_best_its_filling_and_the_allocation() -> No
     errors = ERR[np.arange(N), found].sum(-1)
     assert errors.min() < ERR[np.arange(N), best].sum()
     assert len(np.unique(found, axis=0)) == len(found)
+
+
+def test_members_and_contenders_keep_to_what_layers_may_take() -> None:
+    allowed = np.ones((N, K), dtype=bool)
+    allowed[0, 3:] = False
+    good, bad = np.full(N, 2), np.full(N, 3)
+    members, losses = np.stack([bad, good]), [0.1, 0.9]
+    assert (best_within(members, losses, COST, ERR, 99.0) == bad).all()
+    best = best_within(members, losses, COST, ERR, 99.0, allowed=allowed)
+    assert (best == good).all()
+    assert allowed[np.arange(N), contenders(best, COST, ERR, 99.0, allowed=allowed)].all()
+    assert allowed[np.arange(N), best_within(bad[None], [0.1], COST, ERR, 99.0, allowed=allowed)].all()

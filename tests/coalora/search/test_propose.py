@@ -104,6 +104,29 @@ def test_cost_bounds_are_kept_and_impossible_ones_give_no_proposal() -> None:
     assert _propose(4, cost_bounds=(20.0, 30.0)).configurations.shape == (0, N)
 
 
+def test_proposals_and_climbs_keep_to_what_layers_may_take() -> None:
+    C, _, surrogate = _start()
+    allowed = np.random.default_rng(3).random((N, K)) < 0.5
+    allowed[:, 2] = True
+    rows = np.arange(N)
+    # Every member takes some forbidden choice: starts and offspring have to be repaired.
+    assert not allowed[rows, C].all(axis=1).any()
+    found = _propose(6, allowed=allowed).configurations
+    assert found.shape == (6, N)
+    assert allowed[rows, found].all()
+    start = np.full(N, 2)
+    end = climb(surrogate, start, C, COST, NEIGHBOURS, lambda m, s, c: -m, max_steps=99, allowed=allowed)
+    assert end.steps > 0
+    assert allowed[rows, end.configuration].all()
+
+
+def test_a_layer_without_any_choice_is_refused() -> None:
+    allowed = np.ones((N, K), dtype=bool)
+    allowed[5] = False
+    with pytest.raises(CoaloraError, match="at least one choice"):
+        _propose(1, allowed=allowed)
+
+
 def test_progress_counts_every_candidate() -> None:
     seen: list[tuple[int, int]] = []
     _propose(3, progress=lambda done, total: seen.append((done, total)))
