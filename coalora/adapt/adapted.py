@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -23,7 +24,8 @@ from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
 from coalora.models.loading import Task
-from coalora.models.quantized import FULL_PRECISION, QuantizedBase
+from coalora.models.masters import MasterMode
+from coalora.models.quantized import FULL_PRECISION, QuantizedBase, WeightMode
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
@@ -51,7 +53,7 @@ class AdaptedModel:
         task: decides PEFT's task type, and so whether a head is trained.
         method: `coa`, `shared` or `none`.
         recipe: the adapter's sizes.
-        statistics, cache_bytes: as in `QuantizedBase`.
+        statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives both methods the same initial pair.
     """
 
@@ -67,11 +69,25 @@ class AdaptedModel:
         seed: int,
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
+        master: MasterMode = "device",
+        weights: WeightMode = "dequantized",
+        checkpoint: Path | str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.method = method
         self.recipe = recipe
         self.layers = list(layers)
-        self.base = QuantizedBase(model, layers, space, statistics=statistics, cache_bytes=cache_bytes)
+        self.base = QuantizedBase(
+            model,
+            layers,
+            space,
+            statistics=statistics,
+            cache_bytes=cache_bytes,
+            master=master,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=device,
+        )
         self.device = next(model.parameters()).device
         config = lora_config(layers, task, r=recipe.r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout)
         self.peft_model, self.lora_A = attach(model, layers, config, seed=seed)
