@@ -42,7 +42,7 @@ def block_scales(blocks: Tensor) -> Tensor:
 def coarser(finest: Tensor, block_size: int) -> Tensor:
     """Exact absmax of blocks of ``block_size`` from those of the finest blocks."""
     ratio = block_size // FINEST
-    return finest if ratio == 1 else pad(finest, (0, -len(finest) % ratio)).view(-1, ratio).amax(dim=1)
+    return finest if ratio == 1 else _rows(finest, ratio).amax(dim=1)
 
 
 def quantize_scales(scales: Tensor, choice: NFChoice) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def quantize_scales(scales: Tensor, choice: NFChoice) -> dict[str, Tensor]:
     dtype = SCALE_DTYPES[choice.scale_dtype]
     levels = 2**choice.scale_bits - 1
     offset = scales.min().view(1)
-    above = pad(scales - offset, (0, -len(scales) % choice.scale_block_size)).view(-1, choice.scale_block_size)
+    above = _rows(scales - offset, choice.scale_block_size)
     absmax = above.amax(dim=1).clamp_(max=torch.finfo(dtype).max).to(dtype)
     # Not in place: for fp32 the cast is absmax itself.
     divisor = absmax.to(torch.float32).masked_fill(absmax == 0, math.inf)
@@ -66,7 +66,7 @@ def dequantize_scales(state: Mapping[str, Tensor], choice: NFChoice) -> Tensor:
     """s^: float32 (n_blocks,), finite and not negative."""
     codes = state["scale_codes"].to(torch.float32)
     count = len(codes)
-    blocks = pad(codes, (0, -count % choice.scale_block_size)).view(-1, choice.scale_block_size)
+    blocks = _rows(codes, choice.scale_block_size)
     scales = blocks.div_(2**choice.scale_bits - 1).mul_(state["scale_absmax"].to(torch.float32)[:, None])
     # Rounding a up to b1 can carry s^ past the largest float32.
     return scales.add_(state["offset"]).clamp_(max=torch.finfo(torch.float32).max).view(-1)[:count]
@@ -75,3 +75,9 @@ def dequantize_scales(state: Mapping[str, Tensor], choice: NFChoice) -> Tensor:
 def divisor(scales: Tensor) -> Tensor:
     """What weights are divided by: a block of scale zero gets the code of 0.0."""
     return scales.masked_fill(scales == 0, math.inf)
+
+
+def _rows(flat: Tensor, size: int) -> Tensor:
+    """Rows of `size`, the last padded with zeros; the same memory where nothing is to be padded."""
+    short = -len(flat) % size
+    return (pad(flat, (0, short)) if short else flat).view(-1, size)
