@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from coalora.adapt.adapted import AdaptedModel, Method
@@ -40,7 +41,9 @@ def build_adapted(
 ) -> AdaptedModel:
     """Base, adapter and theta, with the parameters of `state` where one is given."""
     measured = load_tables(tables)
-    model = source.load(data, runtime, seed=seed)
+    packed = runtime.weights == "packed"
+    # Packed layers need not fit the device in full precision: the model is loaded beside it and moved without them.
+    model = source.load(data, runtime.model_copy(update={"device": "cpu"}) if packed else runtime, seed=seed)
     adapted = AdaptedModel(
         model,
         measured.layers,
@@ -51,6 +54,10 @@ def build_adapted(
         seed=seed,
         statistics=load_input_statistics(tables, measured),
         cache_bytes=runtime.cache_mib << 20,
+        master=runtime.master,
+        weights=runtime.weights,
+        checkpoint=source.path if runtime.master == "mmap" else None,
+        device=torch.device(runtime.device) if packed else None,
     )
     if state is not None:
         adapted.load_state_dict(parameters(state))

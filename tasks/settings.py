@@ -197,7 +197,15 @@ class RuntimeSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
     )
-    cache_mib: int = Field(256, ge=0, description="Memory for dequantized weights that are in use (MiB).")
+    cache_mib: int = Field(256, ge=0, description="Memory for packed layers of configurations in use (MiB).")
+    master: Literal["device", "cpu", "mmap"] = Field(
+        "device",
+        description="Where full-precision weights live: beside the model, in RAM, or in the checkpoint's files.",
+    )
+    weights: Literal["dequantized", "packed"] = Field(
+        "dequantized",
+        description="packed keeps the target layers at their bits and dequantizes on the fly: slower, far less memory.",
+    )
 
     processes: int = Field(1, ge=1, description="Training processes; on GPUs one each. Each takes examples of its own.")
     process_configurations: Literal["own", "same"] = Field(

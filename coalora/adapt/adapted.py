@@ -13,6 +13,7 @@ The methods share one class, so that a comparison differs in nothing else:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -28,7 +29,8 @@ from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
 from coalora.models.loading import Task
-from coalora.models.quantized import FULL_PRECISION, QuantizedBase
+from coalora.models.masters import MasterMode
+from coalora.models.quantized import FULL_PRECISION, QuantizedBase, WeightMode
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
@@ -45,7 +47,7 @@ class AdaptedModel:
         task: decides PEFT's task type, and so whether a head is trained.
         method: one of the module docstring's.
         recipe: the adapter's sizes.
-        statistics, cache_bytes: as in `QuantizedBase`.
+        statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair.
         compensation: factors by (layer, choice) that are known already; others are computed when first needed.
     """
@@ -63,12 +65,26 @@ class AdaptedModel:
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+        master: MasterMode = "device",
+        weights: WeightMode = "dequantized",
+        checkpoint: Path | str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.method = method
         self.is_language_model = task == "language-modeling"
         self.recipe = recipe
         self.layers = list(layers)
-        self.base = QuantizedBase(model, layers, space, statistics=statistics, cache_bytes=cache_bytes)
+        self.base = QuantizedBase(
+            model,
+            layers,
+            space,
+            statistics=statistics,
+            cache_bytes=cache_bytes,
+            master=master,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=device,
+        )
         self.device = next(model.parameters()).device
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None

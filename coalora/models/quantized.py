@@ -1,25 +1,47 @@
 """Weight switching: one resident model that takes any configuration without being loaded again.
 
-The full-precision weights of the target layers stay resident as masters. Switching writes dequant(q(W_l, c_l)) into
-the layers whose choice changed; a byte-limited cache keeps the tensors that were used last, so that a training set
-whose members share choices pays for quantization once.
+The full-precision weights of the target layers stay as *masters* (`coalora.models.masters` says where). Switching
+quantizes the layers whose choice changed; a byte-limited cache keeps their packed tensors, 4 to 16 times smaller than
+float32 weights, so that a training set whose members share choices pays for quantization once.
+
+Memory of the target layers, in bytes; P weights of w bytes each (4 in float32, 2 in bfloat16), the largest layer
+L weights, C = cache_bytes, b = average bits of the configuration held now:
+
+    weights       held on the device                        besides, while a layer is quantized or multiplied
+    dequantized   P w + C                                   at most 6 L (2 L where the cache is off)
+    packed        P b/8 + C                                 at most L (w + 4)
+
+    master        held
+    device        P w more on the device
+    cpu           P w in RAM (none more than the model's own weights had, for `packed`)
+    mmap          none (pages of the checkpoint that the system may drop)
+
+On a CPU `P/4` more for the scales measured once for each layer. K choices never exist side by side: nothing grows with
+the size of the choice space.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
+from coalora.models.masters import MasterMode, Masters
+from coalora.models.packed import pack_layer
 from coalora.models.targets import TargetLayer
-from coalora.quant.scheme import InputStatistics
+from coalora.quant.scheme import InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 
 FULL_PRECISION = -1
+WeightMode = Literal["dequantized", "packed"]
+Packed = dict[str, Tensor]
 
 
 class QuantizedBase:
@@ -30,7 +52,13 @@ class QuantizedBase:
         layers: its N target layers.
         space: the K choices; a configuration is an int array (N,) of indices into it.
         statistics: of the layers' inputs, for calibrated schemes.
-        cache_bytes: limit of the cache of dequantized weights; 0 turns it off.
+        cache_bytes: limit of the cache of packed layers; 0 turns it off.
+        master: where the full-precision weights live.
+        weights: `dequantized` writes weights into the model; `packed` makes its layers dequantize on the fly, forward
+            and backward, bit for bit alike.
+        checkpoint: for master `mmap`, the folder or file of safetensors that the model was loaded from.
+        device: for weights `packed`, where the model shall run: its other tensors are moved there, and its target
+            layers never are. None: where it is.
     """
 
     def __init__(
@@ -41,6 +69,10 @@ class QuantizedBase:
         *,
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
+        master: MasterMode = "device",
+        weights: WeightMode = "dequantized",
+        checkpoint: Path | str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if space.needs_statistics and statistics is None:
             raise CoaloraError(
@@ -48,59 +80,183 @@ class QuantizedBase:
                 got=f"scheme {space.scheme_name!r} without statistics",
                 remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
             )
+        if weights not in get_args(WeightMode):
+            raise CoaloraError(
+                "weights are held in a known way", got=weights, expected=" or ".join(get_args(WeightMode))
+            )
         self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
         self.layers = list(layers)
         self.space = space
         self.cache_bytes = cache_bytes
         self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in self.layers]
-        self._weights = [layer.matrix(w.data) for layer, w in zip(self.layers, weights, strict=True)]
-        self._masters = [w.clone(memory_format=torch.contiguous_format) for w in self._weights]
+        self._cache: OrderedDict[tuple[int, int], Packed] = OrderedDict()
+        self._measured: dict[tuple[int, str], Tensor | None] = {}
+        modules = [_innermost(model.get_submodule(layer.name)) for layer in self.layers]
+        stored = [module.get_parameter("weight").data for module in modules]
+        self._device = device if device is not None and weights == "packed" else stored[0].device
+        packed = weights == "packed"
+        self._masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
+        self._held: list[Packed] | None = [{} for _ in layers] if packed else None
+        self._weights: list[Tensor] = []
+        if packed:
+            del stored
+            for index, module in enumerate(modules):
+                pack_layer(module, _Source(self, index), self._device)
+            _move_rest(model, {id(module) for module in modules}, self._device)
+        else:
+            self._weights = [layer.matrix(weight) for layer, weight in zip(self.layers, stored, strict=True)]
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
     @property
-    def masters(self) -> list[Tensor]:
+    def masters(self) -> Masters:
         """The full-precision weights, out x in, in layer order; not to be written to."""
         return self._masters
 
     def switch(self, configuration: np.ndarray) -> None:
-        """Write the weights of `configuration` (N,) into the model; only layers that change are touched.
+        """Make the model hold `configuration` (N,); only layers that change are touched.
 
         Raises:
             CoaloraError: wrong length or an index outside the space.
         """
         target = check_configuration(configuration, len(self.layers), len(self.space.choices))
-        for index in np.flatnonzero(target != self.configuration):
-            self._weights[index].copy_(self._dequantized(int(index), int(target[index])))
+        changed = [int(index) for index in np.flatnonzero(target != self.configuration)]
+        if self._held is not None:
+            for index in changed:  # released before the next one is made
+                self._held[index] = {}
+                self.configuration[index] = FULL_PRECISION
+        parts = [self._lookup(index, int(target[index])) for index in changed]
+        made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(changed, parts, strict=True)])
+        for index, packed in zip(changed, made, strict=True):
+            self._remember(index, int(target[index]), packed)
         self.configuration = target.copy()
 
     def restore(self) -> None:
-        """Write the full-precision weights back."""
+        """Make the model hold the full-precision weights."""
         for index in np.flatnonzero(self.configuration != FULL_PRECISION):
-            self._weights[index].copy_(self._masters[index])
+            if self._held is None:
+                self._weights[index].copy_(self._masters[index])
+            else:
+                self._held[index] = {}
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
     def residual(self, index: int, choice: int) -> Tensor:
         """W - q(W, c) (out, in) of layer `index` under choice `choice`, in float32; nothing is switched."""
-        return self._masters[index].float() - self._dequantized(index, choice).float()
+        master = self._masters[index]
+        quantized = self._scheme(choice).fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        return master.float() - quantized.to(master.dtype).float()
 
-    def _dequantized(self, index: int, choice: int) -> Tensor:
+    def weight(self, index: int) -> Tensor:
+        """The weight (out, in) that layer `index` computes with now; not to be written to."""
+        return self._weights[index] if self._held is None else self._maker(index)()
+
+    def _maker(self, index: int) -> Callable[[], Tensor]:
+        """How to make the weight (out, in) of packed layer `index`, whatever is switched to meanwhile."""
+        assert self._held is not None
+        k, packed = int(self.configuration[index]), self._held[index]
+        if k == FULL_PRECISION:
+            return lambda: self._masters[index]
+        return lambda: self._dequantized(index, k, packed)
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers, scales."""
+        packed = [*self._cache.values(), *(self._held or [])]
+        measured = [tensor for tensor in self._measured.values() if tensor is not None]
+        return [*self._masters.held(), *(t for tensors in packed for t in tensors.values()), *measured]
+
+    def _scheme(self, choice: int) -> Scheme:
+        return self.space.scheme_of(choice)
+
+    def _set(self, index: int, k: int, packed: Packed | None) -> Packed | None:
+        """Put choice `k` into layer `index`, from the cache's tensors where there are some; what was packed for it."""
+        scheme, choice = self._scheme(k), self.space.choices[k]
+        if packed is None and (self.cache_bytes or self._held is not None):
+            packed = scheme.quantize_packed(
+                self._masters[index], choice, self._statistics[index], self._measure(index, scheme)
+            )
+        if self._held is not None:
+            self._held[index] = packed or {}
+        elif packed is not None:
+            scheme.dequantize_packed(packed, choice, self.layers[index].shape, self._weights[index])
+        else:
+            scheme.requantize(
+                self._masters[index],
+                choice,
+                self._statistics[index],
+                out=self._weights[index],
+                measured=self._measure(index, scheme),
+            )
+        return packed
+
+    def _measure(self, index: int, scheme: Scheme) -> Tensor | None:
+        if self._device.type != "cpu":  # reading the weight once more costs nothing there
+            return None
+        key = (index, scheme.name)
+        if key not in self._measured:
+            self._measured[key] = scheme.measure(self._masters[index])
+        return self._measured[key]
+
+    def _dequantized(self, index: int, k: int, packed: Packed) -> Tensor:
+        layer = self.layers[index]
+        dtype = self._masters.dtypes[index]
+        out = torch.empty(layer.shape, dtype=dtype, device=self._device)
+        self._scheme(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
+        return out
+
+    def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def, type-arg]
+        """`function` for all layers: on a CPU by as many threads as torch may use, each layer in one of them."""
+        threads = min(torch.get_num_threads(), len(arguments)) if self._device.type == "cpu" else 1
+        if threads < 2:
+            return [function(*given) for given in arguments]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda given: function(*given), arguments))
+
+    def _lookup(self, index: int, choice: int) -> Packed | None:
         key = (index, choice)
         if key in self._cache:
             self._cache.move_to_end(key)
-            return self._cache[key]
-        master = self._masters[index]
-        scheme = self.space.scheme_of(choice)
-        weight = scheme.fake_quantize(master, self.space.choices[choice], self._statistics[index])
-        weight = weight.to(master.dtype)
-        if weight.nbytes <= self.cache_bytes:
-            self._cache[key] = weight
-            self._cached_bytes += weight.nbytes
-            while self._cached_bytes > self.cache_bytes:
-                _, dropped = self._cache.popitem(last=False)
-                self._cached_bytes -= dropped.nbytes
-        return weight
+        return self._cache.get(key)
+
+    def _remember(self, index: int, choice: int, packed: Packed | None) -> None:
+        key = (index, choice)
+        if packed is None or key in self._cache or nbytes(packed.values()) > self.cache_bytes:
+            return
+        self._cache[key] = packed
+        self._cached_bytes += nbytes(packed.values())
+        while self._cached_bytes > self.cache_bytes:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= nbytes(dropped.values())
+
+
+class _Source:
+    """How a packed layer makes the weight that it holds now, as its module stores it."""
+
+    def __init__(self, base: QuantizedBase, index: int) -> None:
+        self._base, self._index = base, index
+
+    def __call__(self) -> Callable[[], Tensor]:
+        layer, make = self._base.layers[self._index], self._base._maker(self._index)
+        return lambda: layer.matrix(make()).contiguous()
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
+
+
+def _move_rest(model: nn.Module, packed: set[int], device: torch.device) -> None:
+    """Move every parameter and buffer outside of the packed layers; `model.to` would fill their hollow weights."""
+    for module in model.modules():
+        if id(module) in packed:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Nearest entry of a sorted code book, exactly, in a constant number of passes over the data.
 
-A binary search costs 11 to 56 ms for a million numbers on one core (2 to 8 bits). Instead, cut [-1, 1] into
-``S`` equal cells, S large enough that no cell holds two decision thresholds: the cell of ``x`` is one
-multiply-add, and one comparison with the only threshold of that cell tells the rest (3 ms, for any width).
+Two ways to count how many decision thresholds lie below a number, both exact:
 
-Exact because the cell number is a monotone function of ``x`` and is computed for thresholds and data by the
-same arithmetic: thresholds in lower cells are below ``x``, those in higher cells above. (S is a power of two,
+- Few thresholds (2 to 4 bits) on a CPU: one vectorised comparison for each of them. A pass that stays in the cache
+  costs 0.15 ms for a million numbers on one core.
+- Otherwise cut [-1, 1] into ``S`` equal cells, S large enough that no cell holds two thresholds: the cell of ``x`` is
+  one multiply-add, and one comparison with the only threshold of that cell tells the rest (2 to 3 ms, for any width;
+  a binary search takes 11 to 56 ms).
+
+The cells are exact because the cell number is a monotone function of ``x`` and is computed for thresholds and data by
+the same arithmetic: thresholds in lower cells are below ``x``, those in higher cells above. (S is a power of two,
 so that the multiplication is exact, and fusing it with the addition changes nothing.)
 """
 
@@ -19,6 +23,7 @@ from torch import Tensor
 from coalora.errors import CoaloraError
 
 _MAX_CELLS = 2**22
+_FEW = 16  # thresholds; from here on the table is faster
 
 
 def decision_thresholds(book: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -42,6 +47,7 @@ class IntervalTable:
         device: where the numbers to look up will be.
 
     Attributes:
+        thresholds: as given.
         intervals: int64 (2*(S+1),), how many thresholds lie below the numbers at each *position*.
     """
 
@@ -61,8 +67,10 @@ class IntervalTable:
         bound = np.full(cells + 1, np.inf, dtype=np.float32)
         bound[occupied] = thresholds
         below = np.searchsorted(occupied, np.arange(cells + 1), side="left")
+        self.thresholds = thresholds
         self._n_cells = cells
         self._bound = torch.from_numpy(bound).to(device)
+        self._below = torch.from_numpy(below.astype(np.uint8)).to(device) if len(thresholds) < 256 else None
         self.intervals: NDArray[np.int64] = np.stack([below, below + np.isfinite(bound)], axis=1).ravel()
 
     def positions(self, x: Tensor) -> Tensor:
@@ -70,6 +78,28 @@ class IntervalTable:
         cell = _cells(x, self._n_cells)
         above = torch.gt(x, self._bound.index_select(0, cell))
         return cell.mul_(2).add_(above)
+
+    def count_below(self, x: Tensor, out: Tensor) -> None:
+        """Number of thresholds below each of ``x``, on a CPU: uint8 into ``out`` (m,).
+
+        Args:
+            x: float32 (m,) without NaN; overwritten. At most 255 thresholds (the hot path: not checked).
+        """
+        # NumPy's comparisons of float32 are vectorised, torch's with a bool result are not: 0.1 against 0.7 ms for a
+        # million numbers.
+        values, counts = x.numpy(), out.numpy()
+        above = np.empty(len(values), dtype=np.bool_)
+        if len(self.thresholds) < _FEW:
+            np.greater(values, self.thresholds[0], out=counts.view(np.bool_))
+            for threshold in self.thresholds[1:]:
+                np.greater(values, threshold, out=above)
+                np.add(counts, above.view(np.uint8), out=counts)
+            return
+        assert self._below is not None
+        cell = _cells(x.clamp_(-1, 1), self._n_cells)
+        np.greater(values, self._bound.index_select(0, cell).numpy(), out=above)
+        torch.index_select(self._below, 0, cell, out=out)
+        np.add(counts, above.view(np.uint8), out=counts)
 
 
 def _cells(x: Tensor, n_cells: int) -> Tensor:

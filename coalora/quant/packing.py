@@ -2,7 +2,8 @@
 
 Code ``i`` of width ``b`` takes bits ``i*b .. (i+1)*b - 1`` of a little-endian bit stream (bit 0 is the lowest
 bit of byte 0), so that 3-bit codes straddle bytes and ``m`` codes take exactly ``ceil(m*b/8)`` bytes. Eight
-codes always fill ``b`` whole bytes, which fit one 64-bit word, so both directions work on words of eight.
+codes always fill ``b`` whole bytes, which fit one 64-bit word, so both directions work on words of eight, whose
+codes are brought together (or taken apart) in three steps. Words are little-endian wherever torch runs.
 """
 
 from __future__ import annotations
@@ -38,15 +39,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise CoaloraError("a code must fit its width", got=int(codes.max()), expected=f"below {2**bits}")
     if bits == 8:
         return codes.clone()
-    groups = pad(codes, (0, -count % 8)).view(-1, 8)
-    words = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        words |= groups[:, i].to(torch.int64) << (bits * i)
-    packed = torch.empty((len(groups), bits), dtype=torch.uint8, device=codes.device)
-    for j in range(bits):
-        packed[:, j] = (words >> (8 * j)) & 0xFF
+    padded = codes.new_zeros(count + -count % 8)
+    padded[:count] = codes
+    words = padded.view(torch.int64)
+    for step in range(3):
+        _shift(words, bits, step, closer=True)
     # A clone drops the bytes of the padding from the storage too, not only from the view.
-    return packed.view(-1)[: packed_size(count, bits)].clone()
+    packed = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return packed[: packed_size(count, bits)].clone()
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -74,12 +74,30 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed.clone()
     groups = pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
     words = torch.zeros(len(groups), dtype=torch.int64, device=packed.device)
-    for j in range(bits):
-        words |= groups[:, j].to(torch.int64) << (8 * j)
-    codes = torch.empty((len(groups), 8), dtype=torch.uint8, device=packed.device)
-    for i in range(8):
-        codes[:, i] = (words >> (bits * i)) & (2**bits - 1)
-    return codes.view(-1)[:count].clone()
+    words.view(torch.uint8).view(-1, 8)[:, :bits] = groups
+    for step in reversed(range(3)):
+        _shift(words, bits, step, closer=False)
+    codes = words.view(torch.uint8)
+    return codes if len(codes) == count else codes[:count].clone()
+
+
+def _shift(words: Tensor, bits: int, step: int, *, closer: bool) -> None:
+    """In place, in every 64-bit word of eight codes: bring runs of 2^step codes together in pairs, or take them apart.
+
+    A code starts with eight bits to itself. Step 0 makes pairs in 16 bits, step 1 fours in 32, step 2 eights in 64.
+    """
+    lane, run = 16 << step, bits << step
+    distance = lane // 2 - run
+    low = _lanes((1 << run) - 1, lane)
+    high = _lanes(((1 << run) - 1) << (run if closer else lane // 2), lane)
+    moved = (words >> distance if closer else words << distance).bitwise_and_(high)
+    words.bitwise_and_(low).bitwise_or_(moved)
+
+
+def _lanes(pattern: int, lane: int) -> int:
+    """`pattern` in every lane of a 64-bit word, as a signed integer."""
+    word = sum(pattern << (lane * i) for i in range(64 // lane))
+    return word - (1 << 64) if word >> 63 else word
 
 
 def _check(tensor: Tensor, bits: int) -> None:

@@ -117,6 +117,42 @@ class Scheme(ABC):
             CoaloraError: a tensor is missing, or has not the size or dtype of ``choice`` and ``shape``.
         """
 
+    def measure(self, weight: Tensor) -> Tensor | None:
+        """A small tensor that depends on the weight alone and that `quantize` takes as ``measured`` to be faster.
+
+        None (the default) where there is nothing to gain; `quantize` need not take ``measured`` then.
+        """
+        return None
+
+    def quantize_packed(
+        self,
+        weight: Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None = None,
+        measured: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """``pack(quantize(weight))``, or a faster equal; ``measured`` is what `measure` returned for the weight."""
+        known = {} if measured is None else {"measured": measured}
+        return self.pack(self.quantize(weight, choice, statistics, **known), choice, weight.shape)
+
+    def dequantize_packed(
+        self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
+    ) -> None:
+        """Write ``dequantize(unpack(packed))``, rounded to its dtype, into ``out`` (out, in); or do a faster equal."""
+        out.copy_(self.dequantize(self.unpack(packed, choice, shape), choice, shape))
+
+    def requantize(
+        self,
+        weight: Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None = None,
+        *,
+        out: Tensor,
+        measured: Tensor | None = None,
+    ) -> None:
+        """Write `fake_quantize` of ``weight``, rounded to its dtype, into ``out`` (out, in)."""
+        out.copy_(self.fake_quantize(weight, choice, statistics))
+
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """``dequantize(quantize(weight))`` in float32 on the weight's device, or a faster equal."""
         return self.dequantize(self.quantize(weight, choice, statistics), choice, weight.shape)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from coalora.errors import CoaloraError
-from coalora.models.quantized import FULL_PRECISION, QuantizedBase, check_configuration
+from coalora.models.quantized import FULL_PRECISION, QuantizedBase, check_configuration, nbytes
 from coalora.models.targets import find_target_layers
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "bert", "roberta"]
@@ -103,25 +103,26 @@ def test_a_switch_keeps_its_own_copy_of_the_configuration(tiny_llama, small_spac
 def test_the_cache_is_used_and_stays_below_its_limit(tiny_llama, small_space, monkeypatch) -> None:
     model = tiny_llama()
     layers = find_target_layers(model)
-    total = sum(layer.n_weights * 4 for layer in layers)
-    base = QuantizedBase(model, layers, small_space, cache_bytes=2 * total)
+    N, scheme = len(layers), small_space.scheme
+    size = [sum(scheme.packed_nbytes(choice, layer.shape) for layer in layers) for choice in small_space.choices]
+    limit = max(size[k] + size[k + 1] for k in range(len(size) - 1))
+    base = QuantizedBase(model, layers, small_space, cache_bytes=limit)
     calls = []
-    quantize = small_space.scheme.fake_quantize
-    monkeypatch.setattr(
-        type(small_space.scheme), "fake_quantize", lambda self, *given: calls.append(1) or quantize(*given)
-    )
-    N = len(layers)
+    quantize = scheme.quantize_packed
+    monkeypatch.setattr(type(scheme), "quantize_packed", lambda self, *given: calls.append(1) or quantize(*given))
     for k in (0, 1, 0, 1):
         base.switch(np.full(N, k))
     assert len(calls) == 2 * N
     for k in range(len(small_space)):
         base.switch(np.full(N, k))
-        held = sum(tensor.nbytes for tensor in base._cache.values())
-        assert held == base._cached_bytes <= 2 * total
-    assert {k for _, k in base._cache} == {6, 7}  # the two used last
+        cached = [tensor for packed in base._cache.values() for tensor in packed.values()]
+        assert nbytes(cached) == base._cached_bytes <= limit
+    kept = {k for _, k in base._cache}
+    assert {6, 7} <= kept  # the two used last
     for k in (6, 2):  # a hit counts as use
         base.switch(np.full(N, k))
-    assert {k for _, k in base._cache} == {6, 2}
+    assert {6, 2} <= {k for _, k in base._cache}
+    assert all((index, 6) in base._cache for index in range(N))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 5_000, 1 << 28])
