@@ -34,7 +34,7 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space, lengths, target layers, budgets and DVC.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets and DVC.
 
     Args:
         root: where DVC must be initialised; None leaves that out.
@@ -44,6 +44,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     """
     _check_files(settings)
     space = ChoiceSpace(settings.choices.scheme, **settings.choices.allow)
+    space.scheme.require_packages()
     config = base_config(settings)
     _check_sizes(settings, config)
     layers = target_layers(settings, config)

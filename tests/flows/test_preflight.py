@@ -150,6 +150,11 @@ def test_what_the_shapes_contradict_is_refused(changes: list[str], fragments: Se
         assert fragment in text
 
 
+def test_a_scheme_whose_package_is_absent_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalora.quant.gptq_solver.find_spec", lambda name: None)
+    assert "pip install 'coalora[gptq]'" in refused(tiny("choices.scheme=gptq", "choices.allow={}"))
+
+
 def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:
     one: dict[str, list[int | str]] = {
         "bits": [3],
