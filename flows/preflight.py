@@ -36,7 +36,7 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space, lengths, target layers, budgets and DVC.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets and DVC.
 
     Args:
         root: where DVC must be initialised; None leaves that out.
@@ -49,6 +49,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_sizes(settings, config)
     layers = target_layers(settings, config)
     space, allowed = choices_of(settings.choices, layers)
+    for scheme in space.schemes:
+        scheme.require_packages()
     # All but the errors, which take the weights.
     tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed)
     bits_range = tables.bits_range()

@@ -31,7 +31,7 @@ from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
 
 PACKAGES = ("coalora", "tasks")
-VERSIONED = ("torch", "transformers", "peft", "numpy", "scipy")
+VERSIONED = ("torch", "transformers", "peft", "numpy", "scipy", "gptqmodel")  # absent ones count as such
 
 # Plumbing around the stages: editing it must not retrain.
 EXCLUDED = (

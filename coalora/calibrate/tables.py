@@ -1,8 +1,10 @@
 """Per-layer, per-choice tables: what a choice costs (bits) and what it breaks (error).
 
-Error is the activation-weighted relative error of the layer's output,
-    err[l, k] = sum_ij (W_l - q(W_l, k))_ij^2 E[x_j^2] / sum_ij W_l,ij^2 E[x_j^2],
-weighted by nothing else: HIGGS (NAACL 2025) finds a model's loss close to linear in the layers' relative errors.
+Error is the relative error of the layer's output, E the residual W_l - q(W_l, k) and H = E[x x^T] of its inputs:
+    err[l, k] = tr(E H E^T) / tr(W_l H W_l^T) = E ||E x||^2 / E ||W_l x||^2,
+exact over the calibration data where statistics carry H, which is also what GPTQ minimises; otherwise with H's
+diagonal alone, sum_ij E_ij^2 E[x_j^2] / sum_ij W_l,ij^2 E[x_j^2], as if features were uncorrelated. Weighted by nothing
+else: HIGGS (NAACL 2025) finds a model's loss close to linear in the layers' relative errors.
 Bits are counted, not computed from a nominal rule: every byte that packing stores, padding and offsets included.
 """
 
@@ -30,7 +32,7 @@ class CalibrationTables:
         layers: the N target layers.
         space: the K choices.
         nbytes: (N, K) int64, packed bytes of layer l under choice k.
-        err: (N, K) float64, activation-weighted relative output error; the layer's largest where not `allowed`.
+        err: (N, K) float64, relative output error; the layer's largest where not `allowed`.
         base_digest: digest of the base model's files.
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
     """
@@ -120,17 +122,36 @@ def error_table(
     err = np.zeros((len(weights), len(space.choices)))
     may = np.ones(err.shape, dtype=np.bool_) if allowed is None else allowed
     for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
-        moment = known.second_moment
-        # A feature that never fires in calibration still counts a little, or its weights could be anything.
-        weighting = (moment + 1e-6 * moment.mean()).to(weight.device)
-        norm = float((weight.float().square().sum(0) * weighting).sum()) or 1.0
+        measure = _OutputNorm(known, weight.device)
+        norm = measure(weight.float()) or 1.0
         for k, quantized in space.fake_quantize_many(weight, np.flatnonzero(may[index]).tolist(), known):
-            residual = quantized.float().sub_(weight.float()).square_().sum(0)
-            err[index, k] = float(residual @ weighting) / norm
+            err[index, k] = measure(quantized.float().sub_(weight.float())) / norm
         err[index, ~may[index]] = err[index].max()
         if progress:
             progress(index + 1, len(weights))
     return err
+
+
+class _OutputNorm:
+    """E ||M x||^2 of matrices M (out, in), float32, over the inputs x that `statistics` describe; M is left as it is.
+
+    A feature that never fires in calibration still counts a little, or its weights could be anything.
+    """
+
+    def __init__(self, statistics: InputStatistics, device: torch.device) -> None:
+        moment = statistics.second_moment
+        floor = 1e-6 * float(moment.mean())
+        self._weighting = (moment + floor).to(device)
+        self._hessian: Tensor | None = None
+        if statistics.hessian is not None:
+            self._hessian = statistics.hessian.to(device, torch.float32, copy=True)
+            self._hessian.diagonal().add_(floor)
+
+    def __call__(self, matrix: Tensor) -> float:
+        if self._hessian is None:
+            return float(matrix.square().sum(0) @ self._weighting)
+        # By rows, so that rounding does not grow with their number; never below zero but for rounding.
+        return max(0.0, float((matrix @ self._hessian).mul_(matrix).sum(1).sum(dtype=torch.float64)))
 
 
 def calibration_tables(

@@ -76,6 +76,13 @@ class Scheme(ABC):
             for values in itertools.product(*self.field_values.values())
         )
 
+    def require_packages(self) -> None:  # noqa: B027 (most schemes need none)
+        """Look for what `quantize` imports beyond the wheel's dependencies; cheap, for checks before long work.
+
+        Raises:
+            CoaloraError: a package of an extra is absent; names the extra.
+        """
+
     @abstractmethod
     def nominal_bits(self, choice: Choice) -> float:
         """Bits per weight by the literature's formula: no rounding up of short blocks, no constant terms."""
@@ -94,6 +101,13 @@ class Scheme(ABC):
         Raises:
             CoaloraError: the weight is empty, not floating point, or not finite.
         """
+
+    def quantize_many(
+        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """`quantize` for every choice in turn, exactly, sharing work between choices where a scheme can."""
+        for choice in choices:
+            yield self.quantize(weight, choice, statistics)
 
     @abstractmethod
     def dequantize(
@@ -193,6 +207,7 @@ def get_scheme(name: str) -> Scheme:
     # Written as a plain import, not importlib: source digests follow import statements. Here and not at the
     # top, because a scheme's module imports this one.
     import coalora.quant.float16
+    import coalora.quant.gptq
     import coalora.quant.integer
     import coalora.quant.nf  # noqa: F401
 

@@ -164,6 +164,11 @@ def test_choices_may_differ_by_layer() -> None:
     assert joined.bits_range[1] > preflight(tiny()).bits_range[1]
 
 
+def test_a_scheme_whose_package_is_absent_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalora.quant.gptq_solver.find_spec", lambda name: None)
+    assert "pip install 'coalora[gptq]'" in refused(tiny("choices.scheme=gptq", "choices.allow={}"))
+
+
 def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:
     one: dict[str, list[int | str]] = {
         "bits": [3],

@@ -50,6 +50,39 @@ def test_errors_predict_the_output_error_for_uncorrelated_inputs(small_space: Ch
         assert err[k] == pytest.approx(float(residual.square().mean() / (x @ W.T).square().mean()), rel=0.1)
 
 
+def _correlated(n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(4000, n, generator=generator) @ torch.randn(n, n, generator=generator)
+
+
+def test_with_a_hessian_errors_are_those_of_the_output_itself_however_inputs_correlate(small_space) -> None:
+    W, x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), _correlated(40)
+    moment = x.square().mean(0)
+    err = error_table([W], [InputStatistics(moment, x.T @ x / len(x))], small_space)[0]
+    diagonal = error_table([W], [InputStatistics(moment)], small_space)[0]
+    for k, choice in enumerate(small_space.choices):
+        residual = x.double() @ (W - small_space.scheme.fake_quantize(W, choice)).double().T
+        exact = float(residual.square().mean() / (x.double() @ W.double().T).square().mean())
+        assert err[k] == pytest.approx(exact, rel=1e-4)
+    assert np.abs(diagonal / err - 1).max() > 0.01
+
+
+def test_a_diagonal_hessian_gives_the_error_of_the_moments_alone(small_space: ChoiceSpace) -> None:
+    W = torch.randn(24, 40, generator=torch.Generator().manual_seed(6))
+    moment = torch.rand(40, generator=torch.Generator().manual_seed(7))
+    moment[3] = 0  # counts a little in both
+    err = error_table([W, W], [InputStatistics(moment), InputStatistics(moment, moment.diag())], small_space)
+    np.testing.assert_allclose(err[1], err[0], rtol=1e-5)
+
+
+def test_measuring_errors_changes_neither_weights_nor_statistics(small_space: ChoiceSpace) -> None:
+    W, x = torch.randn(8, 40, generator=torch.Generator().manual_seed(8)), _correlated(40)
+    known = InputStatistics(x.square().mean(0), x.T @ x)
+    before = W.clone(), known.second_moment.clone(), known.hessian.clone()
+    error_table([W], [known], small_space)
+    assert all(torch.equal(a, b) for a, b in zip(before, (W, known.second_moment, known.hessian), strict=True))
+
+
 def test_errors_fall_with_bits_and_rise_with_block_size(tables: CalibrationTables) -> None:
     by = {(c.bits, c.block_size): tables.err[:, k] for k, c in enumerate(tables.space.choices)}  # type: ignore[attr-defined]
     for block_size in (16, 64):

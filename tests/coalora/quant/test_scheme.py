@@ -68,6 +68,9 @@ def test_a_registered_scheme_works_through_the_defaults() -> None:
     register_scheme(RoundScheme)
     scheme = get_scheme("round")
     assert scheme.choices() == (RoundChoice(1), RoundChoice(2), RoundChoice(4))
+    scheme.require_packages()
+    W = torch.tensor([[3.2, -4.9]])
+    assert [s["codes"].tolist() for s in scheme.quantize_many(W, scheme.choices())] == [[[3, -5]], [[2, -2]], [[1, -1]]]
     results = list(scheme.fake_quantize_many(torch.tensor([[3.2, -4.9]]), scheme.choices()))
     assert [r.tolist() for r in results] == [[[3, -5]], [[4, -4]], [[4, -4]]]
     assert ChoiceSpace("round", step=[2, 4]).describe(0) == "step=2"
