@@ -43,6 +43,7 @@ class Model(_Part):
 
 class FullPrecision(_Part):
     metric: float
+    metrics: dict[str, float] = {}  # by name, the headline among them
     loss: float
     bits: Bits
 
@@ -60,6 +61,7 @@ class Budget(_Part):
     total_bytes: Count
     n_layers_by_bits: dict[float, Count]
     metric: dict[str, float]
+    metrics: dict[str, dict[str, float]] = {}  # by name and arm, the headline among them
     loss: dict[str, float]
 
     @model_validator(mode="after")
@@ -158,6 +160,9 @@ class Result(_Part):
             for i, part in enumerate(parts):
                 for field in ("metric", "loss"):
                     _same_arms(f"{where}[{i}].{field}", getattr(part, field), self.arms)
+        for i, budget in enumerate(self.budgets):
+            for name, values in budget.metrics.items():
+                _same_arms(f"budgets[{i}].metrics[{name!r}]", values, self.arms)
         _same_arms("hypervolume.values", self.hypervolume.values, self.arms)
         unknown = sorted(set(self.curves) - set(self.arms))
         if unknown:
@@ -193,7 +198,9 @@ class Result(_Part):
 
     @property
     def loss_unit(self) -> str:
-        """The loss is mean cross-entropy: of a token for a language model, else of an example."""
+        """The loss is mean cross-entropy (of a token for a language model, else of an example) or squared error."""
+        if self.benchmark.metric in ("pearson", "spearman"):
+            return "squared error"
         return "nats per token" if self.benchmark.task == "language-modeling" else "nats per example"
 
     @property
