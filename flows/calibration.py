@@ -33,11 +33,11 @@ def calibration_chain(run: PipelineRun) -> Calibrated:
         prepare_base,
         model=s.model,
         content=run.benchmark_content if pretrained else run.model_content,
-        corpus=s.benchmark if pretrained else None,
+        corpus=s.benchmark.data_only() if pretrained else None,
         runtime=s.runtime,
         seed=s.seed,
     )
-    benchmark = run.run(prepare_benchmark, base=base, benchmark=s.benchmark, content=run.benchmark_content)
+    benchmark = run.run(prepare_benchmark, base=base, benchmark=s.benchmark.data_only(), content=run.benchmark_content)
     tables = run.run(
         calibrate,
         base=base,

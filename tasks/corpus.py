@@ -36,21 +36,21 @@ def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
 
 def examples(settings: BenchmarkSettings) -> dict[str, Examples | None]:
     """Labelled examples of `train`, `validation`, and of `search` where it has a file of its own."""
-    columns, label = settings.text_columns, settings.label_column
+    columns, label, regression = settings.text_columns, settings.label_column, settings.num_labels == 1
     if settings.hub is not None:
         hub = settings.hub
         return {
-            "train": _hub_examples(hub, hub.train_split, columns, label),
-            "validation": _hub_examples(hub, hub.validation_split, columns, label),
+            "train": _hub_examples(hub, hub.train_split, columns, label, regression=regression),
+            "validation": _hub_examples(hub, hub.validation_split, columns, label, regression=regression),
             "search": None,
         }
     files = settings.files
     if files is None or files.validation is None:  # settings have been validated: cannot happen
         raise CoaloraError("classification reads files or the hub", got=settings.name)
     return {
-        "train": read_table(files.train, columns, label),
-        "validation": read_table(files.validation, columns, label),
-        "search": None if files.search is None else read_table(files.search, columns, label),
+        "train": read_table(files.train, columns, label, regression=regression),
+        "validation": read_table(files.validation, columns, label, regression=regression),
+        "search": None if files.search is None else read_table(files.search, columns, label, regression=regression),
     }
 
 
@@ -81,14 +81,14 @@ def _take(rows: Iterator[dict[str, Any]], column: str, n_bytes: float | None) ->
     return texts
 
 
-def _hub_examples(hub: HubSettings, split: str, columns: list[str], label: str) -> Examples:
+def _hub_examples(hub: HubSettings, split: str, columns: list[str], label: str, *, regression: bool) -> Examples:
     texts: list[tuple[str, ...]] = []
     labels: list[Any] = []
     for row in _rows(hub, split):
         _check_row(row, [*columns, label], columns)
         texts.append(tuple(row[c] for c in columns))
         labels.append(row[label])
-    return to_examples(texts, labels, f"{hub.path} {split}")
+    return to_examples(texts, labels, f"{hub.path} {split}", regression=regression)
 
 
 def _check_row(row: dict[str, Any], wanted: list[str], texts: list[str]) -> None:

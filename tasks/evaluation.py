@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from coalora.adapt.adapted import Method
-from coalora.evaluate.losses import score, score_configurations
+from coalora.evaluate.losses import measure_configurations, score
 from coalora.files import write_json
 from tasks.adapted import build_adapted
 from tasks.engine import stage
@@ -42,7 +42,7 @@ def evaluate_method(
     chosen = load_selected(selection, measured)
     # A budget's configuration is often a member as it is: what is equal is measured once.
     distinct, inverse = np.unique(np.concatenate([members, chosen]), axis=0, return_inverse=True)
-    losses, metrics = score_configurations(
+    scores = measure_configurations(
         adapted,
         data.validation,
         distinct,
@@ -54,7 +54,11 @@ def evaluate_method(
     inverse = inverse.ravel()
     parts = {"members": inverse[: len(members)], "budgets": inverse[len(members) :]}
     content: dict[str, object] = {
-        part: {"loss": losses[index].tolist(), "metric": metrics[index].tolist()} for part, index in parts.items()
+        part: {
+            "loss": [scores[i].loss for i in index],
+            "metrics": {name: [scores[i].metrics[name] for i in index] for name in full.metrics},
+        }
+        for part, index in parts.items()
     }
     content |= {"method": method, "full_precision": vars(full)}
 

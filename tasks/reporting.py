@@ -48,7 +48,7 @@ def make_report(*, result: Artifact) -> Artifact:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers that are compared between runs: hypervolumes, and by budget and method metric, loss and gap.
+    """The few numbers that are compared between runs: hypervolumes, and by budget and method metrics, loss and gap.
 
     The gap is what is missing to the full-precision base with the Shared-LoRA adapter, in the metric's unit: positive
     is worse, whichever way the metric goes.
@@ -61,6 +61,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
         "budgets": {
             f"{row['budget']:g}": {
                 "average_bits": row["average_bits"],
+                **row["metrics"],
                 metric: row["metric"],
                 "loss": row["loss"],
                 "gap": {method: sign * (ceiling - value) for method, value in row["metric"].items()},

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coalora.evaluate.compare import NORMALIZATION, compare
+from coalora.evaluate.compare import NORMALIZATION, compare, guess_loss
+from coalora.evaluate.metrics import reported_metrics
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from tasks.adapted import HISTORY
@@ -65,8 +66,11 @@ def assemble(
         {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
         bits,
         bits_range=measured.bits_range(),
-        n_outcomes=data.num_labels or load_config(source.path).vocab_size,
+        guess_loss=guess_loss(data.validation, data.num_labels or load_config(source.path).vocab_size),
     )
+    asked = settings.benchmark
+    reported = reported_metrics(data.task, data.num_labels, asked.metric, asked.metrics)
+    headline = reported[0]
     ceiling = measures["shared"]["full_precision"]
     rounds = [read_json(store.path(s) / "round.json") for s in searches]
     keep = (
@@ -83,8 +87,8 @@ def assemble(
         "benchmark": {
             "name": data.name,
             "task": data.task,
-            "metric": data.metric,
-            "higher_is_better": data.higher_is_better,
+            "metric": headline.name,
+            "higher_is_better": headline.higher_is_better,
             "n_validation": len(data.validation),
         },
         "model": {
@@ -94,7 +98,12 @@ def assemble(
             "digest": source.digest,
         },
         "settings": settings.model_dump(mode="json"),
-        "full_precision": ceiling | {"bits": 8.0 * _bytes_per_weight(settings)},
+        "full_precision": {
+            "loss": ceiling["loss"],
+            "metric": ceiling["metrics"][headline.name],
+            "metrics": {m.name: ceiling["metrics"][m.name] for m in reported},
+            "bits": 8.0 * _bytes_per_weight(settings),
+        },
         "arms": {
             method: {"label": _label(method, data.task), "n_steps": int(states[method][-1].meta["step"] or 0)}
             for method in measures
@@ -103,7 +112,7 @@ def assemble(
             method: {"label": _label(method, data.task), "n_steps": alone[method][0]["steps"]} for method in alone
         },
         "budgets": [
-            _budget(budget, configuration, export, i, measured, measures)
+            _budget(budget, configuration, export, i, measured, measures, [m.name for m in reported])
             | {f"reference_{part}": {m: rows[i][part] for m, rows in alone.items()} for part in ("metric", "loss")}
             for i, (budget, configuration, export) in enumerate(
                 zip(settings.evaluation.budgets, chosen, exports, strict=True)
@@ -115,7 +124,7 @@ def assemble(
                 "nbytes": int(nbytes[i]),
                 "round": int(members.joined[i]),
                 "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
-                "metric": {method: s["members"]["metric"][i] for method, s in measures.items()},
+                "metric": {method: s["members"]["metrics"][headline.name][i] for method, s in measures.items()},
             }
             for i in range(len(members))
         ],
@@ -180,7 +189,9 @@ def _budget(
     i: int,
     measured: Any,
     measures: dict[str, Any],
+    names: list[str],
 ) -> dict[str, Any]:
+    metrics = {name: {method: s["budgets"]["metrics"][name][i] for method, s in measures.items()} for name in names}
     base_bytes, adapter_bytes = int(export.meta["base_bytes"] or 0), int(export.meta["adapter_bytes"] or 0)
     by_bits = Counter(measured.space.choice_dict(int(k))["bits"] for k in configuration)
     return {
@@ -190,7 +201,8 @@ def _budget(
         "adapter_bytes": adapter_bytes,
         "total_bytes": base_bytes + adapter_bytes,
         "n_layers_by_bits": dict(sorted(by_bits.items())),
-        "metric": {method: s["budgets"]["metric"][i] for method, s in measures.items()},
+        "metric": metrics[names[0]],
+        "metrics": metrics,
         "loss": {method: s["budgets"]["loss"][i] for method, s in measures.items()},
     }
 

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from coalora.errors import CoaloraError
+from coalora.evaluate.metrics import reported_metrics
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -82,8 +85,14 @@ class BenchmarkSettings(Section):
     files: FilesSettings | None = Field(None, description="Local files.")
     hub: HubSettings | None = Field(None, description="Data set of the hub.")
     text_columns: list[str] = Field(["text"], min_length=1, max_length=2, description="One text column, or a pair.")
-    label_column: str = Field("label", description="Column of class indices.")
-    num_labels: int = Field(2, ge=2, description="Number of classes.")
+    label_column: str = Field("label", description="Column of class indices, or of values.")
+    num_labels: int = Field(2, ge=1, description="Number of classes; 1 is a regression on values, as of GLUE's STS-B.")
+    metric: str | None = Field(
+        None,
+        description="Headline of reports: accuracy (default), f1, macro_f1 or matthews_correlation of classes, pearson "
+        "(default) or spearman of values, bits_per_byte (default) or perplexity of text.",
+    )
+    metrics: list[str] | None = Field(None, description="Further metrics in reports; by default all that apply.")
     max_length: int = Field(128, ge=8, description="Tokens an example or block.")
     n_train: int | None = Field(None, ge=1, description="At most so many training examples or blocks.")
     n_search: int = Field(256, ge=1, description="Examples or blocks that guide the search; never validation data.")
@@ -103,6 +112,18 @@ class BenchmarkSettings(Section):
         if self.task == "language-modeling":
             self._check_text()
         return self
+
+    @model_validator(mode="after")
+    def _metrics_apply(self) -> BenchmarkSettings:
+        try:
+            reported_metrics(self.task, self.num_labels, self.metric, self.metrics)
+        except CoaloraError as error:
+            raise ValueError(f"{error.rule}, got {error.got}: expected {error.expected}") from error
+        return self
+
+    def data_only(self) -> BenchmarkSettings:
+        """The same without the metrics, which change no example: for the stages that read examples."""
+        return self.model_copy(update={"metric": None, "metrics": None})
 
     def _check_text(self) -> None:
         if len(self.text_columns) != 1:

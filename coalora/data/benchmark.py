@@ -1,4 +1,4 @@
-"""A benchmark: three splits of one data set, tokenized, and the metric that it is judged by.
+"""A benchmark: three splits of one data set, tokenized.
 
 `train` is trained on (its first examples calibrate), `search` guides the Pareto search, `validation` is only reported:
 nothing is selected on it.
@@ -19,7 +19,6 @@ from coalora.models.loading import Task
 
 IGNORED = -100
 SPLITS = ("train", "search", "validation")
-METRICS = {"classification": ("accuracy", True), "language-modeling": ("bits_per_byte", False)}
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Split:
     Attributes:
         input_ids: (n, L) int64.
         lengths: (n,) tokens of each example; the rest of its row is padding.
-        labels: (n,) classes, or None for language modelling, where each block predicts its own tokens.
+        labels: (n,) classes, values (float) of a regression, or None for language modelling, where each block predicts
+            its own tokens.
         bytes_per_token: UTF-8 bytes a token stands for (language modelling; 1 otherwise).
         pad_token_id: what fills the rows.
         token_type_ids: (n, L) which sentence of a pair a token belongs to, for models that embed it (BERT).
@@ -72,7 +72,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Splits and metric; `num_labels` is None for language modelling."""
+    """Splits; `num_labels` is 1 for a regression and None for language modelling."""
 
     name: str
     task: Task
@@ -81,21 +81,13 @@ class Benchmark:
     search: Split
     validation: Split
 
-    @property
-    def metric(self) -> str:
-        return METRICS[self.task][0]
-
-    @property
-    def higher_is_better(self) -> bool:
-        return METRICS[self.task][1]
-
     def save(self, folder: Path) -> None:
         """Write the tokenized splits: safetensors, with the rest in its header."""
         for name in SPLITS:
             split: Split = getattr(self, name)
             tensors = {"input_ids": split.input_ids.int(), "lengths": split.lengths.int()}
             if split.labels is not None:
-                tensors["labels"] = split.labels.int()
+                tensors["labels"] = split.labels if split.labels.is_floating_point() else split.labels.int()
             if split.token_type_ids is not None:
                 tensors["token_type_ids"] = split.token_type_ids.to(torch.uint8)
             header = {
@@ -113,7 +105,9 @@ class Benchmark:
         splits: dict[str, Split] = {}
         for name in SPLITS:
             tensors, header = read_tensors(folder / f"{name}.safetensors")
-            labels = tensors["labels"].long() if "labels" in tensors else None
+            labels = tensors.get("labels")
+            if labels is not None and not labels.is_floating_point():
+                labels = labels.long()
             splits[name] = Split(
                 tensors["input_ids"].long(),
                 tensors["lengths"].long(),
@@ -128,7 +122,7 @@ class Benchmark:
 def pad(
     sequences: list[list[int]],
     pad_token_id: int,
-    labels: list[int] | None = None,
+    labels: list[int] | list[float] | None = None,
     token_type_ids: list[list[int]] | None = None,
 ) -> Split:
     """A split of sequences of different lengths.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -62,13 +63,15 @@ def classification(
 ) -> Benchmark:
     """A classification benchmark; without a `search` split, `n_search` training examples are set aside for it.
 
+    One label makes it a regression on values, as in transformers (GLUE's STS-B).
+
     Texts are cut to `max_length` tokens (of a pair, the longer first); `limits` keep at most so many examples.
 
     Raises:
         CoaloraError: a label that is not below `num_labels`, or a split that would be empty.
     """
     for part, examples in {"train": train, "validation": validation, "search": search}.items():
-        if examples is not None and max(examples.labels) >= num_labels:
+        if examples is not None and num_labels > 1 and max(examples.labels) >= num_labels:
             raise CoaloraError(
                 "labels lie below num_labels",
                 got=f"label {max(examples.labels)} in {part}",
@@ -101,4 +104,5 @@ def classification(
 
 def _take(examples: Examples, indices: Iterable[int]) -> Examples:
     indices = list(indices)
-    return Examples([examples.texts[i] for i in indices], [examples.labels[i] for i in indices])
+    labels: list[Any] = [examples.labels[i] for i in indices]
+    return Examples([examples.texts[i] for i in indices], labels)

@@ -1,9 +1,10 @@
-"""Labelled sentences, or pairs of sentences, from local tables or the hub."""
+"""Sentences, or pairs of sentences, with a class or a value, from local tables or the hub."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,20 @@ _ENCODING = "utf-8-sig"  # spreadsheets put a byte-order mark in front, which mu
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (one or two columns) and their class indices."""
+    """Texts (one or two columns) and their class indices, or their values for a regression."""
 
     texts: list[tuple[str, ...]]
-    labels: list[int]
+    labels: list[int] | list[float]
 
 
-def read_table(path: str | Path, text_columns: Sequence[str], label_column: str) -> Examples:
+def read_table(
+    path: str | Path, text_columns: Sequence[str], label_column: str, *, regression: bool = False
+) -> Examples:
     """Examples of a csv, tsv (no quoting), jsonl or parquet file.
 
     Raises:
         CoaloraError: missing file, unknown format, a file that cannot be parsed, missing column, missing value,
-            or labels that are no integers.
+            or labels that are no integers (no finite numbers for a regression).
     """
     path = Path(path)
     if not path.is_file():
@@ -51,23 +54,38 @@ def read_table(path: str | Path, text_columns: Sequence[str], label_column: str)
         [tuple(map(str, row)) for row in zip(*(frame[c] for c in text_columns), strict=True)],
         frame[label_column].tolist(),
         path.name,
+        regression=regression,
     )
 
 
-def to_examples(texts: list[tuple[str, ...]], labels: list, where: str) -> Examples:
-    """Check that labels are class indices, and join them with their texts."""
-    indices = [_class_index(x) for x in labels]
-    wrong = sorted({str(x) for x, i in zip(labels, indices, strict=True) if i is None})
+def to_examples(texts: list[tuple[str, ...]], labels: list, where: str, *, regression: bool = False) -> Examples:
+    """Check that labels are class indices (finite numbers for a regression), and join them with their texts."""
+    values: Sequence[float | None] = [_value(x) if regression else _class_index(x) for x in labels]
+    wrong = sorted({str(x) for x, value in zip(labels, values, strict=True) if value is None})
     if wrong:
+        shown = f"{where}: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}"
+        if regression:
+            raise CoaloraError(
+                "labels of a regression are finite numbers", got=shown, remedy="correct them, or set num_labels"
+            )
         raise CoaloraError(
             "labels are class indices",
-            got=f"{where}: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}",
+            got=shown,
             expected="integers from 0 to num_labels - 1 (negative ones mark a split without labels)",
-            remedy="use a labelled split, or map the classes to integers",
+            remedy="use a labelled split, map the classes to integers, or set num_labels to 1 for a regression",
         )
     if not texts:
         raise CoaloraError("a split needs at least one example", got=f"{where}: no rows")
-    return Examples(texts, [i for i in indices if i is not None])
+    return Examples(texts, [value for value in values if value is not None])
+
+
+def _value(label: object) -> float | None:
+    """A label as a finite number, or None."""
+    try:
+        value = float(label)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _class_index(label: object) -> int | None:

@@ -2,7 +2,8 @@
 
 Hypervolume of (validation loss, average bits), both minimised. The scale depends on the benchmark and the choice space
 alone, so that values compare between methods, runs and versions: the ideal is a loss of zero at the space's smallest
-bits, the reference point the loss of a uniform guess (ln of the number of classes, or of tokens) at its largest bits.
+bits, the reference point the loss of a guess at its largest bits: a uniform one (ln of the number of classes, or of
+tokens), or for a regression the labels' mean (their variance).
 A value is the dominated fraction of the rectangle between them; a configuration worse than guessing adds nothing.
 """
 
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coalora.data.benchmark import Split
 from coalora.search.hypervolume import normalized_hypervolume
 
 NORMALIZATION = (
-    "fraction of the rectangle between zero loss at the space's smallest average bits and the loss of a uniform "
-    "guess at its largest"
+    "fraction of the rectangle between zero loss at the space's smallest average bits and the loss of a guess at its "
+    "largest"
 )
 
 
@@ -36,20 +38,27 @@ def compare(
     average_bits: np.ndarray,
     *,
     bits_range: tuple[float, float],
-    n_outcomes: int,
+    guess_loss: float,
 ) -> Comparison:
     """Hypervolumes of methods measured on the same configurations.
 
     Args:
-        losses: method -> (n,) validation losses in nats.
+        losses: method -> (n,) validation losses.
         average_bits: (n,) of the same configurations.
         bits_range: smallest and largest average bits of the space.
-        n_outcomes: classes, or tokens of the vocabulary.
+        guess_loss: loss of a guess.
     """
     ideal = (0.0, bits_range[0])
-    ref_point = (math.log(n_outcomes), bits_range[1])
+    ref_point = (guess_loss, bits_range[1])
     values = {
         method: normalized_hypervolume(np.column_stack([loss, average_bits]), ideal, ref_point)
         for method, loss in losses.items()
     }
     return Comparison(values, ideal, ref_point)
+
+
+def guess_loss(split: Split, n_outcomes: int) -> float:
+    """Loss of a guess on `split`: uniform among `n_outcomes` classes or tokens, or the mean of its values."""
+    if split.labels is not None and split.labels.is_floating_point():
+        return float(split.labels.double().var(correction=0))
+    return math.log(n_outcomes)

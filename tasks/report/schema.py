@@ -43,6 +43,7 @@ class Model(_Part):
 
 class FullPrecision(_Part):
     metric: float
+    metrics: dict[str, float] = {}  # by name, the headline among them
     loss: float
     bits: Bits
 
@@ -60,6 +61,7 @@ class Budget(_Part):
     total_bytes: Count
     n_layers_by_bits: dict[float, Count]
     metric: dict[str, float]
+    metrics: dict[str, dict[str, float]] = {}  # by name and arm, the headline among them
     loss: dict[str, float]
     # Adapters fine-tuned for this configuration alone, by method; they are no arms, as they have no members.
     reference_metric: dict[str, float] = {}
@@ -165,6 +167,8 @@ class Result(_Part):
         for i, budget in enumerate(self.budgets):
             for field in ("reference_metric", "reference_loss"):
                 _same_arms(f"budgets[{i}].{field}", getattr(budget, field), self.references)
+            for name, values in budget.metrics.items():
+                _same_arms(f"budgets[{i}].metrics[{name!r}]", values, self.arms)
         _same_arms("hypervolume.values", self.hypervolume.values, self.arms)
         unknown = sorted(set(self.curves) - set(self.arms))
         if unknown:
@@ -200,7 +204,9 @@ class Result(_Part):
 
     @property
     def loss_unit(self) -> str:
-        """The loss is mean cross-entropy: of a token for a language model, else of an example."""
+        """The loss is mean cross-entropy (of a token for a language model, else of an example) or squared error."""
+        if self.benchmark.metric in ("pearson", "spearman"):
+            return "squared error"
         return "nats per token" if self.benchmark.task == "language-modeling" else "nats per example"
 
     @property

@@ -207,3 +207,14 @@ def test_input_files_are_those_that_are_named() -> None:
     assert input_files(text(files={"train": "a", "search": "c"})) == [Path("a"), Path("c")]
     named = {"train": "a", "validation": "b", "search": "c"}
     assert input_files(classes(files=named)) == [Path("a"), Path("b"), Path("c")]
+
+
+def test_a_single_label_reads_values(tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        (tmp_path / f"{part}.csv").write_text("text,label\na,0.25\nb,5\n", encoding="utf-8")
+    files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "validation")}
+    found = examples(classes(files=files, num_labels=1))["train"]
+    assert found is not None
+    assert found.labels == [0.25, 5.0]
+    with pytest.raises(CoaloraError, match=r"class indices; got: train\.csv: 0\.25"):
+        examples(classes(files=files, num_labels=2))

@@ -57,7 +57,7 @@ def test_members_carry_every_methods_measures_in_the_sets_order(
         assert row["round"] == members.joined[i]
         for method in METHODS:
             assert row["loss"][method] == scores[method]["members"]["loss"][i]
-            assert row["metric"][method] == scores[method]["members"]["metric"][i]
+            assert row["metric"][method] == scores[method]["members"]["metrics"]["bits_per_byte"][i]
 
 
 def test_average_bits_are_recounted_from_the_choices(
@@ -91,7 +91,8 @@ def test_a_budgets_row_is_its_configuration_and_its_files(
         assert {float(b): n for b, n in row["n_layers_by_bits"].items()} == dict(bits)
         for method in METHODS:
             assert row["loss"][method] == scores[method]["budgets"]["loss"][i]
-            assert row["metric"][method] == scores[method]["budgets"]["metric"][i]
+            assert row["metric"][method] == scores[method]["budgets"]["metrics"]["bits_per_byte"][i]
+            assert row["metrics"]["perplexity"][method] == pytest.approx(math.exp(row["loss"][method]))
         assert result["exports"][i]["digest"] == json.loads((folder / "configuration.json").read_text())["digest"]
         assert result["exports"][i]["folder"] == f"export/{row['budget']:g}-bits"
         average = np.average(result["heatmap"]["bits"][i], weights=[layer.n_weights for layer in tables.layers])
@@ -172,7 +173,8 @@ def test_the_headline_is_the_results_own_numbers(result: dict[str, Any]) -> None
     assert numbers["hypervolume"] == result["hypervolume"]["values"]
     assert list(numbers["budgets"]) == ["2.5", "3"]
     metric = result["benchmark"]["metric"]
-    assert set(numbers["budgets"]["3"]) == {"average_bits", "loss", metric, "gap"}
+    assert set(numbers["budgets"]["3"]) == {"average_bits", "loss", metric, "perplexity", "gap"}
+    assert numbers["budgets"]["3"]["perplexity"] == result["budgets"][1]["metrics"]["perplexity"]
     assert numbers["budgets"]["3"]["loss"] == result["budgets"][1]["loss"]
     assert numbers["budgets"]["3"][metric] == result["budgets"][1]["metric"]
 

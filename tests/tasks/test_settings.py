@@ -167,3 +167,22 @@ def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(
 def test_rules_that_say_nothing_or_contradict_themselves_are_refused(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Settings.model_validate({**MINIMAL, "choices": {"rules": [rule]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metric": "pearson"}, "metric must be one for text, got pearson: expected bits_per_byte, perplexity"),
+        ({"metrics": ["bits_per_byte", "bleu"]}, "got bleu"),
+    ],
+)
+def test_a_metric_that_does_not_apply_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        BenchmarkSettings.model_validate(MINIMAL["benchmark"] | changes)
+
+
+def test_metrics_are_no_input_of_what_reads_examples() -> None:
+    plain = BenchmarkSettings.model_validate(MINIMAL["benchmark"])
+    asked = BenchmarkSettings.model_validate(MINIMAL["benchmark"] | {"metric": "perplexity", "metrics": []})
+    assert asked != plain
+    assert asked.data_only() == plain.data_only() == plain

@@ -105,8 +105,8 @@ def test_saved_bytes_are_the_same_in_two_processes(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_the_metric_follows_the_task(split: Split) -> None:
-    classes = Benchmark("a", "classification", 2, split, split, split)
-    text = Benchmark("a", "language-modeling", None, split, split, split)
-    assert (classes.metric, classes.higher_is_better) == ("accuracy", True)
-    assert (text.metric, text.higher_is_better) == ("bits_per_byte", False)
+def test_values_of_a_regression_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    split = pad([[1, 2], [3]], 0, [0.1, -2.75])
+    Benchmark("stsb", "classification", 1, split, split, split).save(tmp_path)
+    assert _same(Benchmark.load(tmp_path).train, split)
+    assert split.batch(torch.tensor([1]))["labels"].dtype == torch.float32

@@ -166,3 +166,11 @@ def test_a_label_beyond_num_labels_is_refused_with_its_split(bert_tokenizer) -> 
 def test_a_limit_of_nothing_is_refused(bert_tokenizer) -> None:
     with pytest.raises(CoaloraError, match="limit 0 for train"):
         _build(bert_tokenizer, _examples(10), limits={"train": 0})
+
+
+def test_one_label_makes_a_regression_whose_values_stay_with_their_texts(bert_tokenizer) -> None:
+    train = Examples([(letter,) for letter in "abcdefghij"], [k / 2 for k in range(10)])
+    benchmark = _build(bert_tokenizer, train, n_search=4, num_labels=1, validation=Examples([("a",)], [9.75]))
+    assert benchmark.validation.labels.tolist() == [9.75]
+    split = benchmark.train
+    assert split.input_ids[:, 1].tolist() == [WORDS.index("abcdefghij"[int(2 * v)]) for v in split.labels]

@@ -158,3 +158,15 @@ def test_a_split_without_labels_is_refused_with_the_reason() -> None:
 
 def test_whole_numbers_are_labels_however_they_are_written() -> None:
     assert to_examples([("x",)] * 4, [1.0, "2", True, "0.0"], "here").labels == [1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_labels_of_a_regression_are_values(tmp_path: Path, suffix: str) -> None:
+    path = _write(tmp_path / f"a{suffix}", ["a", "b", "c"], [2.5, -1, 0])
+    assert read_table(path, ["sentence"], "label", regression=True).labels == [2.5, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(("label", "shown"), [("high", "high"), (None, "None"), (float("inf"), "inf")])
+def test_a_value_that_is_no_finite_number_is_shown(label: object, shown: str) -> None:
+    with pytest.raises(CoaloraError, match=f"finite numbers; got: here: {shown};"):
+        to_examples([("x",)] * 2, [label, 0.5], "here", regression=True)

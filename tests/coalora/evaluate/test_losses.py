@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
 
 from coalora.data.benchmark import pad
 from coalora.errors import CoaloraError
@@ -33,6 +35,7 @@ def test_text_is_scored_by_the_nats_and_bits_of_every_predicted_token(
     loss, bits_per_byte = naive_text(tiny_models[family](), text_split)
     result = score(adapted, text_split, batch_size=3)
     assert (result.loss, result.metric) == pytest.approx((loss, bits_per_byte), rel=1e-5)
+    assert result.metrics == {"bits_per_byte": result.metric, "perplexity": pytest.approx(math.exp(loss), rel=1e-4)}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -83,7 +86,8 @@ def test_configurations_are_scored_each_as_if_alone(
     for i in (2, 0, 3, 1):
         alone = make_adapted(tiny_llama(), perturb=0.1)
         alone.switch(configurations[i])
-        assert (losses[i], metrics[i]) == tuple(vars(score(alone, text_split, batch_size=4)).values())
+        result = score(alone, text_split, batch_size=4)
+        assert (losses[i], metrics[i]) == (result.loss, result.metric)
     assert len(set(losses)) == 4
     again, _ = score_configurations(adapted, text_split, configurations[::-1], batch_size=4)
     assert np.array_equal(again[::-1], losses)
@@ -128,3 +132,44 @@ def test_progress_reports_every_configuration(tiny_llama, make_adapted, text_spl
 def test_text_without_a_predicted_token_is_refused(tiny_llama, make_adapted) -> None:
     with pytest.raises(CoaloraError, match="2 blocks of one token"):
         score(make_adapted(tiny_llama()), pad([[5], [6]], 0), batch_size=2)
+
+
+def test_values_are_scored_by_squared_error_and_correlations(tiny_bert_classifier, make_adapted, class_split) -> None:
+    values = torch.tensor([0.5, 3.0, 4.25, 1.0, 2.0, 0.0, 5.0, 3.5, 2.5, 1.5])
+    split = replace(class_split, labels=values)
+    adapted = make_adapted(tiny_bert_classifier(num_labels=1), perturb=0.05)
+    adapted.switch(np.arange(12) % 8)
+    with torch.no_grad():
+        found = adapted.peft_model.eval()(**split.batch(torch.arange(10)))
+    result = score(adapted, split, batch_size=4)
+    assert result.loss == pytest.approx(float(found.loss), rel=1e-5)  # what training minimises, too
+    predictions = found.logits.squeeze(1).numpy()
+    assert result.metrics == {
+        "pearson": pytest.approx(pearsonr(predictions, values).statistic, rel=1e-4),
+        "spearman": pytest.approx(spearmanr(predictions, values).statistic, rel=1e-4),
+    }
+
+
+def test_the_number_of_transfers_to_the_host_does_not_grow_with_the_batches(
+    tiny_llama, tiny_bert_classifier, make_adapted, text_split, class_split, monkeypatch
+) -> None:
+    transfers = []
+
+    def counted(original):
+        def call(self, *args, **options):
+            if sys._getframe(1).f_code.co_filename.endswith("evaluate/losses.py"):  # models have syncs of their own
+                transfers.append(original.__name__)
+            return original(self, *args, **options)
+
+        return call
+
+    for name in ("item", "cpu", "tolist", "numpy", "__int__", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    for factory, split in ((tiny_llama, text_split), (tiny_bert_classifier, class_split)):
+        adapted = make_adapted(factory())
+        counts = []
+        for batch_size in (1, 10):
+            transfers.clear()
+            score(adapted, split, batch_size=batch_size)
+            counts.append(len(transfers))
+        assert counts[0] == counts[1] > 0
