@@ -1,0 +1,137 @@
+"""What the recovery benchmark runs on: base model, data, statistics and tables, made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from coalora.adapt.adapted import AdaptedModel
+from coalora.adapt.recipe import AdapterRecipe
+from coalora.calibrate.statistics import collect_statistics, load_statistics, save_statistics
+from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
+from coalora.data.benchmark import Benchmark
+from coalora.data.build import classification, language_modeling
+from coalora.data.classification import read_table
+from coalora.data.text import pydoc_topics, split_documents, text_file
+from coalora.errors import CoaloraError
+from coalora.files import digest, file_sha256
+from coalora.models.loading import load_model, load_tokenizer
+from coalora.models.pretrain import PretrainRecipe, pretrain
+from coalora.models.targets import find_target_layers
+from coalora.quant.scheme import InputStatistics
+from coalora.quant.space import ChoiceSpace
+from coalora.train.objective import Teacher
+
+CACHE = Path(__file__).parent / ".cache"
+# One choice for each bit-width: what a device's kernels offer, and what an adapter meets often enough to learn.
+SPACE: dict[str, list[int | str]] = {
+    "scale_bits": [8],
+    "scale_dtype": ["bf16"],
+    "block_size": [64],
+    "scale_block_size": [256],
+}
+DECODER = PretrainRecipe(steps=1400, batch_size=8, lr=4e-3)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A base model with its data and tables; `identity` changes with anything that decides a result."""
+
+    identity: str
+    model: str
+    benchmark: Benchmark
+    tables: CalibrationTables
+    statistics: list[InputStatistics]
+    batch_size: int
+    lr: float
+    theta_lr: float
+    teacher: Teacher
+
+    def load(self) -> PreTrainedModel:
+        """The base model anew, in full precision."""
+        torch.manual_seed(0)
+        return load_model(
+            self.model,
+            self.benchmark.task,
+            num_labels=self.benchmark.num_labels,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=torch.float32,
+        )
+
+    def full_precision(self, score: Callable[..., object]) -> float:
+        """The metric of the base without quantization and adapter."""
+        adapted = AdaptedModel(
+            self.load(),
+            self.tables.layers,
+            self.tables.space,
+            self.benchmark.task,
+            method="none",
+            recipe=AdapterRecipe(),
+            seed=0,
+        )
+        return score(adapted, self.benchmark.validation, batch_size=64).metric  # type: ignore[attr-defined]
+
+
+def prepare(name: str, source: Path | None, model: str | None) -> Setting:
+    """The setting `name`; a decoder is pre-trained where the setting has none of its own.
+
+    Raises:
+        CoaloraError: the setting reads a file or a model that was not named.
+    """
+    CACHE.mkdir(exist_ok=True)
+    if name != "pydoc" and source is None:
+        raise CoaloraError(f"setting {name} reads a file", remedy="name it with --text")
+    if name == "sst2" and model is None:
+        raise CoaloraError("setting sst2 adapts an encoder", remedy="name it with --model")
+    content = [file_sha256(p) for p in sorted(source.rglob("*.tsv")) or [source]] if source is not None else []
+    identity = digest([name, content, model, SPACE, vars(DECODER)])
+    folder = CACHE / f"{name}-{identity[:12]}"
+    folder.mkdir(exist_ok=True)
+    language = name != "sst2"
+    where = str(folder / "model") if language else str(model)
+    if language:
+        texts = pydoc_topics() if source is None else text_file(source)
+        parts = split_documents(texts, {"search": 0.1, "validation": 0.1}, seed=0)
+        if not (folder / "model" / "model.safetensors").is_file():
+            print(f"{name}: pre-training the base model ({DECODER.steps} steps)", flush=True)
+            (folder / "model").mkdir(exist_ok=True)
+            pretrain(parts["train"], DECODER, folder / "model", seed=0, device=torch.device("cpu"))
+        limits = {"train": None, "search": 32, "validation": 96}
+        made = language_modeling(name, load_tokenizer(where), parts, max_length=128, limits=limits)
+    else:
+        assert source is not None
+        made = _sst2(source, where)
+    setting = Setting(
+        identity, where, made, _NO_TABLES, [], 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
+        "base" if language else "adapted",
+    )  # fmt: skip
+    tables, statistics = _calibrated(folder, setting)
+    return Setting(**{**vars(setting), "tables": tables, "statistics": statistics})
+
+
+def _sst2(folder: Path, model: str) -> Benchmark:
+    train, validation = (read_table(folder / f"{part}.tsv", ["sentence"], "label") for part in ("train", "dev"))
+    return classification(
+        "sst2", load_tokenizer(model), train, validation, search=None, n_search=256, max_length=64, num_labels=2,
+        limits={"train": None, "search": 256, "validation": None}, seed=0,
+    )  # fmt: skip
+
+
+def _calibrated(folder: Path, setting: Setting) -> tuple[CalibrationTables, list[InputStatistics]]:
+    model = setting.load()
+    layers = find_target_layers(model)
+    file = folder / "tables.safetensors"
+    if not file.is_file():
+        known = collect_statistics(model, layers, setting.benchmark.train.head(64), batch_size=16, hessians=True)
+        save_statistics(folder / "statistics.safetensors", layers, known)
+        space = ChoiceSpace("nf", **SPACE)
+        weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
+        calibration_tables(layers, space, error_table(weights, known, space), setting.identity).save(file)
+    return CalibrationTables.load(file), load_statistics(folder / "statistics.safetensors", layers)
+
+
+_NO_TABLES: CalibrationTables = None  # type: ignore[assignment]

@@ -1,0 +1,217 @@
+"""How much of what quantization costs each method wins back, at equal cost, over seeds.
+
+    python -m benchmarks.recovery pydoc [--seeds 3] [--steps 200] [--methods shared ours ...] [--mlflow sqlite:///FILE]
+    python -m benchmarks.recovery tinyshakespeare --text FILE
+
+Cost is counted in forward passes of one block or example: a training step is 3 a block (forward, backward), with a
+teacher 4; measuring a configuration is one for each search example. An adapter for one configuration alone takes S
+steps. A method that serves all configurations may spend 4 S such steps, a search of two rounds included
+(`SEARCH_MEASUREMENTS`), so that a step with a teacher leaves fewer of them. All see the same examples in the same order
+and are measured on the same configurations: the allocations at the asked budgets.
+
+Every run is kept in benchmarks/.cache by what decides it, and an interrupted benchmark goes on behind its last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks._report import report
+from benchmarks._settings import CACHE, Setting, prepare
+from coalora.adapt.adapted import AdaptedModel, Method
+from coalora.adapt.recipe import AdapterRecipe
+from coalora.evaluate.losses import score, score_configurations
+from coalora.files import digest
+from coalora.search.allocation import allocate
+from coalora.train.loop import TrainingRecipe, train
+from coalora.train.objective import Objective
+
+BUDGETS = (2.25, 2.5, 3.0, 4.0, 5.0)
+SINGLE_RUNS = 4  # what the one run for all configurations may cost, in runs for one
+SEARCH_MEASUREMENTS = 64  # two rounds: 24 members and 8 candidates each
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A compared method: how it adapts and how it trains. `single`: one run for each budget's configuration."""
+
+    method: Method = "coa"
+    adapter: Mapping[str, int] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+    objective: Mapping[str, object] = field(default_factory=dict)
+    single: bool = False
+
+
+_HALF = {"distillation": 0.5}
+ARMS: dict[str, Arm] = {
+    "none": Arm("none"),
+    "shared": Arm("shared"),
+    "shared, uniform": Arm("shared", training={"sampling": "uniform"}),
+    "shared + distillation": Arm("shared", objective=_HALF),
+    "paper": Arm("paper", training={"sampling": "uniform"}),
+    "theta": Arm("coa"),
+    "theta + compensation": Arm("coa", {"compensation_rank": 8}),
+    "experts": Arm("coa", {"expert_bits": 3}),
+    "experts + compensation": Arm("coa", {"expert_bits": 3, "compensation_rank": 8}),
+    "ours": Arm("coa", {"expert_bits": 3}, objective=_HALF),
+    "ours, adaptive": Arm("coa", {"expert_bits": 3}, {"sampling": "adaptive", "sampling_power": 1.0}, _HALF),
+    "ours, sandwich": Arm("coa", {"expert_bits": 3}, {"sampling": "sandwich"}, _HALF),
+    "ours, uniform": Arm("coa", {"expert_bits": 3}, {"sampling": "uniform"}, _HALF),
+    "one LoRA each": Arm("shared", single=True),
+    "one LoRA each + distillation": Arm("shared", objective=_HALF, single=True),
+    "one LQ-LoRA each": Arm("lq-lora", single=True),
+}
+MAIN = ("none", "shared", "shared + distillation", "paper", "ours", "one LoRA each")
+
+
+def steps_for(arm: Arm, setting: Setting, single_steps: int) -> int:
+    """Steps that the arm's share of the cost pays for."""
+    a_step = setting.batch_size * (4 if arm.objective else 3)
+    cost = single_steps * setting.batch_size * 3
+    if not arm.single:
+        cost = SINGLE_RUNS * cost - SEARCH_MEASUREMENTS * len(setting.benchmark.search)
+    return cost // a_step
+
+
+def run(arm: Arm, setting: Setting, seed: int, single_steps: int) -> dict[str, list[float]]:
+    """Validation loss and metric at every budget, from the cache where this very run has been made before."""
+    key = digest([asdict(arm), setting.identity, seed, single_steps, BUDGETS])[:20]
+    file = CACHE / f"recovery-{key}.json"
+    if not file.is_file():
+        parts = (_single if arm.single else _together)(arm, setting, seed, steps_for(arm, setting, single_steps))
+        file.write_text(json.dumps(parts))
+    return json.loads(file.read_text())
+
+
+def _together(arm: Arm, setting: Setting, seed: int, steps: int) -> dict[str, list[float]]:
+    tables = setting.tables
+    low, high = tables.bits_range()
+    asked = allocate(tables.err, tables.bits, BUDGETS)
+    spread = allocate(tables.err, tables.bits, np.maximum(np.linspace(low, high, 24), low))
+    members = np.unique(np.concatenate([asked, spread]), axis=0)
+    adapted = _adapted(arm, setting, seed)
+    if adapted.named_parameters() and arm.method != "none":
+        train(
+            adapted, setting.benchmark.train, members, tables.average_bits(members),
+            _recipe(arm, setting, steps), steps=steps, seed=seed,
+        )  # fmt: skip
+    return _measured(adapted, setting, asked)
+
+
+def _single(arm: Arm, setting: Setting, seed: int, steps: int) -> dict[str, list[float]]:
+    tables, found = setting.tables, []
+    for configuration in allocate(tables.err, tables.bits, BUDGETS)[:, None]:
+        adapted = _adapted(arm, setting, seed)
+        if arm.method == "lq-lora":
+            adapted.start_from_compensation(configuration[0])
+        train(
+            adapted, setting.benchmark.train, configuration, tables.average_bits(configuration),
+            _recipe(arm, setting, steps), steps=steps, seed=seed,
+        )  # fmt: skip
+        found.append(_measured(adapted, setting, configuration))
+    return {part: [value for one in found for value in one[part]] for part in found[0]}
+
+
+def _adapted(arm: Arm, setting: Setting, seed: int) -> AdaptedModel:
+    return AdaptedModel(
+        setting.load(),
+        setting.tables.layers,
+        setting.tables.space,
+        setting.benchmark.task,
+        method=arm.method,
+        recipe=AdapterRecipe(**{"r": 16, "lora_alpha": 16, **arm.adapter}),  # type: ignore[arg-type]
+        seed=seed,
+        statistics=setting.statistics,
+    )
+
+
+def _recipe(arm: Arm, setting: Setting, steps: int) -> TrainingRecipe:
+    recipe = TrainingRecipe(
+        total_steps=steps,
+        batch_size=setting.batch_size,
+        lr=setting.lr,
+        theta_lr=setting.theta_lr,
+        head_lr=setting.lr,
+        objective=Objective(**{"teacher": setting.teacher, **arm.objective}),  # type: ignore[arg-type]
+    )
+    return replace(recipe, **arm.training)  # type: ignore[arg-type]
+
+
+def _measured(adapted: AdaptedModel, setting: Setting, configurations: np.ndarray) -> dict[str, list[float]]:
+    losses, metrics = score_configurations(adapted, setting.benchmark.validation, configurations, batch_size=64)
+    return {"loss": losses.tolist(), "metric": metrics.tolist()}
+
+
+def gap_closed(runs: Mapping[str, np.ndarray], low: str, high: str, ours: str) -> np.ndarray:
+    """Share (seeds, budgets) of the way from `low` to `high` that `ours` goes; NaN where there is no way to go."""
+    way = runs[low] - runs[high]
+    return np.where(way > 0, (runs[low] - runs[ours]) / np.where(way > 0, way, 1), np.nan)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__.splitlines()[0])
+    parser.add_argument("setting", choices=["pydoc", "tinyshakespeare", "sst2"])
+    parser.add_argument("--text", type=Path, help="text of tinyshakespeare, or folder of SST-2's train and dev.tsv")
+    parser.add_argument("--model", help="folder or hub id of the encoder of sst2")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="S: steps of an adapter for one configuration alone")
+    parser.add_argument("--methods", nargs="+", default=MAIN, choices=list(ARMS), metavar="METHOD")
+    parser.add_argument("--mlflow", help="tracking URI: every run is logged there")
+    options = parser.parse_args(arguments)
+    setting = prepare(options.setting, options.text, options.model)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in options.methods:
+        runs = []
+        for seed in range(options.seeds):
+            runs.append(run(ARMS[name], setting, seed, options.steps))
+            shown = " ".join(f"{value:.4f}" for value in runs[-1]["metric"])
+            print(f"{options.setting}, {name}, seed {seed}: {shown}", flush=True)
+            if options.mlflow:
+                _log(
+                    options.mlflow, options.setting, name, seed, steps_for(ARMS[name], setting, options.steps), runs[-1]
+                )
+        found[name] = {part: np.array([one[part] for one in runs]) for part in ("loss", "metric")}
+    rows: list[dict] = []
+    for name in options.methods:
+        values = found[name]["metric"]
+        cells = {
+            f"{b:g}": f"{m:.4f} ± {s:.4f}" for b, m, s in zip(BUDGETS, values.mean(0), _spread(values), strict=True)
+        }
+        rows.append({"method": name, "steps": steps_for(ARMS[name], setting, options.steps), **cells})
+    for low in ("shared", "shared + distillation"):
+        if {low, "ours", "one LoRA each"} <= set(found):
+            closed = gap_closed({k: v["loss"] for k, v in found.items()}, low, "one LoRA each", "ours")
+            mean = {f"{b:g}": f"{value:.0%}" for b, value in zip(BUDGETS, np.nanmean(closed, axis=0), strict=True)}
+            rows.append({"method": f"gap closed in loss, from {low}", "steps": None, **mean})
+    full = setting.full_precision(score)
+    metric = "bits per byte" if setting.benchmark.task == "language-modeling" else "accuracy"
+    note = f"{metric} ± standard deviation over {options.seeds} seeds; full precision, no adapter: {full:.4f}"
+    report(f"recovery-{options.setting}", rows, notes=note)
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+
+
+def _log(uri: str, setting: str, name: str, seed: int, steps: int, measured: Mapping[str, list[float]]) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(f"recovery-{setting}")
+    arm = ARMS[name]
+    with mlflow.start_run(run_name=f"{name}, seed {seed}"):
+        mlflow.log_params(
+            {"method": name, "seed": seed, "steps": steps, **arm.adapter, **arm.training, **arm.objective}
+        )
+        for part, values in measured.items():
+            mlflow.log_metrics({f"{part}_{budget:g}": value for budget, value in zip(BUDGETS, values, strict=True)})
+
+
+if __name__ == "__main__":
+    main()
