@@ -20,14 +20,18 @@ from coalora.search.checks import Float, Int, as_configurations, as_table
 from coalora.search.kernels import Hyperparameters, covariance
 from coalora.search.likelihood import fit_hyperparameters
 
+# Kernel elements worked on at a time: their few temporaries stay in the second-level cache, and below the size from
+# which every allocation is new memory from the system.
+_BLOCK = 12_800
+
 
 @dataclass(frozen=True)
 class Surrogate:
     """Fitted process; build it with `Surrogate.fit`.
 
     features (N, K): table of standardised errors; X (n, N): features of the training configurations; y (n,):
-    standardised losses; factor (n, n): lower Cholesky factor of their covariance; alpha (n,): its inverse
-    times y; loss = loss_mean + loss_scale * y.
+    standardised losses; whitener (n, n): inverse transpose of the lower Cholesky factor of their covariance
+    (noise included); alpha (n,): the covariance's inverse times y; loss = loss_mean + loss_scale * y.
     """
 
     features: Float
@@ -36,7 +40,7 @@ class Surrogate:
     hyper: Hyperparameters
     loss_mean: float
     loss_scale: float
-    factor: Float
+    whitener: Float
     alpha: Float
 
     @staticmethod
@@ -86,8 +90,8 @@ class Surrogate:
             n_restarts=n_restarts,
             rng=np.random.default_rng(seed),
         )
-        factor, alpha = _factorise(inner, distance, y, hyper)
-        return Surrogate(features, X, y, hyper, mean, spread, factor, alpha)
+        whitener, alpha = _factorise(inner, distance, y, hyper)
+        return Surrogate(features, X, y, hyper, mean, spread, whitener, alpha)
 
     def predict(self, configurations: ArrayLike) -> tuple[Float, Float]:
         """Mean (m,) and standard deviation (m,) of the noise-free loss of configurations (m, N).
@@ -121,14 +125,22 @@ class Surrogate:
         x = self.features[np.arange(N), C]
         inner, distance = _products(x[None], self.X)
         step = (self.features[layer, choice] - x[layer]) / N
-        # Rows of one layer are shared by its moves: gather from a contiguous transpose.
-        column = np.ascontiguousarray(self.X.T)[layer]
         # |x + d e_l - x_i|^2 = |x - x_i|^2 + 2 d (x_l - x_il) + d^2, and (x + d e_l).x_i = x.x_i + d x_il
-        moved = column * step[:, None]
         shift = step * (2.0 * x[layer] + step * N)
-        distance = (distance + shift[:, None]) - 2.0 * moved
-        moved += inner
-        return self._posterior(moved, distance, x @ x / N + shift)
+        # Rows of one layer are shared by its moves: gather from a contiguous transpose.
+        columns = np.ascontiguousarray(self.X.T)
+        out = np.empty((2, layer.size))
+        rows = max(1, _BLOCK // self.X.shape[0])
+        for begin in range(0, layer.size, rows):
+            part = slice(begin, begin + rows)
+            moved = columns[layer[part]]
+            moved *= step[part, None]
+            squared = distance + shift[part, None]
+            squared -= moved
+            squared -= moved
+            moved += inner
+            out[:, part] = self._posterior(moved, squared, x @ x / N + shift[part])
+        return out[0], out[1]
 
     def condition_on(self, configurations: ArrayLike, losses: ArrayLike) -> Surrogate:
         """The same process, hyperparameters and standardisation, with further (or imagined) observations.
@@ -144,16 +156,18 @@ class Surrogate:
         X = np.concatenate([self.X, self.features[np.arange(self.features.shape[0]), C]])
         y = np.concatenate([self.y, (loss - self.loss_mean) / self.loss_scale])
         inner, distance = _products(X, X)
-        factor, alpha = _factorise(inner, distance, y, self.hyper)
-        return replace(self, X=X, y=y, factor=factor, alpha=alpha)
+        whitener, alpha = _factorise(inner, distance, y, self.hyper)
+        return replace(self, X=X, y=y, whitener=whitener, alpha=alpha)
 
     def _posterior(self, inner: Float, distance: Float, norm: Float) -> tuple[Float, Float]:
         """From products with the training points (m, n) and |x|^2 / N (m,)."""
         cross = covariance(inner, distance, self.hyper)
         mean = self.loss_mean + self.loss_scale * (cross @ self.alpha)
-        whitened = solve_triangular(self.factor, cross.T, lower=True, check_finite=False, overwrite_b=True)
+        # A product with the inverse factor: twice the operations of a triangular solve, in half of its time, and rows
+        # stay contiguous for the sum of squares.
+        whitened = cross @ self.whitener
         prior = self.hyper.linear * norm + self.hyper.residual
-        variance = prior - np.einsum("nm,nm->m", whitened, whitened)
+        variance = prior - np.einsum("mn,mn->m", whitened, whitened)
         return mean, self.loss_scale * np.sqrt(np.maximum(variance, 0.0))
 
 
@@ -184,7 +198,8 @@ def _factorise(inner: Float, distance: Float, y: Float, hyper: Hyperparameters) 
     while True:
         try:
             factor = cholesky(K + (hyper.noise + jitter) * np.eye(y.size), lower=True, check_finite=False)
-            return factor, cho_solve((factor, True), y, check_finite=False)
+            whitener = solve_triangular(factor, np.eye(y.size), lower=True, check_finite=False).T
+            return np.ascontiguousarray(whitener), cho_solve((factor, True), y, check_finite=False)
         except LinAlgError:
             # Equal configurations with almost no noise: the smallest power of ten that makes it definite.
             jitter = max(10.0 * jitter, 1e-12 * float(np.trace(K)) / y.size)

@@ -44,7 +44,7 @@ def _exact(err: np.ndarray, cost: np.ndarray, budget: float, scale: float) -> fl
         integrality=np.ones(N * K),
         bounds=Bounds(0, 1),
         constraints=limits,
-        options={"mip_rel_gap": 1e-4, "time_limit": 5},
+        options={"mip_rel_gap": 1e-4, "time_limit": 60},
     )
     return float(solved.mip_dual_bound) * scale / 1e3
 
@@ -73,13 +73,13 @@ def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones(monkeypatch: 
     err = np.exp(0.7 * rng.normal(size=(N, 1))) * 4.0**-bits * np.exp(0.03 * rng.normal(size=(N, bits.size)))
     cost = size * bits / size.sum()
     rows = np.arange(N)
-    budgets = np.linspace(4.6, 7.6, 7)
+    budgets = np.linspace(5.6, 7.1, 4)
     found = allocate(err, cost, budgets)
     assert (cost[rows, found].sum(axis=1) <= budgets * (1 + 1e-11)).all()
     stairs = staircase(cost, err)
     walk = walk_hulls(stairs, budgets)
-    monkeypatch.setattr(core, "_WORK", 2**19)  # the oracle: a beam of thousands of partial configurations a layer
-    wide = [core.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(7)]
+    monkeypatch.setattr(core, "_WORK", 2**17)  # the oracle: a beam of thousands of partial configurations a layer
+    wide = [core.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(4)]
     distance = err[rows, found].sum(axis=1) / stairs.err[rows, wide].sum(axis=1) - 1
     assert np.sort(distance)[-2] < 1e-3
     assert distance.max() < 5e-3
