@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
+from coalora.evaluate.harness import check_tasks
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import PretrainRecipe, llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
@@ -54,6 +55,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         float(nbytes.max(1).sum() * 8 / n_weights),
     )
     _check_budgets(settings, bits_range)
+    _check_harness(settings)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
             "DVC must be initialised where configuration sets are versioned",
@@ -114,6 +116,19 @@ def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
             expected=f"at most {limit} tokens",
             remedy="lower benchmark.max_length",
         )
+
+
+def _check_harness(settings: Settings) -> None:
+    asked = settings.evaluation
+    if not asked.harness_tasks:
+        return
+    if settings.benchmark.task != "language-modeling":
+        raise CoaloraError(
+            "harness tasks are for language models",
+            got=f"evaluation.harness_tasks with benchmark.task {settings.benchmark.task}",
+            remedy="set evaluation.harness_tasks=[]",
+        )
+    check_tasks(asked.harness_tasks, asked.harness_include)
 
 
 def _check_budgets(settings: Settings, bits_range: tuple[float, float]) -> None:

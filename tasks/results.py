@@ -14,6 +14,7 @@ from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from tasks.adapted import HISTORY
 from tasks.engine import stage
+from tasks.harness import HARNESS
 from tasks.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
 from tasks.report.schema import as_result
 from tasks.settings import Settings
@@ -36,6 +37,7 @@ def assemble(
     states: dict[str, list[Artifact]],
     scores: dict[str, Artifact],
     exports: list[Artifact],
+    harness: list[Artifact] | None = None,
 ) -> Artifact:
     """`result.json` of a run.
 
@@ -44,6 +46,7 @@ def assemble(
         states: method -> its training states, round by round.
         scores: method -> its evaluation.
         exports: one for each asked budget.
+        harness: one for each asked budget, where harness tasks are asked for.
     """
     store = Store()
     data, measured, source = load_benchmark(benchmark), load_tables(tables), BaseModel(base)
@@ -135,7 +138,13 @@ def assemble(
             "budgets": settings.evaluation.budgets,
             "bits": [_layer_bits(configuration, measured) for configuration in chosen],
         },
-        "seconds": _seconds(base, benchmark, tables, *searches, selection, *scores.values(), *exports, states=states),
+        "harness": [
+            {"budget": budget, "tasks": read_json(store.path(found) / HARNESS)}
+            for budget, found in zip(settings.evaluation.budgets, harness or [], strict=False)
+        ],
+        "seconds": _seconds(
+            base, benchmark, tables, *searches, selection, *scores.values(), *(harness or []), *exports, states=states
+        ),
         "exports": [
             {
                 "budget": budget,
@@ -199,7 +208,8 @@ def _seconds(*artifacts: Artifact, states: dict[str, list[Artifact]]) -> dict[st
     """Wall time of the stages that made these artifacts, summed by kind."""
     total: defaultdict[str, float] = defaultdict(float)
     for artifact in artifacts:
-        total[str(artifact.meta.get("stage", artifact.kind))] += float(artifact.meta.get("seconds") or 0)
+        seconds = [float(artifact.meta.get(name) or 0) for name in ("seconds", "shard_seconds")]
+        total[str(artifact.meta.get("stage", artifact.kind))] += sum(seconds)
     for method, trained in states.items():
         for artifact in trained:
             total[f"train {method}"] += float(artifact.meta.get("seconds") or 0)

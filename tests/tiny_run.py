@@ -39,6 +39,9 @@ class _Plain:
     def run(self, stage: Stage, /, *, refresh: bool = False, **inputs: Any) -> Artifact:
         return stage.task.fn(**stage.bind(inputs))
 
+    def run_many(self, stage: Stage, calls: Any, *, workers: int, refresh: bool = False) -> list[Artifact]:
+        return [self.run(stage, **inputs) for inputs in calls]
+
 
 @dataclass(frozen=True)
 class TinyRun:
@@ -91,6 +94,7 @@ def tiny_run() -> TinyRun:
                 "settings": settings.model_dump(mode="json"),
                 "base": calibrated.base.model_dump(mode="json"),
                 "benchmark": calibrated.benchmark.model_dump(mode="json"),
+                "tables": calibrated.tables.model_dump(mode="json"),
                 "bundle": exported.bundle.model_dump(mode="json"),
             },
         )
