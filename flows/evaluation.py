@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
 from pydantic import BaseModel
 
+from coalora.evaluate.harness import harness_version
 from flows.calibration import Calibrated
 from flows.run import PipelineRun
 from flows.training import Trained
-from tasks.evaluation import evaluate_method
+from tasks.evaluation import evaluate_method, evaluate_shard, shard_bounds
+from tasks.harness import evaluate_harness, include_digest
 from tasks.reference import train_reference
+from tasks.resident import release_models
 from tasks.selection import select_budgets
 from tasks.settings import Settings
 from tasks.store import Artifact
 
-STAGES = [select_budgets, evaluate_method, train_reference]
+STAGES = [select_budgets, evaluate_shard, evaluate_method, evaluate_harness, train_reference]
 
 
 class Evaluated(BaseModel):
@@ -23,6 +28,7 @@ class Evaluated(BaseModel):
     selection: Artifact
     scores: dict[str, Artifact]
     references: dict[str, list[Artifact]] = {}
+    harness: list[Artifact] = []  # one for each asked budget, where tasks are asked for
 
 
 def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained) -> Evaluated:
@@ -37,18 +43,52 @@ def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained)
         batch_size=s.search.batch_size,
         budgets=s.evaluation.budgets,
     )
-    scores = {
-        method: run.run(
-            evaluate_method,
-            **common,
-            selection=selection,
-            state=trained.states[method][-1],
-            method=method,
-            batch_size=s.evaluation.batch_size,
-        )
-        for method in trained.states
+    scores = {}
+    try:
+        for method in trained.states:
+            shards = run.run_many(
+                evaluate_shard,
+                [
+                    {
+                        **common,
+                        "selection": selection,
+                        "state": trained.states[method][-1],
+                        "method": method,
+                        "batch_size": s.evaluation.batch_size,
+                        "start": start,
+                        "stop": stop,
+                    }
+                    for start, stop in shard_bounds(selection, s.evaluation.shard_size)
+                ],
+                workers=s.evaluation.workers,
+            )
+            scores[method] = run.run(
+                evaluate_method, tables=calibrated.tables, selection=selection, method=method, shards=shards
+            )
+        harness = _harness(run, common | {"selection": selection, "state": trained.states["coa"][-1]})
+    finally:
+        release_models()
+    return Evaluated(
+        selection=selection, scores=scores, references=_references(run, calibrated, selection), harness=harness
+    )
+
+
+def _harness(run: PipelineRun, common: dict[str, Any]) -> list[Artifact]:
+    """CoA-LoRA's model of every budget on the harness's tasks."""
+    asked = run.settings.evaluation
+    if not asked.harness_tasks:
+        return []
+    common |= {
+        "method": "coa",
+        "tasks": asked.harness_tasks,
+        "include": asked.harness_include,
+        "include_content": include_digest(asked.harness_include),
+        "limit": asked.harness_limit,
+        "batch_size": asked.batch_size,
+        "version": harness_version(),
     }
-    return Evaluated(selection=selection, scores=scores, references=_references(run, calibrated, selection))
+    calls = [{**common, "index": index} for index in range(len(asked.budgets))]
+    return run.run_many(evaluate_harness, calls, workers=asked.workers)
 
 
 def _references(run: PipelineRun, calibrated: Calibrated, selection: Artifact) -> dict[str, list[Artifact]]:

@@ -11,7 +11,7 @@ from flows.run import PipelineRun
 from flows.training import Trained
 from tasks.export import export_budget, make_bundle
 from tasks.results import assemble
-from tasks.settings import Settings, StageSettings, TrackingSettings, VersioningSettings
+from tasks.settings import Settings
 from tasks.store import Artifact
 
 STAGES = [make_bundle, export_budget, assemble]
@@ -55,14 +55,7 @@ def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, eva
     result = run.run(
         assemble,
         pipeline=run.name,
-        # Where a run is tracked and how Prefect treats its stages changes no number.
-        settings=s.model_copy(
-            update={
-                "tracking": TrackingSettings(),
-                "versioning": VersioningSettings(),
-                "stages": StageSettings(),
-            }
-        ),
+        settings=s.of_the_result(),
         **calibrated.inputs(),
         searches=trained.searches,
         selection=evaluated.selection,
@@ -70,6 +63,7 @@ def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, eva
         scores=evaluated.scores,
         exports=exports,
         references=evaluated.references,
+        harness=evaluated.harness,
     )
     return Exported(bundle=bundle, exports=exports, result=result)
 

@@ -13,6 +13,7 @@ from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.tables import calibration_tables
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
+from coalora.evaluate.harness import check_tasks
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import PretrainRecipe, llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
@@ -57,6 +58,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_budgets(settings, bits_range)
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)
+    _check_harness(settings)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
             "DVC must be initialised where configuration sets are versioned",
@@ -127,6 +129,19 @@ def _check_objective(settings: Settings) -> None:
             got="training.objective.teacher base for a classification benchmark",
             remedy="set training.objective.teacher=adapted",
         )
+
+
+def _check_harness(settings: Settings) -> None:
+    asked = settings.evaluation
+    if not asked.harness_tasks:
+        return
+    if settings.benchmark.task != "language-modeling":
+        raise CoaloraError(
+            "harness tasks are for language models",
+            got=f"evaluation.harness_tasks with benchmark.task {settings.benchmark.task}",
+            remedy="set evaluation.harness_tasks=[]",
+        )
+    check_tasks(asked.harness_tasks, asked.harness_include)
 
 
 def _check_budgets(settings: Settings, bits_range: tuple[float, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ class PipelineRun:
         """Run one stage."""
         return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
 
+    def run_many(self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int) -> list[Artifact]:
+        """Run one stage for each of `calls`, at most `workers` at a time."""
+        return self.runner.run_many(stage, calls, workers=workers, refresh=stage.name in self.refresh)
+
     def identity(self, stages: list[Stage]) -> str:
         """Digest of all that decides the result: settings, input files and the stages' code."""
-        settings = self.settings.model_dump(mode="json", exclude={"tracking", "versioning", "stages"})
+        settings = self.settings.of_the_result().model_dump(mode="json")
         return digest(
             [
                 self.name,

@@ -80,6 +80,8 @@ def write_part(part: str, run: PipelineRun) -> None:
         _materialize(run, evaluated.selection, "evaluation/selection")
         for method, scores in evaluated.scores.items():
             _materialize(run, scores, f"evaluation/{method}")
+        for budget, found in zip(run.settings.evaluation.budgets, evaluated.harness, strict=False):
+            _materialize(run, found, f"evaluation/harness/{budget:g}-bits")
     elif part == "export":
         _, _, exported = parts.export()
         _materialize(run, exported.bundle, "export/bundle")

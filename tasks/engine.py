@@ -9,13 +9,14 @@ hash the stored files before they trust a record, and rebuild what is damaged.
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from prefect import Task
@@ -27,6 +28,7 @@ from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.engine_records import Plan, StageRecord, recorded_artifact, run_name, write_record
 from tasks.keys import artifacts_in
 from tasks.progress import get_logger
 from tasks.stage import Stage, executions_of_call, stage
@@ -34,19 +36,7 @@ from tasks.store import Store
 
 T = TypeVar("T")
 
-__all__ = ["DirectRunner", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """What one `run` did. `cached`: the function did not run; `rebuilt`: it ran as its files were damaged."""
-
-    stage: str
-    key: str
-    cached: bool
-    rebuilt: bool
-    seconds: float
-    artifact: Artifact
+__all__ = ["DirectRunner", "Plan", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
 
 
 class Runner(ABC):
@@ -82,35 +72,74 @@ class Runner(ABC):
             TypeError: missing, unknown or unsupported inputs.
             CoaloraError: the stage has to run, and an artifact among its inputs is missing or damaged.
         """
+        plan = self._plan(stage, inputs, refresh)
+        with _noting(plan.executions):
+            artifact = self._execute(plan)
+        return self._note(plan, artifact)
+
+    def run_many(
+        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int = 1, refresh: bool = False
+    ) -> list[Artifact]:
+        """`run` for each of `calls`, at most `workers` at a time; artifacts in the order of the calls.
+
+        When one fails, none is begun any more, those under way are finished and recorded, and the error arrives
+        unchanged: the next run goes on with what is missing.
+        """
+        if workers == 1:
+            return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
+        artifacts: list[Artifact] = []
+        pending: deque[tuple[Plan, Callable[[], Artifact]]] = deque()
+
+        def finish() -> None:
+            plan, result = pending.popleft()
+            artifacts.append(self._note(plan, result()))
+
+        with self._workers(workers) as submit:
+            try:
+                for inputs in calls:
+                    if len(pending) == workers:
+                        finish()
+                    plan = self._plan(stage, inputs, refresh)
+                    with _noting(plan.executions):  # what is submitted runs in a copy of this context
+                        pending.append((plan, submit(plan)))
+                while pending:
+                    finish()
+            except BaseException:
+                while pending:
+                    with suppress(Exception):  # the first failure is the one that is told
+                        finish()
+                raise
+        return artifacts
+
+    def _plan(self, stage: Stage, inputs: Mapping[str, Any], refresh: bool) -> Plan:
+        """Key of a call, and the record that answers it where there is one and its files are whole."""
         started = time.perf_counter()
         call = stage.bind(inputs)
         key = stage.key(call)
         results = self._result_store(stage)
         refresh = refresh or get_current_settings().tasks.refresh_cache
-        recorded = None if refresh else _recorded(results, key)
+        recorded = None if refresh else recorded_artifact(results, key)
         problems = self.store.verify(recorded) if recorded is not None else []
         if problems:
             get_logger().warning("%s: stored result is rebuilt: %s", stage.name, "; ".join(problems))
-        reuse = recorded is not None and not problems
-        if not reuse:
+        reuse = recorded if not problems else None
+        if reuse is None:
             self._require_inputs(stage, call)
-        executions: list[str] = []
-        token = executions_of_call.set(executions)
-        try:
-            artifact = self._execute(stage, key, call, results, recorded if reuse else None)
-        finally:
-            executions_of_call.reset(token)
+        return Plan(stage, key, call, results, reuse, bool(problems), started)
+
+    def _note(self, plan: Plan, artifact: Artifact) -> Artifact:
+        """Add a finished call to the history."""
         record = StageRecord(
-            stage=stage.name,
-            key=key,
-            cached=not executions,
-            rebuilt=bool(problems and executions),
-            seconds=time.perf_counter() - started,
+            stage=plan.stage.name,
+            key=plan.key,
+            cached=not plan.executions,
+            rebuilt=bool(plan.damaged and plan.executions),
+            seconds=time.perf_counter() - plan.started,
             artifact=artifact,
         )
         self.history.append(record)
         how = "reused" if record.cached else "rebuilt" if record.rebuilt else "computed"
-        get_logger().info("%s: %s %s (%.1f s)", stage.name, how, artifact.digest[:12], record.seconds)
+        get_logger().info("%s: %s %s (%.1f s)", plan.stage.name, how, artifact.digest[:12], record.seconds)
         return artifact
 
     def _require_inputs(self, stage: Stage, call: Mapping[str, Any]) -> None:
@@ -131,10 +160,12 @@ class Runner(ABC):
         """Where the stage's records are."""
 
     @abstractmethod
-    def _execute(
-        self, stage: Stage, key: str, call: dict[str, Any], results: ResultStore, reuse: Artifact | None
-    ) -> Artifact:
-        """Return the verified record `reuse`, or run the function and record its artifact at `key`."""
+    def _execute(self, plan: Plan) -> Artifact:
+        """Return the verified record, or run the function and record its artifact."""
+
+    @abstractmethod
+    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Callable[[], Artifact]]]:
+        """A function that begins a plan beside others and returns how to wait for its artifact."""
 
 
 class PrefectRunner(Runner):
@@ -147,17 +178,26 @@ class PrefectRunner(Runner):
         # `_sync`: inside a running event loop the call would return a coroutine instead.
         return cast(ResultStore, get_result_store().update_for_task(task, _sync=True))  # type: ignore[call-arg]
 
-    def _execute(
-        self, stage: Stage, key: str, call: dict[str, Any], results: ResultStore, reuse: Artifact | None
-    ) -> Artifact:
+    def _execute(self, plan: Plan) -> Artifact:
+        return self._task(plan)(**plan.call)
+
+    @contextmanager
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
+        """Through the flow's task runner: threads, unless the flow was given another."""
+
+        def submit(plan: Plan) -> Callable[[], Artifact]:
+            return self._task(plan).submit(**plan.call).result
+
+        yield submit
+
+    def _task(self, plan: Plan) -> Task[..., Artifact]:
         # A verified record goes through Prefect as well, so that the run page shows the stage as cached.
-        task = stage.task.with_options(
-            cache_policy=replace(stage.policy, key=key),
-            refresh_cache=reuse is None,
-            task_run_name=_run_name(stage.name, call),
+        return plan.stage.task.with_options(
+            cache_policy=replace(plan.stage.policy, key=plan.key),
+            refresh_cache=plan.reuse is None,
+            task_run_name=run_name(plan.stage.name, plan.call),
             **self.task_options,
         )
-        return task(**call)
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         return task(**inputs)
@@ -177,47 +217,26 @@ class DirectRunner(Runner):
             cache_result_in_memory=False,
         )
 
-    def _execute(
-        self, stage: Stage, key: str, call: dict[str, Any], results: ResultStore, reuse: Artifact | None
-    ) -> Artifact:
-        if reuse is not None:
-            return reuse
-        artifact = stage.task.fn(**call)
-        _write_record(results, key, artifact)
+    def _execute(self, plan: Plan) -> Artifact:
+        if plan.reuse is not None:
+            return plan.reuse
+        artifact = plan.stage.task.fn(**plan.call)
+        write_record(plan.results, plan.key, artifact)
         return artifact
+
+    @contextmanager
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
+        with ThreadPoolExecutor(workers, thread_name_prefix="coalora") as pool:
+            yield lambda plan: pool.submit(copy_context().run, self._execute, plan).result
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         return task.fn(**inputs)
 
 
-def _run_name(stage: str, call: Mapping[str, Any]) -> str:
-    """What the run page calls a task run: the stage, and what tells its runs apart."""
-    words = [stage]
-    if "method" in call:
-        words.append(str(call["method"]))
-    if "round_index" in call:
-        words.append(f"round {call['round_index']}")
-    if "index" in call:
-        words.append(f"budget {call['index'] + 1}")
-    return " ".join(words)
-
-
-def _recorded(results: ResultStore, key: str) -> Artifact | None:
-    """The record at `key`; None for none, a half-written one, or one of another version of `Artifact`."""
-    if not results.exists(key):
-        return None
-    result = results.read(key).result
-    return result if isinstance(result, Artifact) else None
-
-
-def _write_record(results: ResultStore, key: str, artifact: Artifact) -> None:
-    """As `ResultStore.write`, but atomic: that one truncates the old record before it writes the new one."""
-    record = results.create_result_record(artifact, key=key)
-    target = Path(str(record.metadata.storage_key))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
+@contextmanager
+def _noting(executions: list[str]) -> Iterator[None]:
+    token = executions_of_call.set(executions)
     try:
-        part.write_bytes(record.serialize())
-        os.replace(part, target)
+        yield
     finally:
-        part.unlink(missing_ok=True)
+        executions_of_call.reset(token)

@@ -68,6 +68,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
             }
             for row in result["budgets"]
         },
+        **({"harness": {f"{row['budget']:g}": row["tasks"] for row in result["harness"]}} if result["harness"] else {}),
     }
 
 

@@ -14,6 +14,7 @@ from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from tasks.adapted import HISTORY
 from tasks.engine import stage
+from tasks.harness import HARNESS
 from tasks.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
 from tasks.reference import REFERENCE_SCORE
 from tasks.report.schema import as_result
@@ -45,6 +46,7 @@ def assemble(
     scores: dict[str, Artifact],
     exports: list[Artifact],
     references: dict[str, list[Artifact]],
+    harness: list[Artifact] | None = None,
 ) -> Artifact:
     """`result.json` of a run.
 
@@ -54,6 +56,7 @@ def assemble(
         scores: method -> its evaluation.
         exports: one for each asked budget.
         references: method -> its score for each asked budget.
+        harness: one for each asked budget, where harness tasks are asked for.
     """
     store = Store()
     data, measured, source = load_benchmark(benchmark), load_tables(tables), BaseModel(base)
@@ -150,6 +153,10 @@ def assemble(
             "budgets": settings.evaluation.budgets,
             "bits": [_layer_bits(configuration, measured) for configuration in chosen],
         },
+        "harness": [
+            {"budget": budget, "tasks": read_json(store.path(found) / HARNESS)}
+            for budget, found in zip(settings.evaluation.budgets, harness or [], strict=False)
+        ],
         "seconds": _seconds(
             base,
             benchmark,
@@ -157,7 +164,8 @@ def assemble(
             *searches,
             selection,
             *scores.values(),
-            *(a for made in references.values() for a in made),
+            *(artifact for made in references.values() for artifact in made),
+            *(harness or []),
             *exports,
             states=states,
         ),
@@ -224,7 +232,8 @@ def _seconds(*artifacts: Artifact, states: dict[str, list[Artifact]]) -> dict[st
     """Wall time of the stages that made these artifacts, summed by kind."""
     total: defaultdict[str, float] = defaultdict(float)
     for artifact in artifacts:
-        total[str(artifact.meta.get("stage", artifact.kind))] += float(artifact.meta.get("seconds") or 0)
+        seconds = [float(artifact.meta.get(name) or 0) for name in ("seconds", "shard_seconds")]
+        total[str(artifact.meta.get("stage", artifact.kind))] += sum(seconds)
     for method, trained in states.items():
         for artifact in trained:
             total[f"train {method}"] += float(artifact.meta.get("seconds") or 0)

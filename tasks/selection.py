@@ -73,6 +73,7 @@ def select_budgets(
     def write(folder: Path) -> dict[str, Scalar]:
         write_json(folder / SET, members.to_dict(measured))
         write_json(folder / SELECTED, selected.to_dict(measured) | {"budgets": budgets})
-        return {"n_members": len(members)}
+        distinct = np.unique(np.concatenate([members.configurations, chosen]), axis=0)
+        return {"n_members": len(members), "n_distinct": len(distinct)}
 
     return Store().put("selection", write)

@@ -136,6 +136,15 @@ class EvaluationSettings(Section):
         [2.5, 3.0, 4.0], min_length=1, description="Average bits asked for; each is evaluated and exported."
     )
     batch_size: int = Field(64, ge=1, description="Examples a batch.")
+    shard_size: int = Field(
+        16, ge=1, description="Configurations a shard; an evaluation that was killed goes on behind its last shard."
+    )
+    workers: int = Field(1, ge=1, le=64, description="Shards measured at a time; each worker holds a model of its own.")
+    harness_tasks: list[str] = Field(
+        [], description="Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval])."
+    )
+    harness_include: str | None = Field(None, description="Folder of own harness tasks (YAML).")
+    harness_limit: int | None = Field(None, ge=1, description="At most so many examples of each harness task.")
 
     @field_validator("budgets")
     @classmethod
@@ -246,3 +255,16 @@ class Settings(Section):
     stages: StageSettings = Field(StageSettings(), description="Retries and time limits.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="Device, number type, memory.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything that is drawn.")
+
+    def of_the_result(self) -> Settings:
+        """The same with defaults for what changes no number: where a run is tracked, how its stages are cut and run."""
+        default = EvaluationSettings()
+        whole = {"shard_size": default.shard_size, "workers": default.workers}
+        return self.model_copy(
+            update={
+                "tracking": TrackingSettings(),
+                "versioning": VersioningSettings(),
+                "stages": StageSettings(),
+                "evaluation": self.evaluation.model_copy(update=whole),
+            }
+        )

@@ -42,6 +42,9 @@ class _Plain:
     def run(self, stage: Stage, /, *, refresh: bool = False, **inputs: Any) -> Artifact:
         return stage.task.fn(**stage.bind(inputs))
 
+    def run_many(self, stage: Stage, calls: Any, *, workers: int, refresh: bool = False) -> list[Artifact]:
+        return [self.run(stage, **inputs) for inputs in calls]
+
 
 @dataclass(frozen=True)
 class TinyRun:

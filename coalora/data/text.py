@@ -24,23 +24,32 @@ def pydoc_topics() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
-def text_file(path: str | Path, *, separator: str | None = None) -> list[str]:
-    """The documents of a UTF-8 text file: cut at `separator`, or at blank lines into pieces of about 2 kB.
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file as it is, but for a byte-order mark.
 
     Raises:
         CoaloraError: no such file, or not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
-        raise CoaloraError("a text file must exist", got=path, remedy="correct the path in benchmark.files")
+        raise CoaloraError("a text file must exist", got=path, remedy="correct the path")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CoaloraError(
             "a text file is UTF-8",
             got=f"{path} (byte {error.start} is not)",
             remedy="convert it, for example with iconv -t utf-8",
         ) from error
+
+
+def text_file(path: str | Path, *, separator: str | None = None) -> list[str]:
+    """The documents of a UTF-8 text file: cut at `separator`, or at blank lines into pieces of about 2 kB.
+
+    Raises:
+        CoaloraError: no such file, or not UTF-8.
+    """
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     if separator is not None:
         return [piece for piece in text.split(separator) if piece.strip()]
     pieces: list[str] = [""]

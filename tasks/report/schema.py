@@ -138,6 +138,13 @@ class Export(_Part):
     base_bytes: Count
 
 
+class Harness(_Part):
+    """CoA-LoRA's numbers on tasks of the lm-evaluation-harness: task -> name, such as `acc,none` -> value."""
+
+    budget: Bits
+    tasks: dict[str, dict[str, float]]
+
+
 class Result(_Part):
     """A finished run. `arms` are the compared treatments of the same configurations, keyed by short name."""
 
@@ -155,6 +162,7 @@ class Result(_Part):
     curves: dict[str, list[Step]]
     heatmap: Heatmap
     seconds: dict[str, Seconds]
+    harness: list[Harness] = []
     exports: list[Export]
     notes: list[str]
 

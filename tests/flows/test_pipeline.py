@@ -31,7 +31,7 @@ def test_every_stage_ran_once_for_each_of_its_inputs(finished: tuple[Checkout, s
     stages = computed(finished[1])
     assert reused(finished[1]) == []
     # Three rounds of two methods, and the method without parameters once.
-    assert [stages.count(s) for s in ("train", "search", "evaluate", "export")] == [7, 2, 3, 2]
+    assert [stages.count(s) for s in ("train", "search", "evaluate-shard", "evaluate", "export")] == [7, 2, 3, 3, 2]
 
 
 def test_report_and_picture_lie_under_the_run_folder(finished: tuple[Checkout, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,17 @@ def test_the_models_of_the_pipelines_have_the_layers_and_weights_that_are_stated
     layers = target_layers(tiny(*changes))
     assert len(layers) == known.n_layers
     assert sum(layer.n_weights for layer in layers) == known.n_weights
+
+
+def test_harness_tasks_without_the_extra_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("coalora.evaluate.harness.version", missing)
+    preflight(tiny())
+    assert "pip install 'coalora[eval]'" in refused(tiny("evaluation.harness_tasks=[hellaswag]"))
+
+
+def test_harness_tasks_are_for_language_models(tmp_path: Path) -> None:
+    settings = classifier(tmp_path, "evaluation.harness_tasks=[hellaswag]")
+    assert "harness tasks are for language models" in refused(settings)

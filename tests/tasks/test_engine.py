@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,26 @@ def wrong_return(*, n: int) -> Artifact:
     return n  # type: ignore[return-value]
 
 
+AT_WORK: list[int] = [0, 0]  # calls of `part` that run now, and the most that ever did
+_COUNT = threading.Lock()
+
+
+@stage("part")
+def part(*, n: int, fail: bool = False, at_least: int = 1) -> Artifact:
+    with _COUNT:
+        AT_WORK[0] += 1
+        AT_WORK[1] = max(AT_WORK)
+    give_up = time.monotonic() + 10
+    while AT_WORK[1] < at_least and time.monotonic() < give_up:  # until another is at work, too
+        time.sleep(0.01)
+    with _COUNT:
+        AT_WORK[0] -= 1
+        CALLS.append(f"part {n}")
+    if fail:
+        raise CoaloraError("a part succeeds", got=n)
+    return Store().put("text", writer(f"part {n}"))
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("prefect-home")
@@ -85,6 +106,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
     CALLS.clear()
+    AT_WORK[:] = [0, 0]
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
         yield tmp_path / "home"
 
@@ -219,6 +241,44 @@ def test_errors_of_the_function_arrive_unchanged_and_leave_no_record(execute: Ca
     assert CALLS == ["first", "first"]
     assert not list((tmp_path / "results").glob("first-*"))
     assert not list((tmp_path / "results").glob("wrong-return-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_many_calls_come_back_in_their_order_and_never_more_at_a_time_than_workers(
+    execute: Callable, workers: int
+) -> None:
+    def body(runner: Runner) -> None:
+        calls = [{"n": n, "at_least": min(workers, 2)} for n in range(6)]
+        AT_WORK[1] = 2
+        runner.run(part, **calls[2])
+        AT_WORK[1] = 0
+        found = runner.run_many(part, calls, workers=workers)
+        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"part {n}" for n in range(6)]
+        assert [record.cached for record in runner.history[1:]] == [n == 2 for n in range(6)]
+        assert runner.run_many(part, calls, workers=workers) == found
+        assert all(record.cached for record in runner.history[7:])
+
+    execute(body)
+    assert sorted(CALLS) == sorted(f"part {n}" for n in range(6))
+    assert AT_WORK[1] == 1 if workers == 1 else 2 <= AT_WORK[1] <= workers
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_was_finished_when_one_of_many_failed_is_kept(execute: Callable, workers: int) -> None:
+    def calls(failing: int | None) -> list[dict[str, Any]]:
+        return [{"n": n, **({"fail": True} if n == failing else {})} for n in range(6)]
+
+    def body(runner: Runner) -> None:
+        with pytest.raises(CoaloraError, match="a part succeeds; got: 2"):
+            runner.run_many(part, calls(2), workers=workers)
+        done = set(CALLS) - {"part 2"}
+        assert {"part 0", "part 1"} <= done
+        assert "part 5" not in done  # none is begun after the failure
+        CALLS.clear()
+        assert len(runner.run_many(part, calls(None), workers=workers)) == 6
+        assert set(CALLS) == {f"part {n}" for n in range(6)} - done
+
+    execute(body)
 
 
 def test_bad_inputs_are_refused_before_anything_runs(execute: Callable) -> None:

@@ -1,0 +1,114 @@
+"""Perplexity of a causal model on any text, in sliding windows.
+
+A window holds at most `max_length` tokens and the next one starts `stride` tokens later. Each predicts only what the
+one before it has not: every token but the very first is predicted exactly once, with at least `max_length - stride`
+tokens before it where the text has them. `stride = max_length - 1` is the fastest and predicts in blocks, as
+benchmarks do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coalora.errors import CoaloraError
+from coalora.evaluate.metrics import perplexity
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a text costs a model.
+
+    Attributes:
+        nats: total negative log-likelihood of the predicted tokens.
+        tokens: predicted tokens: all but the first.
+        nbytes: UTF-8 bytes that they stand for: the first token counts as the mean one.
+    """
+
+    nats: float
+    tokens: int
+    nbytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a predicted token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.nbytes
+
+
+def windows(n_tokens: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(begin, first, end) of each window: it reads tokens begin to end and predicts first to end.
+
+    Raises:
+        CoaloraError: a stride that would leave tokens unpredicted, or nothing to predict.
+    """
+    if not 1 <= stride < max_length:
+        raise CoaloraError(
+            "the stride of windows is at least 1 and below their length",
+            got=f"stride {stride}, max_length {max_length}",
+            expected=f"1 to {max_length - 1}",
+            remedy="correct --stride or --max-length",
+        )
+    if n_tokens < 2:
+        raise CoaloraError("a text needs at least two tokens", got=n_tokens, remedy="give more text")
+    found, first, begin = [], 1, 0
+    while first < n_tokens:
+        end = min(begin + max_length, n_tokens)
+        found.append((begin, first, end))
+        first, begin = end, begin + stride
+    return found
+
+
+@torch.no_grad()
+def score_text(
+    model: nn.Module,
+    tokens: Sequence[int],
+    nbytes: int,
+    *,
+    max_length: int,
+    stride: int,
+    batch_size: int,
+    progress: Callable[..., None] | None = None,
+) -> TextScore:
+    """Score a text of `nbytes` bytes, given as tokens, with a model as it is now (in eval mode).
+
+    Raises:
+        CoaloraError: as `windows` does.
+    """
+    device = next(model.parameters()).device
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    spans = windows(len(ids), max_length, stride)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(spans), batch_size):
+        batch = spans[start : start + batch_size]
+        inputs, targets = (t.to(device) for t in _batch(ids, batch))
+        # Causal: what pads a short row on its right changes nothing before it.
+        logits = model(input_ids=inputs).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        if progress:
+            progress(min(start + batch_size, len(spans)), len(spans))
+    predicted = len(ids) - 1
+    return TextScore(float(total), predicted, nbytes * predicted / len(ids))
+
+
+def _batch(ids: Tensor, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Inputs (n, L) and targets (n, L - 1): -100 (ignored) where another window predicts, or nothing is."""
+    width = max(end - begin for begin, _, end in spans)
+    inputs = torch.zeros(len(spans), width, dtype=torch.int64)
+    targets = torch.full((len(spans), width - 1), -100)
+    for row, (begin, first, end) in enumerate(spans):
+        inputs[row, : end - begin] = ids[begin:end]
+        targets[row, first - begin - 1 : end - begin - 1] = ids[first:end]
+    return inputs, targets
