@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coalora.evaluate.compare import NORMALIZATION, compare
+from coalora.calibrate.costs import budget_name
+from coalora.evaluate.compare import compare, normalization
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from tasks.adapted import HISTORY
@@ -49,11 +50,11 @@ def assemble(
     members, chosen = load_set(selection, measured), load_selected(selection, measured)
     measures = {method: read_json(store.path(s) / "scores.json") for method, s in scores.items()}
     bits = measured.average_bits(members.configurations)
-    nbytes = measured.total_nbytes(members.configurations)
+    nbytes, costs = measured.total_nbytes(members.configurations), measured.costs(members.configurations)
     comparison = compare(
         {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
-        bits,
-        bits_range=measured.bits_range(),
+        costs,
+        cost_range=measured.cost_range(),
         n_outcomes=data.num_labels or load_config(source.path).vocab_size,
     )
     ceiling = measures["shared"]["full_precision"]
@@ -83,6 +84,12 @@ def assemble(
             "digest": source.digest,
         },
         "settings": settings.model_dump(mode="json"),
+        "cost": {
+            "kind": measured.cost_kind,
+            "label": measured.cost_unit.label,
+            "words": measured.cost_unit.words,
+            "unit": measured.cost_unit.unit,
+        },
         "full_precision": ceiling | {"bits": 8.0 * _bytes_per_weight(settings)},
         "arms": {
             method: {"label": _label(method, data.task), "n_steps": int(states[method][-1].meta["step"] or 0)}
@@ -97,6 +104,7 @@ def assemble(
         "members": [
             {
                 "average_bits": float(bits[i]),
+                "cost": float(costs[i]),
                 "nbytes": int(nbytes[i]),
                 "round": int(members.joined[i]),
                 "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
@@ -107,7 +115,7 @@ def assemble(
         "hypervolume": {
             "ref_point": comparison.ref_point,
             "ideal": comparison.ideal,
-            "normalization": NORMALIZATION,
+            "normalization": normalization(measured.cost_unit.words),
             "values": comparison.values,
         },
         "rounds": [{key: record[key] for key in keep} for record in rounds],
@@ -130,7 +138,7 @@ def assemble(
         "exports": [
             {
                 "budget": budget,
-                "folder": f"export/{budget:g}-bits",
+                "folder": f"export/{budget_name(budget, measured.cost_kind)}",
                 "digest": export.meta["digest"],
                 "adapter_bytes": export.meta["adapter_bytes"],
                 "base_bytes": export.meta["base_bytes"],
@@ -161,6 +169,7 @@ def _budget(
     return {
         "budget": budget,
         "average_bits": float(measured.average_bits(configuration)),
+        "cost": float(measured.costs(configuration)),
         "base_bytes": base_bytes,
         "adapter_bytes": adapter_bytes,
         "total_bytes": base_bytes + adapter_bytes,
