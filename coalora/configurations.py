@@ -50,8 +50,8 @@ class ConfigurationSet:
         )
 
     def objectives(self, tables: CalibrationTables) -> np.ndarray:
-        """Y (n, 2): loss and average bits, both minimised."""
-        return np.column_stack([self.losses, tables.average_bits(self.configurations)])
+        """Y (n, 2): loss and cost (by default average bits), both minimised."""
+        return np.column_stack([self.losses, tables.costs(self.configurations)])
 
     def to_dict(self, tables: CalibrationTables) -> dict:
         """JSON that needs nothing else to be read: choices are written out once, members point into them."""

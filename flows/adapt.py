@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
@@ -29,11 +30,14 @@ ARTIFACTS = ("base", "benchmark", "tables", "bundle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        prog="python -m flows.adapt", description="Adapt a finished run to any budget of average bits."
-    )
+    made = argparse.ArgumentParser(prog="python -m flows.adapt", description="Adapt a finished run to any budget.")
     made.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/demo/latest")
-    made.add_argument("--budget", type=float, required=True, help="average bits a weight, at most")
+    made.add_argument(
+        "--budget",
+        type=float,
+        required=True,
+        help="at most, in units of the run's cost (average bits)",
+    )
     made.add_argument("--out", type=Path, required=True, help="folder to write; must not hold files")
     made.add_argument("--no-base", action="store_true", help="write the adapter and its configuration only")
     options = made.parse_args(arguments)
@@ -63,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runtime=RuntimeSettings(dtype=settings.runtime.dtype).resolved(),
             seed=settings.seed,
         )
+    unit = UNITS[settings.cost.kind].unit
+    cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {unit}, "
     print(
-        f"{options.out}: {facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
+        f"{options.out}: {cost}{facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
         f"base {facts['base_bytes']:,} bytes; chosen in {1000 * (chosen - started):.0f} ms, "
         f"written in {time.perf_counter() - chosen:.1f} s"
     )

@@ -8,10 +8,11 @@ from pydantic import BaseModel
 from flows.run import PipelineRun
 from tasks.base import prepare_base, prepare_benchmark
 from tasks.calibration import calibrate
+from tasks.costs import apply_cost
 from tasks.settings import Settings
 from tasks.store import Artifact
 
-STAGES = [prepare_base, prepare_benchmark, calibrate]
+STAGES = [prepare_base, prepare_benchmark, calibrate, apply_cost]
 
 
 class Calibrated(BaseModel):
@@ -48,6 +49,8 @@ def calibration_chain(run: PipelineRun) -> Calibrated:
         runtime=s.runtime,
         seed=s.seed,
     )
+    if s.cost.kind != "average_bits":
+        tables = run.run(apply_cost, tables=tables, cost=s.cost, content=run.cost_content)
     return Calibrated(base=base, benchmark=benchmark, tables=tables)
 
 

@@ -36,10 +36,10 @@ def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Publishe
     check_name(name)  # a run started from a form has not been read from a file
     check_refresh(refresh)
     found = preflight(settings, root=Path.cwd())
-    low, high = found.bits_range
+    low, high = found.cost_range
     get_logger().info(
-        "%d target layers, %d weights, %d choices for each: %.2f to %.2f average bits",
-        len(found.layers), found.n_weights, found.n_choices, low, high,
+        "%d target layers, %d weights, %d choices for each: %.4g to %.4g %s",
+        len(found.layers), found.n_weights, found.n_choices, low, high, found.cost_words,
     )  # fmt: skip
     calibrated = calibration(name, settings, refresh)
     trained = training(name, settings, refresh, calibrated)

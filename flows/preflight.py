@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,20 @@ from coalora.models.pretrain import PretrainRecipe, llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
 from tasks.choices import choices_of
 from tasks.corpus import input_files
+from tasks.costs import priced_tables
 from tasks.fingerprint import model_files
 from tasks.settings import Settings
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the settings amount to: N layers, P weights, K choices, and the bits that can be had."""
+    """What the settings amount to: N layers, P weights, K choices, and the bits and costs that can be had."""
 
     layers: list[TargetLayer]
     n_choices: int
     bits_range: tuple[float, float]
+    cost_range: tuple[float, float]
+    cost_words: str
 
     @property
     def n_weights(self) -> int:
@@ -53,9 +56,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     for scheme in space.schemes:
         scheme.require_packages()
     # All but the errors, which take the weights.
-    tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed)
-    bits_range = tables.bits_range()
-    _check_budgets(settings, bits_range)
+    tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
+    _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)
     _check_harness(settings)
@@ -65,7 +67,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
             got=f"no .dvc in {root}",
             remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
-    return Preflight(layers, len(space), bits_range)
+    return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 
 def base_config(settings: Settings) -> PretrainedConfig:
@@ -144,24 +146,30 @@ def _check_harness(settings: Settings) -> None:
     check_tasks(asked.harness_tasks, asked.harness_include)
 
 
-def _check_budgets(settings: Settings, bits_range: tuple[float, float]) -> None:
-    low, high = bits_range
-    initial: Sequence[float | None] = (settings.initial_set.min_bits, settings.initial_set.max_bits)
+def _check_budgets(settings: Settings, cost_range: tuple[float, float], unit: str) -> None:
+    low, high = cost_range
+    initial: Sequence[float | None] = (settings.initial_set.min_budget, settings.initial_set.max_budget)
     named = [("evaluation.budgets", b) for b in settings.evaluation.budgets]
-    named += [(f"initial_set.{n}_bits", b) for n, b in zip(("min", "max"), initial, strict=True) if b is not None]
+    named += [(f"initial_set.{n}_budget", b) for n, b in zip(("min", "max"), initial, strict=True) if b is not None]
     for key, budget in named:
         if not low <= budget <= high:
             raise CoaloraError(
                 "budgets lie inside the choice space",
-                got=f"{key} {budget:g} bits",
-                expected=f"{np.ceil(low * 1000) / 1000:.3f} to {np.floor(high * 1000) / 1000:.3f} bits",
+                got=f"{key} {budget:g} {unit}",
+                expected=f"{_inside(low, np.ceil)} to {_inside(high, np.floor)} {unit}",
                 remedy=f"correct {key}, or allow other choices (choices.allow)",
             )
-    start, end = (default if asked is None else asked for asked, default in zip(initial, bits_range, strict=True))
+    start, end = (default if asked is None else asked for asked, default in zip(initial, cost_range, strict=True))
     if start >= end:
         raise CoaloraError(
-            "initial_set.min_bits lies below initial_set.max_bits, by default the ends of the choice space",
-            got=f"{start:g} and {end:g} bits",
-            expected=f"rising, inside {low:.3f} to {high:.3f} bits",
+            "initial_set.min_budget lies below initial_set.max_budget, by default the ends of the choice space",
+            got=f"{start:g} and {end:g} {unit}",
+            expected=f"rising, inside {low:.6g} to {high:.6g} {unit}",
             remedy="correct initial_set, or allow more choices (choices.allow) where there is only one",
         )
+
+
+def _inside(value: float, rounding: Callable[[float], float]) -> str:
+    """An end of the range with enough digits, rounded into the range: what the message names is accepted."""
+    scale = 1000 if value >= 1 else 10.0 ** (3 - np.floor(np.log10(value or 1)))
+    return f"{rounding(value * scale) / scale:.{max(3, round(np.log10(scale)))}f}"

@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow
 from pydantic import BaseModel
 
+from coalora.calibrate.costs import budget_name
 from flows.calibration import STAGES as CALIBRATION
 from flows.calibration import Calibrated
 from flows.evaluation import STAGES as EVALUATION
@@ -84,13 +85,13 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
         md5=_version(run, last, trained.sets[last], str(Path.cwd())),
     )
     folder = f"runs/{run.name}/{identity[:8]}"
-    budgets = run.settings.evaluation.budgets
+    budgets, kind = run.settings.evaluation.budgets, run.settings.cost.kind
     run.runner.call(
         write_run_folder,
         folder=folder,
         report=report,
         bundle=exported.bundle,
-        exports={f"export/{b:g}-bits": e for b, e in zip(budgets, exported.exports, strict=True)},
+        exports={f"export/{budget_name(b, kind)}": e for b, e in zip(budgets, exported.exports, strict=True)},
         record={
             "pipeline": run.name,
             "identity": identity,

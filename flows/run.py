@@ -23,7 +23,7 @@ class PipelineRun:
         name: the pipeline's name.
         settings: its settings, with `runtime` resolved for this machine.
         runner: runs stages, under Prefect or without a server.
-        model_content, benchmark_content: digests of local input files; None where there are none.
+        model_content, benchmark_content, cost_content: digests of local input files; None where there are none.
         refresh: names of stages that are computed again whatever is recorded.
     """
 
@@ -33,6 +33,7 @@ class PipelineRun:
     model_content: str | None
     benchmark_content: str | None
     refresh: frozenset[str] = frozenset()
+    cost_content: str | None = None
 
     @classmethod
     def start(
@@ -49,6 +50,7 @@ class PipelineRun:
             model_digest(Path(model)) if model and Path(model).is_dir() else None,
             files_digest(files) if files else None,
             refresh,
+            files_digest([Path(settings.cost.table)]) if settings.cost.table else None,
         )
 
     @classmethod
@@ -75,6 +77,7 @@ class PipelineRun:
                 settings,
                 self.model_content,
                 self.benchmark_content,
+                self.cost_content,
                 sorted(s.source for s in stages),
             ]
         )

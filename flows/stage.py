@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coalora.calibrate.costs import budget_name
 from coalora.files import write_json
 from flows.calibration import Calibrated, calibration_chain
 from flows.cli import log_to_terminal, parser, run_command
@@ -86,7 +87,7 @@ def write_part(part: str, run: PipelineRun) -> None:
         _, _, exported = parts.export()
         _materialize(run, exported.bundle, "export/bundle")
         for budget, export in zip(run.settings.evaluation.budgets, exported.exports, strict=True):
-            _materialize(run, export, f"export/{budget:g}-bits")
+            _materialize(run, export, f"export/{budget_name(budget, run.settings.cost.kind)}")
         _materialize(run, report_chain(run, exported), "report")
     else:
         published = publication_chain(run, *parts.export())

@@ -134,6 +134,7 @@ def write_export(
         source.tokenizer().save_pretrained(folder / "base")
     return {
         "average_bits": adapted.average_bits,
+        "cost": float(made.tables.costs(configuration)),
         "digest": adapted.digest,
         "adapter_bytes": _size(folder / "adapter", "*.safetensors"),
         "base_bytes": _size(folder / "base", "*.safetensors"),

@@ -22,7 +22,7 @@ def initial_set(*, tables: Artifact, initial: InitialSetSettings) -> Artifact:
     budgets = np.linspace(low, high, initial.size)
     # The smallest budget is met exactly; a rounding error below it must not make it infeasible.
     found = np.unique(
-        allocate(measured.err, measured.search_cost, np.maximum(budgets, measured.bits_range()[0])), axis=0
+        allocate(measured.err, measured.search_cost, np.maximum(budgets, measured.cost_range()[0])), axis=0
     )
     members = ConfigurationSet(found, np.full(len(found), np.nan), np.zeros(len(found), dtype=np.int64)).sorted(
         measured
@@ -32,14 +32,14 @@ def initial_set(*, tables: Artifact, initial: InitialSetSettings) -> Artifact:
 
 def initial_range(measured: CalibrationTables, initial: InitialSetSettings) -> tuple[float, float]:
     """Smallest and largest budget of the initial set: as asked, inside what the space can do."""
-    space_low, space_high = measured.bits_range()
-    low = initial.min_bits if initial.min_bits is not None else space_low
-    high = initial.max_bits if initial.max_bits is not None else space_high
+    space_low, space_high = measured.cost_range()
+    low = initial.min_budget if initial.min_budget is not None else space_low
+    high = initial.max_budget if initial.max_budget is not None else space_high
     if not space_low <= low < high <= space_high + 1e-9:
         raise CoaloraError(
             "the initial budgets lie inside the choice space",
-            got=f"{low} to {high} bits",
+            got=f"{low} to {high} {measured.cost_unit.unit}",
             expected=f"{space_low:.3f} to {space_high:.3f}, rising",
-            remedy="correct initial_set.min_bits and initial_set.max_bits",
+            remedy="correct initial_set.min_budget and initial_set.max_budget",
         )
     return low, high

@@ -13,6 +13,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from coalora.calibrate.costs import budget_name
 from coalora.files import digest, read_json, write_json
 from tasks.loaders import SET, TABLES, load_benchmark
 from tasks.progress import get_logger
@@ -100,8 +101,9 @@ def track_run(
         for method in result["arms"]:
             summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
             for row in result["budgets"]:
-                summary[f"{metric}/{method}/{row['budget']:g}-bits"] = row["metric"][method]
-                summary[f"loss/{method}/{row['budget']:g}-bits"] = row["loss"][method]
+                at = budget_name(row["budget"], result["cost"]["kind"])
+                summary[f"{metric}/{method}/{at}"] = row["metric"][method]
+                summary[f"loss/{method}/{at}"] = row["loss"][method]
             run.log_metrics(summary)
         run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})
         for name in ("report.html", "front.png", "table.md", RESULT):

@@ -1,8 +1,8 @@
 """The registered model, as MLflow "models from code": this file is copied beside the bundle and run at load time.
 
-It answers budgets: average bits in, the configuration of every layer and (on request) the adapter for it
-out. What it needs at load time travels with it: the bundle as an artifact, the package `coalora` as code.
-Nothing else of the checkout.
+It answers budgets (average bits, or what else the run counted): budget in, the configuration of every layer and (on
+request) the adapter for it out. What it needs at load time travels with it: the bundle as an artifact, the package
+`coalora` as code. Nothing else of the checkout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class AdaptRequest(BaseModel):
     """One budget.
 
     Attributes:
-        budget: average bits a weight of the target layers.
+        budget: in the unit of the bundle's cost: average bits a weight of the target layers, MB or microseconds.
         include_adapter: send the adapter's files too (megabytes).
     """
 

@@ -28,11 +28,12 @@ def make_report(*, result: Artifact) -> Artifact:
         write_json(folder / RESULT, content)
         write_json(folder / METRICS, headline(content))
         metric = content["benchmark"]["metric"]
+        columns = ["average_bits", "nbytes", *(["cost"] if content["cost"]["kind"] == "latency" else [])]
         _write_csv(
             folder / "front.csv",
-            ["average_bits", "nbytes", "method", metric, "loss"],
+            [*columns, "method", metric, "loss"],
             [
-                [member["average_bits"], member["nbytes"], method, member["metric"][method], member["loss"][method]]
+                [*(member[name] for name in columns), method, member["metric"][method], member["loss"][method]]
                 for member in content["members"]
                 for method in content["arms"]
             ],

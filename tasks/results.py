@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coalora.evaluate.compare import NORMALIZATION, compare, guess_loss
+from coalora.calibrate.costs import budget_name
+from coalora.evaluate.compare import compare, guess_loss, normalization
 from coalora.evaluate.metrics import reported_metrics
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
@@ -63,12 +64,12 @@ def assemble(
     members, chosen = load_set(selection, measured), load_selected(selection, measured)
     measures = {method: read_json(store.path(s) / "scores.json") for method, s in scores.items()}
     bits = measured.average_bits(members.configurations)
-    nbytes = measured.total_nbytes(members.configurations)
+    nbytes, costs = measured.total_nbytes(members.configurations), measured.costs(members.configurations)
     alone = {m: [read_json(store.path(a) / REFERENCE_SCORE) for a in made] for m, made in references.items()}
     comparison = compare(
         {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
-        bits,
-        bits_range=measured.bits_range(),
+        costs,
+        cost_range=measured.cost_range(),
         guess_loss=guess_loss(data.validation, data.num_labels or load_config(source.path).vocab_size),
     )
     asked = settings.benchmark
@@ -101,6 +102,12 @@ def assemble(
             "digest": source.digest,
         },
         "settings": settings.model_dump(mode="json"),
+        "cost": {
+            "kind": measured.cost_kind,
+            "label": measured.cost_unit.label,
+            "words": measured.cost_unit.words,
+            "unit": measured.cost_unit.unit,
+        },
         "full_precision": {
             "loss": ceiling["loss"],
             "metric": ceiling["metrics"][headline.name],
@@ -124,6 +131,7 @@ def assemble(
         "members": [
             {
                 "average_bits": float(bits[i]),
+                "cost": float(costs[i]),
                 "nbytes": int(nbytes[i]),
                 "round": int(members.joined[i]),
                 "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
@@ -134,7 +142,7 @@ def assemble(
         "hypervolume": {
             "ref_point": comparison.ref_point,
             "ideal": comparison.ideal,
-            "normalization": NORMALIZATION,
+            "normalization": normalization(measured.cost_unit.words),
             "values": comparison.values,
         },
         "rounds": [{key: record[key] for key in keep} for record in rounds],
@@ -172,7 +180,7 @@ def assemble(
         "exports": [
             {
                 "budget": budget,
-                "folder": f"export/{budget:g}-bits",
+                "folder": f"export/{budget_name(budget, measured.cost_kind)}",
                 "digest": export.meta["digest"],
                 "adapter_bytes": export.meta["adapter_bytes"],
                 "base_bytes": export.meta["base_bytes"],
@@ -205,6 +213,7 @@ def _budget(
     return {
         "budget": budget,
         "average_bits": float(measured.average_bits(configuration)),
+        "cost": float(measured.costs(configuration)),
         "base_bytes": base_bytes,
         "adapter_bytes": adapter_bytes,
         "total_bytes": base_bytes + adapter_bytes,

@@ -44,7 +44,7 @@ def search_round(
 
     Members are measured each round because theta has trained on since: their old losses no longer compare. The
     reference point is fixed by the first round (its worst loss plus a tenth of the range, and the space's largest
-    bits), so that hypervolumes of all rounds compare.
+    cost), so that hypervolumes of all rounds compare.
     """
     data, measured = load_benchmark(benchmark), load_tables(tables)
     adapted = build_adapted(
@@ -58,7 +58,7 @@ def search_round(
         f"search {round_index}, set",
     )
     Y = members.objectives(measured)
-    ref_point = _reference_point(configurations, Y, measured.bits_range()[1])
+    ref_point = _reference_point(configurations, Y, measured.cost_range()[1])
     surrogate = Surrogate.fit(measured.err, members.configurations, members.losses, seed=seed)
     proposal = propose(
         surrogate,
@@ -80,7 +80,7 @@ def search_round(
         candidates = _measure(adapted, data.search, candidates, search.batch_size, f"search {round_index}, candidates")
     merged = members.merge(candidates).sorted(measured)
     kept = merged.take(
-        np.flatnonzero(segment_filter(merged.objectives(measured), search.segments, measured.bits_range()))
+        np.flatnonzero(segment_filter(merged.objectives(measured), search.segments, measured.cost_range()))
     )
     after = kept.objectives(measured)
     record = {
@@ -115,10 +115,10 @@ def _measure(
     return ConfigurationSet(members.configurations, losses, members.joined)
 
 
-def _reference_point(configurations: Artifact, Y: np.ndarray, max_bits: float) -> np.ndarray:
+def _reference_point(configurations: Artifact, Y: np.ndarray, max_cost: float) -> np.ndarray:
     file = Store().path(configurations) / ROUND
     if file.is_file():
         return np.array(read_json(file)["ref_point"])
     low, high = Y[:, 0].min(), Y[:, 0].max()
-    # A hundredth above the largest bits: a point at the reference's own cost would count for nothing.
-    return np.array([high + 0.1 * (high - low), max_bits * 1.01])
+    # A hundredth above the largest cost: a point at the reference's own cost would count for nothing.
+    return np.array([high + 0.1 * (high - low), max_cost * 1.01])

@@ -38,7 +38,7 @@ def select_budgets(
     """`configurations.json`: the members with their losses. `selected.json`: a configuration for each budget.
 
     For each budget the best member that fits, the same filled up to the budget, and the allocation at the budget are
-    measured; the lowest loss wins, and of equal ones the smaller.
+    measured; the lowest loss wins, and of equal ones the cheaper.
     """
     data, measured = load_benchmark(benchmark), load_tables(tables)
     adapted = build_adapted(
@@ -62,7 +62,10 @@ def select_budgets(
     new = np.array([row for row in new if row.tobytes() not in known], dtype=np.int64).reshape(-1, new.shape[1])
     known |= {row.tobytes(): loss for row, loss in zip(new, measure(new, "budgets"), strict=True)}
     chosen = np.stack(
-        [min(rows, key=lambda row: (known[row.tobytes()], measured.total_nbytes(row))) for rows in rivals]
+        [
+            min(rows, key=lambda row: (known[row.tobytes()], measured.costs(row), measured.total_nbytes(row)))
+            for rows in rivals
+        ]
     )
     selected = ConfigurationSet(
         chosen,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from tasks.settings_choices import ChoiceSettings
+from tasks.settings_choices import ChoiceSettings, CostSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
 
 
@@ -113,8 +113,8 @@ class InitialSetSettings(Section):
     """The configuration set of round 0: allocations at evenly spread budgets."""
 
     size: int = Field(50, ge=2, description="Number of budgets.")
-    min_bits: float | None = Field(None, gt=0, description="Smallest budget; by default the space's.")
-    max_bits: float | None = Field(None, gt=0, description="Largest budget; by default the space's.")
+    min_budget: float | None = Field(None, gt=0, description="Smallest budget, in units of cost; else the space's.")
+    max_budget: float | None = Field(None, gt=0, description="Largest budget, in units of cost; else the space's.")
 
 
 class SearchSettings(Section):
@@ -125,7 +125,7 @@ class SearchSettings(Section):
     restarts: int = Field(8, ge=1, description="Starts of the hill climbing for each proposal.")
     max_steps: int = Field(50, ge=1, description="Moves of one climb at most.")
     delta: int = Field(1, ge=1, description="A neighbour differs in one field by at most so many steps.")
-    segments: int = Field(40, ge=1, description="U: bit segments that each keep their non-dominated members.")
+    segments: int = Field(40, ge=1, description="U: segments of cost that each keep their non-dominated members.")
     batch_size: int = Field(64, ge=1, description="Examples a batch when losses are measured.")
 
 
@@ -133,7 +133,9 @@ class EvaluationSettings(Section):
     """What is reported."""
 
     budgets: list[Annotated[float, Field(gt=0)]] = Field(
-        [2.5, 3.0, 4.0], min_length=1, description="Average bits asked for; each is evaluated and exported."
+        [2.5, 3.0, 4.0],
+        min_length=1,
+        description="Budgets asked for, in units of cost; each is evaluated and exported.",
     )
     batch_size: int = Field(64, ge=1, description="Examples a batch.")
     shard_size: int = Field(
@@ -243,6 +245,7 @@ class Settings(Section):
     )
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="Calibration.")
     choices: ChoiceSettings = Field(ChoiceSettings(), description="Choice space.")
+    cost: CostSettings = Field(CostSettings(), description="What budgets count.")
     adapter: AdapterSettings = Field(AdapterSettings(), description="Adapter.")
     training: TrainingSettings = Field(TrainingSettings(), description="Training.")
     baselines: BaselineSettings = Field(BaselineSettings(), description="Baselines.")

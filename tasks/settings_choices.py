@@ -1,6 +1,8 @@
-"""Settings of the choice space: schemes, and rules by layer."""
+"""Settings of the choice space, schemes and rules by layer, and of what a choice costs."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -48,3 +50,19 @@ class ChoiceSettings(SchemeSettings):
 
     also: list[SchemeSettings] = Field([], description="Further schemes that every layer may take.")
     rules: list[RuleSettings] = Field([], description="Other choices for some layers.")
+
+
+class CostSettings(Section):
+    """What budgets, the search and the reports count."""
+
+    kind: Literal["average_bits", "bytes", "latency"] = Field(
+        "average_bits",
+        description="Bits a weight, MB (10^6 bytes) of the packed target layers, or microseconds of a table.",
+    )
+    table: str | None = Field(None, description="CSV of a device's latencies: layer, choice, microseconds.")
+
+    @model_validator(mode="after")
+    def _latency_has_a_table(self) -> CostSettings:
+        if (self.kind == "latency") != (self.table is not None):
+            raise ValueError("cost.table belongs to cost.kind latency, which needs it: set both or neither")
+        return self

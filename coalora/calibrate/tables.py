@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coalora.calibrate.costs import UNITS, CostKind, CostUnit
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
@@ -35,6 +37,8 @@ class CalibrationTables:
         err: (N, K) float64, relative output error; the layer's largest where not `allowed`.
         base_digest: digest of the base model's files.
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
+        cost_kind: what budgets and the search count (`coalora.calibrate.costs`).
+        latency: (N, K) float64 microseconds where that is the cost.
     """
 
     layers: list[TargetLayer]
@@ -43,6 +47,8 @@ class CalibrationTables:
     err: np.ndarray
     base_digest: str
     allowed: np.ndarray
+    cost_kind: CostKind = "average_bits"
+    latency: np.ndarray | None = None
 
     @property
     def n_weights(self) -> int:
@@ -55,15 +61,45 @@ class CalibrationTables:
         return self.nbytes * 8 / self.n_weights
 
     @property
+    def cost(self) -> np.ndarray:
+        """(N, K): each layer's share of a configuration's cost, in `cost_unit`."""
+        if self.cost_kind == "average_bits":
+            return self.bits
+        if self.latency is None:
+            return self.nbytes / 1e6
+        return self.latency
+
+    @property
+    def cost_unit(self) -> CostUnit:
+        return UNITS[self.cost_kind]
+
+    def costs(self, configurations: np.ndarray) -> np.ndarray:
+        """Cost of configurations (..., N)."""
+        if self.cost_kind == "average_bits":
+            return self.average_bits(configurations)
+        if self.latency is None:
+            return self.total_nbytes(configurations) / 1e6
+        return self.latency[np.arange(len(self.layers)), configurations].sum(-1)
+
+    def cost_range(self) -> tuple[float, float]:
+        """Smallest and largest cost that a configuration can have."""
+        if self.cost_kind == "average_bits":
+            return self.bits_range()
+        if self.latency is None:
+            low, high = extremes(self.nbytes, self.allowed)
+            return float(low / 1e6), float(high / 1e6)
+        low, high = extremes(self.latency, self.allowed)
+        return float(low), float(high)
+
+    @property
     def search_cost(self) -> np.ndarray:
-        """(N, K): `bits`, and where a choice is not `allowed` more than any configuration's.
+        """(N, K): `cost`, and where a choice is not `allowed` more than any configuration's.
 
         Together with the layer's largest error this makes such a choice dominated: no allocation, budget or proposal
         inside the range of costs ever takes it.
         """
-        if self.allowed.all():
-            return self.bits
-        return np.where(self.allowed, self.bits, 2 * extremes(self.bits, self.allowed)[1])
+        cost = self.cost
+        return cost if self.allowed.all() else np.where(self.allowed, cost, 2 * extremes(cost, self.allowed)[1])
 
     def average_bits(self, configurations: np.ndarray) -> np.ndarray:
         """Stored bits a weight of configurations (..., N)."""
@@ -79,13 +115,17 @@ class CalibrationTables:
         return float(low * 8 / self.n_weights), float(high * 8 / self.n_weights)
 
     def save(self, path: Path) -> None:
-        header = {
+        header: dict[str, Any] = {
             "layers": [layer.to_dict() for layer in self.layers],
             "space": self.space.to_dict(),
             "base_digest": self.base_digest,
         }
+        # What is as it usually is takes no room.
         tensors = {"nbytes": self.nbytes, "err": self.err}
-        write_tensors(path, tensors if self.allowed.all() else tensors | {"allowed": self.allowed}, header)
+        tensors |= {} if self.allowed.all() else {"allowed": self.allowed}
+        tensors |= {} if self.latency is None else {"latency": self.latency}
+        header |= {} if self.cost_kind == "average_bits" else {"cost": self.cost_kind}
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationTables:
@@ -97,6 +137,8 @@ class CalibrationTables:
             tensors["err"].numpy(),
             header["base_digest"],
             tensors["allowed"].numpy() if "allowed" in tensors else np.ones(tensors["err"].shape, dtype=np.bool_),
+            header.get("cost", "average_bits"),
+            tensors["latency"].numpy() if "latency" in tensors else None,
         )
 
 

@@ -1,10 +1,10 @@
 """What compared methods are worth over a set of configurations: hypervolumes on one scale.
 
-Hypervolume of (validation loss, average bits), both minimised. The scale depends on the benchmark and the choice space
-alone, so that values compare between methods, runs and versions: the ideal is a loss of zero at the space's smallest
-bits, the reference point the loss of a guess at its largest bits: a uniform one (ln of the number of classes, or of
-tokens), or for a regression the labels' mean (their variance).
-A value is the dominated fraction of the rectangle between them; a configuration worse than guessing adds nothing.
+Hypervolume of (validation loss, cost), both minimised; by default the cost is average bits. The scale depends on the
+benchmark and the choice space alone, so that values compare between methods, runs and versions: the ideal is a loss of
+zero at the space's smallest cost, the reference point the loss of a guess at its largest: a uniform one (ln of the
+number of classes, or of tokens), or for a regression the labels' mean (their variance). A value is the dominated
+fraction of the rectangle between them; a configuration worse than guessing adds nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import numpy as np
 from coalora.data.benchmark import Split
 from coalora.search.hypervolume import normalized_hypervolume
 
-NORMALIZATION = (
-    "fraction of the rectangle between zero loss at the space's smallest average bits and the loss of a guess at its "
-    "largest"
-)
+
+def normalization(cost: str) -> str:
+    """The scale in words; `cost` as in "average bits"."""
+    return (
+        f"fraction of the rectangle between zero loss at the space's smallest {cost} and the loss of a guess at "
+        "its largest"
+    )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hypervolume of each method, with the rectangle that they share: (loss, bits) corners."""
+    """Hypervolume of each method, with the rectangle that they share: (loss, cost) corners."""
 
     values: dict[str, float]
     ideal: tuple[float, float]
@@ -35,23 +38,23 @@ class Comparison:
 
 def compare(
     losses: Mapping[str, np.ndarray],
-    average_bits: np.ndarray,
+    costs: np.ndarray,
     *,
-    bits_range: tuple[float, float],
+    cost_range: tuple[float, float],
     guess_loss: float,
 ) -> Comparison:
     """Hypervolumes of methods measured on the same configurations.
 
     Args:
         losses: method -> (n,) validation losses.
-        average_bits: (n,) of the same configurations.
-        bits_range: smallest and largest average bits of the space.
+        costs: (n,) of the same configurations: average bits, or what else the run's budgets count.
+        cost_range: smallest and largest cost of the space.
         guess_loss: loss of a guess.
     """
-    ideal = (0.0, bits_range[0])
-    ref_point = (guess_loss, bits_range[1])
+    ideal = (0.0, cost_range[0])
+    ref_point = (guess_loss, cost_range[1])
     values = {
-        method: normalized_hypervolume(np.column_stack([loss, average_bits]), ideal, ref_point)
+        method: normalized_hypervolume(np.column_stack([loss, costs]), ideal, ref_point)
         for method, loss in losses.items()
     }
     return Comparison(values, ideal, ref_point)

@@ -90,18 +90,18 @@ class Bundle:
             self.theta.load_state_dict(theta)
 
     def select(self, budget: float) -> np.ndarray:
-        """The configuration (N,) for a budget of average bits.
+        """The configuration (N,) for a budget, in the unit of the tables' cost (by default average bits).
 
         Raises:
             CoaloraError: the budget is below what any configuration can reach.
         """
-        low, high = self.tables.bits_range()
+        low, high = self.tables.cost_range()
         if not low <= budget:
             raise CoaloraError(
-                "a budget is at least the smallest average bits of the choice space",
+                f"a budget is at least the smallest {self.tables.cost_unit.words} of the choice space",
                 got=budget,
-                expected=f"{low:.3f} to {high:.3f}",
-                remedy="ask for more bits, or train with a space that has smaller choices",
+                expected=f"{low:.3f} to {high:.3f} {self.tables.cost_unit.unit}",
+                remedy="ask for more, or train with a space that has smaller choices",
             )
         members, tables = self.members, self.tables
         return best_within(members.configurations, members.losses, tables.search_cost, tables.err, budget)
@@ -143,7 +143,7 @@ class Bundle:
         return self.compensation[index, choice]
 
     def adapt(self, budget: float) -> Adapted:
-        """Configuration and adapter for any budget of average bits."""
+        """Configuration and adapter for any budget, in the unit of the tables' cost (by default average bits)."""
         return self.adapt_to(self.select(budget))
 
     def write(self, adapted: Adapted, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -32,7 +32,7 @@ from tasks.report.table import number
 
 
 def front_figure(result: Result | Mapping[str, Any]) -> Figure:
-    """Metric and loss against average bits per weight, one colour and marker an arm.
+    """Metric and loss against cost (by default average bits per weight), one colour and marker an arm.
 
     Raises:
         CoaloraError: the result does not fit the schema.
@@ -54,11 +54,11 @@ def front_figure(result: Result | Mapping[str, Any]) -> Figure:
 
 
 def non_dominated(points: Sequence[Point]) -> list[Point]:
-    """The (loss, bits) points that no other point dominates (both minimised), by rising bits."""
+    """The (loss, cost) points that no other point dominates (both minimised), by rising cost."""
     front: list[Point] = []
-    for loss, bits in sorted(set(points), key=lambda point: (point[1], point[0])):
+    for loss, cost in sorted(set(points), key=lambda point: (point[1], point[0])):
         if not front or loss < front[-1][0]:
-            front.append((loss, bits))
+            front.append((loss, cost))
     return front
 
 
@@ -70,14 +70,14 @@ def _metric_panel(ax: Axes, result: Result) -> None:
         f"{result.metric_name[:1].upper()}{result.metric_name[1:]} at every budget",
         f"large: budgets, small: members of the configuration set ({len(result.members)})",
     )
-    ax.set_xlabel("average bits per weight")
+    ax.set_xlabel(result.cost.label)
     ax.set_ylabel(f"{result.metric_name} ({better} is better {result.arrow})")
-    budgets = sorted(result.budgets, key=lambda budget: budget.average_bits)
+    budgets = sorted(result.budgets, key=lambda budget: budget.at)
     measured: list[Budget | Member] = [*budgets, *result.members]
     shown = {name: [part.metric[name] for part in measured] for name in names}
     full = result.full_precision.metric
     bounds = _limits(shown, [full])
-    _bits_axis(ax, [part.average_bits for part in measured])
+    _cost_axis(ax, [part.at for part in measured], result)
     ax.set_ylim(*bounds)
     ax.axhline(full, color=INK, lw=1, ls=(0, (5, 3)), zorder=1.5)
     up = result.benchmark.higher_is_better  # the side of the rule where no arm is expected
@@ -90,15 +90,15 @@ def _metric_panel(ax: Axes, result: Result) -> None:
         color, marker = arm_look(name, names)
         arm = result.arms[name].label
         for member in result.members:
-            at = (member.average_bits, member.metric[name])
+            at = (member.at, member.metric[name])
             if bounds[0] <= at[1] <= bounds[1]:
-                text = f"{arm}: {number(at[1])} at {at[0]:.2f} bits (configuration of round {member.round})"
+                text = f"{arm}: {number(at[1])} at {result.cost.text(at[0])} (configuration of round {member.round})"
                 _dot(ax, at, color, marker, 4.0, 0.5, 2 + z, text)
-        x = [budget.average_bits for budget in budgets]
+        x = [budget.at for budget in budgets]
         y = [budget.metric[name] for budget in budgets]
         ax.plot(x, y, color=color, lw=1.8, zorder=5 + z)
         for budget, at in zip(budgets, zip(x, y, strict=True), strict=True):
-            text = f"{arm}: {number(at[1])} at {at[0]:.2f} bits (budget {budget.budget:g})"
+            text = f"{arm}: {number(at[1])} at {result.cost.text(at[0])} (budget {budget.budget:g})"
             _dot(ax, at, color, marker, 6.2, 1, 8 + z, text)
         labels.append(Label(x[-1], y[-1], short(arm), color, bold=True))
     _off_scale(ax, shown, result)
@@ -108,27 +108,27 @@ def _metric_panel(ax: Axes, result: Result) -> None:
 def _loss_panel(ax: Axes, result: Result) -> None:
     names = result.arm_names
     panel_title(ax, "Loss fronts of the set", "faint: dominated members; number beside a name: hypervolume ↑")
-    ax.set_xlabel("average bits per weight")
+    ax.set_xlabel(result.cost.label)
     ax.set_ylabel(f"loss, {result.loss_unit} (lower is better ↓)")
     shown = {name: [member.loss[name] for member in result.members] for name in names}
     bounds = _limits(shown, [])
-    _bits_axis(ax, [member.average_bits for member in result.members])
+    _cost_axis(ax, [member.at for member in result.members], result)
     ax.set_ylim(*bounds)
     right = ax.get_xlim()[1]
     labels = []
     for z, name in enumerate(names):
         color, marker = arm_look(name, names)
-        points: list[Point] = [(member.loss[name], member.average_bits) for member in result.members]
+        points: list[Point] = [(member.loss[name], member.at) for member in result.members]
         front = non_dominated(points)
-        x, y = [bits for _, bits in front], [loss for loss, _ in front]
+        x, y = [cost for _, cost in front], [loss for loss, _ in front]
         ax.step([*x, right], [*y, y[-1]], where="post", color=color, lw=1.6, zorder=5 + z)
-        for loss, bits in points:
+        for loss, cost in points:
             if bounds[0] <= loss <= bounds[1]:
-                on_front = (loss, bits) in front
-                text = f"{result.arms[name].label}: loss {number(loss)} at {bits:.2f} bits"
+                on_front = (loss, cost) in front
+                text = f"{result.arms[name].label}: loss {number(loss)} at {result.cost.text(cost)}"
                 text += "" if on_front else " (dominated)"
                 size, alpha = (4.8, 1.0) if on_front else (3.2, 0.3)
-                _dot(ax, (bits, loss), color, marker, size, alpha, 8 + z, text)
+                _dot(ax, (cost, loss), color, marker, size, alpha, 8 + z, text)
         volume = number(result.hypervolume.values[name])
         labels.append(Label(right, y[-1], f"{short(result.arms[name].label)}  {volume}", color, bold=True))
     _off_scale(ax, shown, result)
@@ -167,7 +167,8 @@ def _off_scale(ax: Axes, shown: Mapping[str, Sequence[float]], result: Result) -
             ax.text(0.99, y, text, transform=ax.transAxes, color=color, ha="right", va=va, fontsize=8)
 
 
-def _bits_axis(ax: Axes, bits: Sequence[float]) -> None:
-    low, high = min(bits), max(bits)
-    pad = max(0.04 * (high - low), (1 - (high - low)) / 2)  # at least one bit wide
+def _cost_axis(ax: Axes, costs: Sequence[float], result: Result) -> None:
+    low, high = min(costs), max(costs)
+    widest = 1 if result.cost.kind == "average_bits" else 0.2 * high  # one bit, or a fifth of the largest, at least
+    pad = max(0.04 * (high - low), (widest - (high - low)) / 2)
     ax.set_xlim(low - pad, high + pad)

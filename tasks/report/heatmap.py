@@ -37,7 +37,8 @@ def heatmap_figure(result: Result | Mapping[str, Any]) -> Figure:
         figure = new_figure(FIGURE_WIDTH, height)
         ax = figure.add_axes((0.062, bottom / height, 0.918, 1 - (top + bottom) / height))
         ax.set_title("Bits of every layer at every budget")
-        ax.set_ylabel("budget\n(bits per weight)")
+        unit = "bits per weight" if result.cost.kind == "average_bits" else result.cost.unit
+        ax.set_ylabel(f"budget\n({unit})")
         ax.grid(False)
         ax.spines[:].set_visible(False)
         offset = {column: block * gap for block, (_, columns) in enumerate(blocks) for column in columns}
@@ -56,7 +57,7 @@ def heatmap_figure(result: Result | Mapping[str, Any]) -> Figure:
         right = n_layers + gap * (len(blocks) - 1)
         ax.set_xlim(0, right)
         ax.set_ylim(n_budgets, 0)
-        ax.set_yticks([row + 0.5 for row in range(n_budgets)], [f"{heat.budgets[b]:.2f}" for b in order])
+        ax.set_yticks([row + 0.5 for row in range(n_budgets)], [result.cost.number(heat.budgets[b]) for b in order])
         if named:
             middles = [column + offset[column] + 0.5 for column in range(n_layers)]
             ax.set_xticks(middles, heat.kinds, rotation=90, fontsize=8)

@@ -29,6 +29,7 @@ from tasks.report.table import (
     human_count,
     human_seconds,
     number,
+    other_cost,
     signed,
 )
 
@@ -88,7 +89,7 @@ def render_page(result: Result | Mapping[str, Any]) -> str:
         "duration": human_seconds,
     }
     pictures = {
-        "front": (front_figure(result), "Metric and loss of every arm against average bits per weight"),
+        "front": (front_figure(result), f"Metric and loss of every arm against {result.cost.label}"),
         "heatmap": (heatmap_figure(result), "Bits of every layer at every budget"),
     }
     if result.rounds:
@@ -99,6 +100,7 @@ def render_page(result: Result | Mapping[str, Any]) -> str:
     return environment.get_template("page.html.jinja").render(
         result=result,
         names=names,
+        others=other_cost(result),
         keys={name: arm_key(name, names) for name in names},
         rows=budget_table(result),
         bars=[_bits_bar(budget) for budget in result.budgets_in_order],

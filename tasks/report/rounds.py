@@ -76,21 +76,21 @@ def _volume_panel(ax: Axes, result: Result) -> None:
 def _fronts_panel(ax: Axes, result: Result) -> None:
     rounds = [at for at in sorted(result.rounds, key=lambda at: at.round) if at.front]
     panel_title(ax, "Fronts by round", "the older the fainter")
-    ax.set_xlabel("average bits per weight")
+    ax.set_xlabel(result.cost.label)
     ax.set_ylabel(f"loss, {result.loss_unit} (lower is better ↓)")
     if not rounds:
         ax.text(0.5, 0.5, "no front was recorded", transform=ax.transAxes, ha="center", color=MUTED)
         return
     labels = []
-    right = max(bits for at in rounds for _, bits in at.front)
-    left = min(bits for at in rounds for _, bits in at.front)
-    pad = 0.04 * max(right - left, 0.5)
+    right = max(cost for at in rounds for _, cost in at.front)
+    left = min(cost for at in rounds for _, cost in at.front)
+    pad = 0.04 * max(right - left, 0.5 if result.cost.kind == "average_bits" else 0.1 * right)
     ax.set_xlim(left - pad, right + pad)
     for i, at in enumerate(rounds):
         newest = i == len(rounds) - 1
         alpha = 1.0 if newest else 0.2 + 0.45 * i / max(len(rounds) - 1, 1)
         front = sorted(at.front, key=lambda point: point[1])
-        x, y = [bits for _, bits in front], [loss for loss, _ in front]
+        x, y = [cost for _, cost in front], [loss for loss, _ in front]
         ax.step(
             [*x, right + pad], [*y, y[-1]], where="post", color=COLOR, alpha=alpha, lw=2.0 if newest else 1.2,
             zorder=2 + i,

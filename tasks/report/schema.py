@@ -17,7 +17,7 @@ from coalora.errors import CoaloraError
 Count = Annotated[int, Field(ge=0)]
 Bits = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
-Point = tuple[float, float]  # (loss, average bits), the order of the search's objectives
+Point = tuple[float, float]  # (loss, cost), the order of the search's objectives; the cost is average bits by default
 
 ARM_ORDER = ("none", "shared", "paper", "coa")
 
@@ -41,6 +41,22 @@ class Model(_Part):
     digest: str
 
 
+class Cost(_Part):
+    """What budgets count, and how it is written."""
+
+    kind: Literal["average_bits", "bytes", "latency"] = "average_bits"
+    label: str = "average bits per weight"
+    words: str = "average bits"
+    unit: str = "bits"
+
+    def text(self, value: float) -> str:
+        """A cost with its unit."""
+        return f"{self.number(value)} {self.unit}"
+
+    def number(self, value: float) -> str:
+        return f"{value:.2f}" if self.kind == "average_bits" else f"{value:.4g}"
+
+
 class FullPrecision(_Part):
     metric: float
     metrics: dict[str, float] = {}  # by name, the headline among them
@@ -56,6 +72,7 @@ class Arm(_Part):
 class Budget(_Part):
     budget: Bits  # asked for
     average_bits: Bits  # of the configuration that was chosen for it
+    cost: float | None = None  # None: average_bits
     base_bytes: Count
     adapter_bytes: Count
     total_bytes: Count
@@ -66,6 +83,11 @@ class Budget(_Part):
     # Adapters fine-tuned for this configuration alone, by method; they are no arms, as they have no members.
     reference_metric: dict[str, float] = {}
     reference_loss: dict[str, float] = {}
+
+    @property
+    def at(self) -> float:
+        """Where it stands on the axis of cost."""
+        return self.average_bits if self.cost is None else self.cost
 
     @model_validator(mode="after")
     def _total_is_the_sum(self) -> Self:
@@ -79,10 +101,16 @@ class Budget(_Part):
 
 class Member(_Part):
     average_bits: Bits
+    cost: float | None = None  # None: average_bits
     nbytes: Count  # packed bytes of the target layers
     round: Count
     loss: dict[str, float]
     metric: dict[str, float]
+
+    @property
+    def at(self) -> float:
+        """Where it stands on the axis of cost."""
+        return self.average_bits if self.cost is None else self.cost
 
 
 class Hypervolume(_Part):
@@ -152,6 +180,7 @@ class Result(_Part):
     benchmark: Benchmark
     model: Model
     settings: dict[str, JsonValue]
+    cost: Cost = Cost()
     full_precision: FullPrecision
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     references: dict[str, Arm] = {}

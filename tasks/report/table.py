@@ -17,10 +17,11 @@ DECIMALS = 3
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget: bits per weight, bytes on disk, the metric of every arm and reference, and the best arms."""
+    """One budget: bits per weight, cost as text, bytes on disk, metric of every arm and reference, the best arms."""
 
     budget: float
     average_bits: float
+    cost: str
     base_bytes: int
     adapter_bytes: int
     total_bytes: int
@@ -47,6 +48,7 @@ def budget_table(result: Result | Mapping[str, Any]) -> list[BudgetRow]:
         BudgetRow(
             budget=budget.budget,
             average_bits=budget.average_bits,
+            cost=result.cost.number(budget.at),
             base_bytes=budget.base_bytes,
             adapter_bytes=budget.adapter_bytes,
             total_bytes=budget.total_bytes,
@@ -56,6 +58,11 @@ def budget_table(result: Result | Mapping[str, Any]) -> list[BudgetRow]:
         )
         for budget in result.budgets_in_order
     ]
+
+
+def other_cost(result: Result) -> list[str]:
+    """The head of a column for the cost, where it is not the average bits that have one anyway."""
+    return [] if result.cost.kind == "average_bits" else [result.cost.unit]
 
 
 def number(value: float) -> str:
@@ -116,14 +123,14 @@ def markdown_table(result: Result | Mapping[str, Any]) -> str:
     names = result.arm_names
     arms = [_cell(result.arms[name].label) for name in names]
     single = [_cell(arm.label) for arm in result.references.values()]
-    head = ["budget", "bits a weight", "base", "adapter", "both"]
+    head = ["budget", *other_cost(result), "bits a weight", "base", "adapter", "both"]
     columns = [f"{arm}, {_cell(result.metric_name)} {result.arrow}" for arm in [*arms, *single]]
     lines = [
         "| " + " | ".join([*head, *columns]) + " |",
         "|" + " ---: |" * (len(head) + len(columns)),
     ]
     for row in budget_table(result):
-        cells = [f"{row.budget:.2f}", f"{row.average_bits:.2f}"]
+        cells = [result.cost.number(row.budget), *([row.cost] * len(other_cost(result))), f"{row.average_bits:.2f}"]
         cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
         cells += [_bold(number(row.metric[name]), name in row.best) for name in names]
         cells += [number(row.reference[name]) for name in result.references]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.report.schema import Result, as_result
-from tasks.report.table import best_arms, budget_table, human_bytes, human_count, human_seconds, number
+from tasks.report.table import best_arms, budget_table, human_bytes, human_count, human_seconds, number, other_cost
 
 if TYPE_CHECKING:
     from tasks.report.page import ReportFiles
@@ -41,14 +41,14 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
         )
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for head in ("budget", "bits a\nweight", "base", "adapter", "both"):
+    for head in ("budget", *other_cost(result), "bits a\nweight", "base", "adapter", "both"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for name in names:
         table.add_column(Text(result.arms[name].label), justify="right", no_wrap=True, vertical="bottom")
     for reference in result.references.values():
         table.add_column(Text(reference.label), justify="right", no_wrap=True, vertical="bottom")
     for row in budget_table(result):
-        cells = [f"{row.budget:.2f}", f"{row.average_bits:.2f}"]
+        cells = [result.cost.number(row.budget), *([row.cost] * len(other_cost(result))), f"{row.average_bits:.2f}"]
         cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
         cells_of_arms = [_mark(row.metric[name], name in row.best) for name in names]
         single = [Text(number(row.reference[name])) for name in result.references]
@@ -75,7 +75,7 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
     for export in sorted(result.exports, key=lambda at: at.budget):
         size = human_bytes(export.base_bytes + export.adapter_bytes)
         folder = export.folder if files is None else str(files.html.parent.parent / export.folder)
-        _line(console, f"export at {export.budget:.2f}", f"{folder}   ({size})")
+        _line(console, f"export at {result.cost.number(export.budget)}", f"{folder}   ({size})")
     if files is not None:
         _line(console, "report", str(files.html))
         _line(console, "picture", str(files.front_png))

@@ -117,7 +117,7 @@ def test_a_pipeline_passes_every_check_that_needs_no_data(name: str, tmp_path: P
 def test_the_papers_settings_are_the_papers(name: str) -> None:
     s = load_settings(name, file=FILE)
     assert (s.adapter.r, s.training.lr, s.training.theta_lr) == (64, 1e-4, 1e-4)
-    assert (s.initial_set.size, s.initial_set.min_bits, s.initial_set.max_bits) == (50, 2.25, 7.25)
+    assert (s.initial_set.size, s.initial_set.min_budget, s.initial_set.max_budget) == (50, 2.25, 7.25)
     assert (s.search.segments, s.search.delta, s.training.sampling) == (40, 1, "uniform")
     assert s.choices.allow == {}  # all 432
     length, epochs, n_train = {

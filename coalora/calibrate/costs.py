@@ -1,0 +1,133 @@
+"""What a budget counts: average bits, bytes, or a device's microseconds. Any cost that is a sum over layers will do.
+
+Latency comes from a table measured on the device, as CSV: `layer` (a layer's kind or name; globs and suffixes as in
+target_modules), the choice (`choice`, as it prints, globs allowed; or columns named by fields, blank for any value) and
+`microseconds`. Every layer and choice of the run is given by exactly one row; rows for others are passed over, so that
+one table serves many runs:
+
+    layer,choice,microseconds            layer,scheme,bits,group_size,microseconds
+    mlp.up_proj,int4 g64 sym,81.5        *_proj,int,4,64,81.5
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coalora.errors import CoaloraError
+from coalora.models.targets import TargetLayer, matches
+from coalora.quant.space import ChoiceSpace
+
+CostKind = Literal["average_bits", "bytes", "latency"]
+
+
+@dataclass(frozen=True)
+class CostUnit:
+    """How a cost is written: on an axis, in a sentence, behind a number, in a file's name."""
+
+    label: str
+    words: str
+    unit: str
+    suffix: str
+
+
+UNITS: dict[CostKind, CostUnit] = {
+    "average_bits": CostUnit("average bits per weight", "average bits", "bits", "bits"),
+    # Decimal megabytes, as the reports write sizes.
+    "bytes": CostUnit("packed target layers (MB)", "megabytes", "MB", "mb"),
+    "latency": CostUnit("latency (µs)", "microseconds", "µs", "us"),
+}
+
+
+def budget_name(budget: float, kind: CostKind) -> str:
+    """A budget as folders and metrics are named: `2.5-bits`, `0.8-mb`, `310-us`."""
+    return f"{budget:g}-{UNITS[kind].suffix}"
+
+
+def read_latency(
+    path: Path, layers: list[TargetLayer], space: ChoiceSpace, allowed: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Microseconds (N, K) of every layer under every allowed choice, 0 elsewhere.
+
+    Raises:
+        CoaloraError: no such file, no CSV, unknown or missing columns; a number that is none, negative or infinite; a
+            layer and choice given twice or not at all. Line numbers are named.
+    """
+    header, rows = _rows(path)
+    fields = [name for name in header if name not in ("layer", "choice", "microseconds")]
+    known = ["scheme", *dict.fromkeys(name for scheme in space.schemes for name in scheme.field_values)]
+    unknown = [name for name in fields if name not in known]
+    if {"layer", "microseconds"} - set(header) or unknown or ("choice" in header) == bool(fields):
+        raise CoaloraError(
+            "a latency table has the columns layer, microseconds, and either choice or fields of the choices",
+            got=f"{path}: {', '.join(header) or 'no header'}",
+            expected=f"layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
+        )
+    choices = [{"scheme": space.scheme_of(k).name, **c.as_dict()} for k, c in enumerate(space.choices)]
+    table, line_of = np.zeros(allowed.shape), np.zeros(allowed.shape, dtype=np.int64)
+    for line, row in rows:
+        value = _microseconds(row["microseconds"], f"{path}, line {line}")
+        pattern = row["layer"]
+        at_layer = [fnmatchcase(layer.kind, pattern) or matches(layer.name, pattern) for layer in layers]
+        if "choice" in header:
+            at_choice = [fnmatchcase(str(choice), row["choice"]) for choice in space.choices]
+        else:
+            given = {name: row[name] for name in fields if row[name]}
+            at_choice = [all(str(choice.get(n)) == text for n, text in given.items()) for choice in choices]
+        cells = np.outer(at_layer, at_choice) & allowed
+        if (twice := cells & (line_of > 0)).any():
+            at, k = np.argwhere(twice)[0]
+            raise CoaloraError(
+                "a latency table gives each layer and choice once",
+                got=f"{layers[at].name} under {space.describe(int(k))} in lines {line_of[at, k]} and {line} of {path}",
+                remedy="make one of the two rows narrower, or leave it out",
+            )
+        table[cells], line_of[cells] = value, line
+    if (absent := allowed & (line_of == 0)).any():
+        pairs = [f"{layers[at].kind} under {space.describe(int(k))}" for at, k in np.argwhere(absent)]
+        raise CoaloraError(
+            "a latency table gives every target layer and choice of the run",
+            got=f"no row for {'; '.join(list(dict.fromkeys(pairs))[:3])} ({absent.sum()} pairs in all) in {path}",
+            remedy="measure these too, or leave such choices out of the run",
+        )
+    return table
+
+
+def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Header, and the rows that are not blank with their line numbers."""
+    if not path.is_file():
+        raise CoaloraError("the latency table must exist", got=path, remedy="correct cost.table")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CoaloraError("a latency table is CSV in UTF-8", got=f"{path}: {error}") from error
+    header = lines[0][1] if lines else []
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise CoaloraError(
+                "every row of a latency table has a cell for each column",
+                got=f"{len(cells)} cells in line {line} of {path}",
+                expected=f"{len(header)}: {', '.join(header)}",
+            )
+    return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+
+
+def _microseconds(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise CoaloraError(
+            "microseconds are a finite number, not negative", got=f"{text!r} in {where}", expected="for example 81.5"
+        )
+    return value
