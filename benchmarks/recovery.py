@@ -42,13 +42,14 @@ class Arm:
     """A compared method: how it adapts and how it trains. `single`: one run for each budget's configuration."""
 
     method: Method = "coa"
-    adapter: Mapping[str, int] = field(default_factory=dict)
+    adapter: Mapping[str, int | str] = field(default_factory=dict)
     training: Mapping[str, object] = field(default_factory=dict)
     objective: Mapping[str, object] = field(default_factory=dict)
     single: bool = False
 
 
 _HALF = {"distillation": 0.5}
+_EXPERTS: dict[str, int | str] = {"expert_bits": 3, "expert_start": "compensation"}
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "shared": Arm("shared"),
@@ -59,10 +60,11 @@ ARMS: dict[str, Arm] = {
     "theta + compensation": Arm("coa", {"compensation_rank": 8}),
     "experts": Arm("coa", {"expert_bits": 3}),
     "experts + compensation": Arm("coa", {"expert_bits": 3, "compensation_rank": 8}),
-    "ours": Arm("coa", {"expert_bits": 3}, objective=_HALF),
-    "ours, adaptive": Arm("coa", {"expert_bits": 3}, {"sampling": "adaptive", "sampling_power": 1.0}, _HALF),
-    "ours, sandwich": Arm("coa", {"expert_bits": 3}, {"sampling": "sandwich"}, _HALF),
-    "ours, uniform": Arm("coa", {"expert_bits": 3}, {"sampling": "uniform"}, _HALF),
+    "experts from compensation": Arm("coa", _EXPERTS),
+    "ours": Arm("coa", _EXPERTS, objective=_HALF),
+    "ours, adaptive": Arm("coa", _EXPERTS, {"sampling": "adaptive", "sampling_power": 2.0}, _HALF),
+    "ours, sandwich": Arm("coa", _EXPERTS, {"sampling": "sandwich"}, _HALF),
+    "ours, uniform": Arm("coa", _EXPERTS, {"sampling": "uniform"}, _HALF),
     "one LoRA each": Arm("shared", single=True),
     "one LoRA each + distillation": Arm("shared", objective=_HALF, single=True),
     "one LQ-LoRA each": Arm("lq-lora", single=True),

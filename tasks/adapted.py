@@ -53,6 +53,7 @@ def build_adapted(
         recipe=AdapterRecipe(**adapter.model_dump()),
         seed=seed,
         statistics=load_input_statistics(tables, measured),
+        start=state is None,
         cache_bytes=runtime.cache_mib << 20,
         master=runtime.master,
         weights=runtime.weights,

@@ -39,6 +39,9 @@ class AdapterSettings(Section):
     expert_bits: int = Field(
         0, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
     )
+    expert_start: Literal["zero", "compensation"] = Field(
+        "zero", description="Where these pairs start: zero, or the closed-form compensation of their bits."
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
         description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",

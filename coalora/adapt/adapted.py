@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coalora.adapt.compensation import CompensationTable
+from coalora.adapt.compensation import CompensationTable, compensation
 from coalora.adapt.experts import Experts
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.recipe import AdapterRecipe
@@ -50,6 +50,7 @@ class AdaptedModel:
         statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair.
         compensation: factors by (layer, choice) that are known already; others are computed when first needed.
+        start: whether experts are set to their start; False spares the time where a state is loaded anyway.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class AdaptedModel:
         statistics: Sequence[InputStatistics] | None = None,
         cache_bytes: int = 1 << 28,
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+        start: bool = True,
         master: MasterMode = "device",
         weights: WeightMode = "dequantized",
         checkpoint: Path | str | None = None,
@@ -89,14 +91,15 @@ class AdaptedModel:
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None
         compensated = recipe.compensation_rank if method == "coa" else 0
-        if compensated or method == "lq-lora":
+        if compensated:
             self.compensation = CompensationTable(
                 self.base.residual,
                 _known(statistics),
-                [compensated] * len(layers) if compensated else self.ranks,
+                [compensated] * len(layers),
                 cache_bytes=cache_bytes,
                 known=compensation,
             )
+        self._known_statistics = statistics
         trained = [rank - compensated for rank in self.ranks]
         config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
         self.peft_model, self.lora_A, self.lora_B = attach(model, layers, config, seed=seed)
@@ -109,6 +112,9 @@ class AdaptedModel:
         self.experts: Experts | None = None
         if method == "coa" and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
+            if recipe.expert_start == "compensation" and start:
+                pairs = [m.weight for m in self.lora_A], [m.weight for m in self.lora_B]
+                self.experts.start(*pairs, self._decomposed)
         if method == "none":
             self._drop_lora()
 
@@ -190,18 +196,22 @@ class AdaptedModel:
 
     @torch.no_grad()
     def start_from_compensation(self, configuration: np.ndarray) -> None:
-        """Start the pair from the compensation of `configuration` (N,), each factor taking the root of its size.
+        """Start the shared pair from the decomposition of `configuration` (N,)'s quantization error.
 
         LQ-LoRA (arXiv 2311.12023, section 3) alternates quantization and decomposition; here the base stays
         q(W, c), as for every other method, and the decomposition is made once.
         """
-        if self.compensation is None:
-            raise CoaloraError("only method 'lq-lora' starts from the compensation", got=f"method {self.method!r}")
         for index, choice in enumerate(configuration):
-            A, B = self.compensation(index, int(choice))
-            size = A.norm(dim=1).clamp_min(1e-12).sqrt()
-            self.lora_A[index].weight.copy_(A / size[:, None])
-            self.lora_B[index].weight.copy_(B * size / self.recipe.scale)
+            A, B = self._decomposed(index, int(choice))
+            self.lora_A[index].weight.copy_(A)
+            self.lora_B[index].weight.copy_(B)
+
+    def _decomposed(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
+        """(A, B) of the trained shapes: the compensation of a choice, each factor taking the root of its size."""
+        r, known = self.lora_A[index].weight.shape[0], _known(self._known_statistics)[index]
+        A, B = compensation(self.base.residual(index, choice), known, r)
+        size = A.norm(dim=1).clamp_min(1e-12).sqrt()
+        return A / size[:, None], B * size / self.recipe.scale
 
     @torch.no_grad()
     def refresh(self) -> None:

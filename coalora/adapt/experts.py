@@ -5,13 +5,15 @@ have, and these are what an adapter for one configuration alone finds. So layer 
 
     y = q(W_l, c_l) x + s (B_l + B_l,b) (I + U_l) (A_l + A_l,b) x,
 
-of the same rank as before. The terms start at zero, and are there for bit-widths up to a limit only: above it the
-error is small, steps are few, and the shared pair alone does better. (No counterpart in the paper.)
+of the same rank as before. The terms are there for bit-widths up to a limit only: above it the error is small, steps
+are few, and the shared pair alone does better. They start at zero, or where the closed-form compensation of the
+quantization error puts them (`start`), which is worth more at low bits than any number of steps that a run can afford.
+(No counterpart in the paper, whose pairs are that decomposition for each configuration.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,23 @@ class Experts(nn.Module):
             for expert in range(n):
                 self.lora_A[f"{index}_{expert}"] = nn.Parameter(torch.zeros(r, layer.shape[1]))
                 self.lora_B[f"{index}_{expert}"] = nn.Parameter(torch.zeros(layer.shape[0], r))
+
+    @torch.no_grad()
+    def start(
+        self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], start: Callable[[int, int], tuple[Tensor, Tensor]]
+    ) -> None:
+        """Set every term so that the layer's pair is `start` of its bits' first choice, whatever the shared pair.
+
+        Args:
+            lora_A, lora_B: the shared pair, (r, in) and (out, r) of every layer.
+            start: (layer index, choice index) -> (A, B) of the same shapes, LoRA's scale left out of their product.
+        """
+        first = {expert: k for k, expert in reversed(list(enumerate(self.expert_of_choice))) if expert != NO_EXPERT}
+        for index, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+            for expert, k in first.items():
+                own_A, own_B = start(index, k)
+                self.lora_A[f"{index}_{expert}"].copy_(own_A - A)
+                self.lora_B[f"{index}_{expert}"].copy_(own_B - B)
 
     def forward(self, index: int, choice: int) -> tuple[Tensor, Tensor] | None:
         """(A_l,b, B_l,b) of choice `choice` in layer `index`; None where its bits have no term."""

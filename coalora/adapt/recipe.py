@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from coalora.errors import CoaloraError
 from coalora.models.targets import TargetLayer
@@ -23,6 +24,7 @@ class AdapterRecipe:
             (`coalora.adapt.compensation`).
         expert_bits: choices of at most so many bits have a term of their own beside the shared pair, 0 for none
             (`coalora.adapt.experts`).
+        expert_start: where the experts start: `zero`, or `compensation` of the first choice of their bits.
         rank_pattern: total rank of layers whose name or kind matches a glob, instead of r; the last match wins.
     """
 
@@ -33,6 +35,7 @@ class AdapterRecipe:
     hidden_dim: int = 128
     compensation_rank: int = 0
     expert_bits: int = 0
+    expert_start: Literal["zero", "compensation"] = "zero"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     @property

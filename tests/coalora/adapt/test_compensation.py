@@ -147,7 +147,7 @@ def test_lq_lora_starts_at_the_compensation_of_its_configuration(compensated) ->
     lowest = np.zeros(len(adapted.layers), dtype=np.int64)
     adapted.start_from_compensation(lowest)
     for index, rank in enumerate(adapted.ranks):
-        A, B = compensation(reference.base.residual(index, 0), adapted.compensation._statistics[index], rank)
+        A, B = compensation(reference.base.residual(index, 0), adapted.base._statistics[index], rank)
         product = adapted.lora_B[index].weight @ adapted.lora_A[index].weight * adapted.recipe.scale
         torch.testing.assert_close(product, B @ A, rtol=1e-3, atol=1e-5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from coalora.adapt.compensation import compensation
 from coalora.adapt.experts import NO_EXPERT, expert_of_choice
 from coalora.train.loop import TrainingRecipe, train
 
@@ -82,3 +83,15 @@ def test_above_the_limit_the_shared_pair_is_alone_again(tiny_llama, make_adapted
     adapted.switch(at(adapted, 0))
     adapted.full_precision()
     assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
+
+
+def test_experts_may_start_where_the_compensation_of_their_bits_is(tiny_llama, make_adapted) -> None:
+    adapted = make_adapted(tiny_llama(), expert_bits=3, expert_start="compensation")
+    for k in (0, 2):  # 2 and 3 bits
+        adapted.switch(at(adapted, k))
+        for index, known in enumerate(adapted.base._statistics):
+            A, B = compensation(adapted.base.residual(index, k), known, 4)
+            pair = adapted.lora_B[index].effective_weight() @ adapted.lora_A[index].effective_weight()
+            torch.testing.assert_close(pair * adapted.recipe.scale, B @ A, rtol=1e-2, atol=1e-4)
+    adapted.switch(at(adapted, 4))  # 4 bits: the shared pair, whose lora_B is zero
+    assert not any(bool(m.effective_weight().any()) for m in adapted.lora_B)
