@@ -98,3 +98,14 @@ def pack_layer(module: nn.Module, source: Source, device: torch.device) -> None:
         )
     module.source = source  # type: ignore[assignment]
     module.__class__ = packed
+
+
+def move_rest(model: nn.Module, packed: set[int], device: torch.device) -> None:
+    """Move every parameter and buffer outside of the packed layers; `model.to` would fill their hollow weights."""
+    for module in model.modules():
+        if id(module) in packed:
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)

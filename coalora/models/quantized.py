@@ -8,8 +8,8 @@ Memory of the target layers, in bytes; P weights of w bytes each (4 in float32, 
 L weights, C = cache_bytes, b = average bits of the configuration held now:
 
     weights       held on the device                        besides, while a layer is quantized or multiplied
-    dequantized   P w + C                                   at most 6 L (2 L where the cache is off)
-    packed        P b/8 + C                                 at most L (w + 4)
+    dequantized   P w + C                                   about 6 L (2 L where the cache is off)
+    packed        P b/8 + C                                 about L (w + 4)
 
     master        held
     device        P w more on the device
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
 from coalora.models.masters import MasterMode, Masters
-from coalora.models.packed import pack_layer
+from coalora.models.packed import move_rest, pack_layer
 from coalora.models.targets import TargetLayer
-from coalora.quant.scheme import InputStatistics, Scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme
 from coalora.quant.space import ChoiceSpace
 
 FULL_PRECISION = -1
@@ -102,7 +102,7 @@ class QuantizedBase:
             del stored
             for index, module in enumerate(modules):
                 pack_layer(module, _Source(self, index), self._device)
-            _move_rest(model, {id(module) for module in modules}, self._device)
+            move_rest(model, {id(module) for module in modules}, self._device)
         else:
             self._weights = [layer.matrix(weight) for layer, weight in zip(self.layers, stored, strict=True)]
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
@@ -126,6 +126,7 @@ class QuantizedBase:
                 self.configuration[index] = FULL_PRECISION
         parts = [self._lookup(index, int(target[index])) for index in changed]
         made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(changed, parts, strict=True)])
+        self._write_together(changed, target, made)
         for index, packed in zip(changed, made, strict=True):
             self._remember(index, int(target[index]), packed)
         self.configuration = target.copy()
@@ -170,6 +171,8 @@ class QuantizedBase:
         if self._held is not None:
             self._held[index] = packed or {}
         elif packed is not None:
+            if self._device.type == "cuda":  # written together
+                return packed
             scheme.dequantize_packed(packed, choice, self.layers[index].shape, self._weights[index])
         else:
             scheme.requantize(
@@ -180,6 +183,19 @@ class QuantizedBase:
                 measured=self._measure(index, scheme),
             )
         return packed
+
+    def _write_together(self, changed: list[int], target: np.ndarray, made: list[Packed | None]) -> None:
+        """On a GPU, the weights of all layers at once: a launch for each layer would cost more than its work."""
+        if self._held is not None or self._device.type != "cuda":
+            return
+        groups: dict[str, list[tuple[Packed, Choice, Tensor]]] = {}
+        for index, packed in zip(changed, made, strict=True):
+            k = int(target[index])
+            if packed is not None:
+                job = (packed, self.space.choices[k], self._weights[index])
+                groups.setdefault(self._scheme(k).name, []).append(job)
+        for name, jobs in groups.items():
+            get_scheme(name).dequantize_packed_many(jobs)
 
     def _measure(self, index: int, scheme: Scheme) -> Tensor | None:
         if self._device.type != "cpu":  # reading the weight once more costs nothing there
@@ -240,17 +256,6 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _innermost(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
-
-
-def _move_rest(model: nn.Module, packed: set[int], device: torch.device) -> None:
-    """Move every parameter and buffer outside of the packed layers; `model.to` would fill their hollow weights."""
-    for module in model.modules():
-        if id(module) in packed:
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,9 +25,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
+from coalora.kernels import use_triton
 from coalora.quant import nf_cpu
 from coalora.quant.nearest import IntervalTable
 from coalora.quant.nf_book import nf_lookup
+from coalora.quant.nf_choice import FIELD_VALUES, NFChoice
 from coalora.quant.nf_scales import (
     FINEST,
     SCALE_DTYPES,
@@ -40,41 +41,6 @@ from coalora.quant.nf_scales import (
 )
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
 from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
-
-_FIELD_VALUES: dict[str, tuple[FieldValue, ...]] = {
-    "bits": (2, 3, 4, 8),
-    "scale_bits": (2, 3, 4, 8),
-    "scale_dtype": ("bf16", "fp16", "fp32"),
-    "block_size": (16, 32, 64),
-    "scale_block_size": (16, 64, 256),
-}
-
-
-@dataclass(frozen=True)
-class NFChoice(Choice):
-    """One choice: b, b0, b1, B0, B1 of the module docstring, in this order.
-
-    Raises:
-        CoaloraError: a value that the scheme does not have.
-    """
-
-    bits: int
-    scale_bits: int
-    scale_dtype: str
-    block_size: int
-    scale_block_size: int
-
-    def __post_init__(self) -> None:
-        for name, value in self.as_dict().items():
-            allowed = _FIELD_VALUES[name]
-            if value not in allowed:
-                raise CoaloraError(f"no such value of nf field {name!r}", got=value, expected=allowed)
-            # NumPy integers and whole floats become the plain value, or as_dict would not be JSON-able.
-            object.__setattr__(self, name, allowed[allowed.index(value)])
-
-    def __str__(self) -> str:
-        """For example ``nf3 b32 s4/bf16 x64``."""
-        return f"nf{self.bits} b{self.block_size} s{self.scale_bits}/{self.scale_dtype} x{self.scale_block_size}"
 
 
 def _blocks(weight: Tensor, block_size: int) -> Tensor:
@@ -105,7 +71,7 @@ class NFScheme(Scheme):
 
     name: ClassVar[str] = "nf"
     choice_type: ClassVar[type[Choice]] = NFChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = _FIELD_VALUES
+    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = FIELD_VALUES
 
     def nominal_bits(self, choice: Choice) -> float:
         c = _nf(choice)
@@ -178,12 +144,29 @@ class NFScheme(Scheme):
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
     ) -> None:
         c = _nf(choice)
-        if out.device.type != "cpu" or not out.is_contiguous():
+        if use_triton(out):
+            self.dequantize_packed_many([(packed, c, out)])
+        elif out.device.type != "cpu" or not out.is_contiguous():
             super().dequantize_packed(packed, c, shape, out)
+        else:
+            _check_packed(packed, c, shape)
+            state = {**packed, "scale_codes": unpack_codes(packed["scale_codes"], c.scale_bits, _counts(c, shape)[1])}
+            nf_cpu.decode(packed["codes"], dequantize_scales(state, c), c.bits, c.block_size, out.view(-1))
+
+    def dequantize_packed_many(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> None:
+        if not all(use_triton(out) for _, _, out in layers):
+            super().dequantize_packed_many(layers)
             return
-        _check_packed(packed, c, shape)
-        state = {**packed, "scale_codes": unpack_codes(packed["scale_codes"], c.scale_bits, _counts(c, shape)[1])}
-        nf_cpu.decode(packed["codes"], dequantize_scales(state, c), c.bits, c.block_size, out.view(-1))
+        from coalora.kernels.nf_jobs import dequantize_packed_many
+
+        for packed, choice, out in layers:
+            _check_packed(packed, _nf(choice), out.shape)
+        # A kernel writes along the flattened weight: a transposed one (Conv1D) gets it by way of a copy.
+        written = [out if out.is_contiguous() else torch.empty_like(out).contiguous() for _, _, out in layers]
+        dequantize_packed_many([(dict(p), _nf(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
+        for (_, _, out), w in zip(layers, written, strict=True):
+            if w is not out:
+                out.copy_(w)
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """2 to 4 ms for a million weights on one core, without large temporaries."""

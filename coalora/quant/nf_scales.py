@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from coalora.errors import CoaloraError
 
 if TYPE_CHECKING:
-    from coalora.quant.nf import NFChoice
+    from coalora.quant.nf_choice import NFChoice
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FINEST = 16  # the block size at which scales are measured: every other block size is a multiple of it

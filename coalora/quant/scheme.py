@@ -141,6 +141,11 @@ class Scheme(ABC):
         """Write ``dequantize(unpack(packed))``, rounded to its dtype, into ``out`` (out, in); or do a faster equal."""
         out.copy_(self.dequantize(self.unpack(packed, choice, shape), choice, shape))
 
+    def dequantize_packed_many(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> None:
+        """`dequantize_packed` for every (packed, choice, out); a scheme with a GPU kernel makes it one launch."""
+        for packed, choice, out in layers:
+            self.dequantize_packed(packed, choice, out.shape, out)
+
     def requantize(
         self,
         weight: Tensor,

@@ -1,0 +1,74 @@
+"""Cost of switching the configuration, against a training step of the same model (limit on a CPU: 5 %).
+
+A training set of 50 members, as the initial set is: every member takes for each layer one of the choices on the way
+from 2.25 to 7.25 bits. Each round takes one step and one switch to a random member, alternately, so that noise hits
+both alike; medians are compared.
+
+    python -m benchmarks.switch [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import numpy as np
+import torch
+
+from benchmarks._models import adapt, batch, build, seconds
+from benchmarks._report import report
+from coalora.models.loading import default_device
+from coalora.quant.space import ChoiceSpace
+
+COPY_BYTES_PER_SECOND = 4.3e12  # one H200
+
+
+def training_set(space: ChoiceSpace, n_layers: int, size: int = 50, per_layer: int = 12) -> np.ndarray:
+    """(size, N): along rising budgets each layer climbs through `per_layer` choices of its own."""
+    random = np.random.default_rng(0)
+    order = np.argsort(space.nominal_bits, kind="stable")
+    order = order[(space.nominal_bits[order] >= 2.25) & (space.nominal_bits[order] <= 7.3)]
+    ladders = [np.sort(random.choice(len(order), per_layer, replace=False)) for _ in range(n_layers)]
+    places = np.clip(np.linspace(0, per_layer - 1, size)[:, None] + random.normal(0, 1, (size, n_layers)), 0, None)
+    steps = np.minimum(places.round().astype(int), per_layer - 1)
+    return np.stack([order[ladder[steps[:, i]]] for i, ladder in enumerate(ladders)], axis=1)
+
+
+def measure(name: str, device: torch.device, rounds: int, cache_mib: int) -> dict:
+    space = ChoiceSpace("nf")
+    model = adapt(build(name, device), space, "shared", 16, cache_bytes=cache_mib << 20)
+    members = training_set(space, len(model.layers))
+    inputs = batch(name, device)
+    for member in members if cache_mib else members[:1]:  # the cache as it is after one pass over the set
+        model.base.switch(member)
+
+    def step() -> None:
+        model.peft_model(**inputs).loss.backward()
+        for parameter in model.named_parameters().values():
+            parameter.grad = None
+
+    step()
+    draws = np.random.default_rng(1).integers(len(members), size=rounds)
+    times = [(seconds(step, device), seconds(lambda k=k: model.base.switch(members[k]), device)) for k in draws]
+    of_step, of_switch = (median(column) for column in zip(*times, strict=True))
+    weights = sum(layer.n_weights for layer in model.layers)
+    row = {"model": name, "device": device.type, "cache MiB": cache_mib, "cached MiB": model.base._cached_bytes / 2**20}
+    row |= {"switch ms": of_switch * 1e3, "step ms": of_step * 1e3, "switch / step": of_switch / of_step, "limit": 0.05}
+    if device.type == "cuda":
+        bound = weights * (3.25 / 8 + 2) / COPY_BYTES_PER_SECOND
+        row |= {"H200 bandwidth ms": bound * 1e3, "switch / bandwidth": of_switch / bound, "limit of it": 2}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    rounds = 9 if parser.parse_args().quick else 60
+    device = default_device()
+    names = ["MiniLM-L6"] if device.type == "cpu" else ["MiniLM-L6", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
+    rows = [measure(name, device, rounds, cache) for name in names for cache in (0, 256)]
+    report("switch", rows, notes="" if device.type == "cuda" else "Rows of larger models await a GPU.")
+
+
+if __name__ == "__main__":
+    main()

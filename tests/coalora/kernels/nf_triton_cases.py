@@ -1,0 +1,52 @@
+"""Run by test_nf_triton.py: on a GPU as it is, elsewhere in a process of its own under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coalora.kernels.nf_jobs import dequantize_packed_many
+from coalora.quant.nf import NFChoice, NFScheme
+from coalora.quant.scheme import Scheme
+
+NF = NFScheme()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(1, 1), (13, 37), (66, 97)]
+CHOICES = [
+    NFChoice(2, 2, "bf16", 16, 16),
+    NFChoice(3, 3, "fp16", 32, 64),
+    NFChoice(4, 8, "fp32", 64, 256),
+    NFChoice(8, 4, "bf16", 16, 64),
+    NFChoice(3, 3, "fp32", 16, 16),
+    NFChoice(2, 8, "fp16", 64, 16),
+]
+
+
+def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
+    w[0, :] *= 1e-3
+    w[-1, : shape[1] // 2] = 0
+    return w.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantizing_layers_of_all_kinds_in_one_launch_equals_the_plain_path(dtype: torch.dtype) -> None:
+    jobs, expected = [], []
+    for shape in SHAPES:
+        for choice in CHOICES:
+            packed = NF.pack(NF.quantize(weight(shape), choice), choice, shape)
+            out = torch.full(shape, 9.0, dtype=dtype, device=DEVICE)
+            plain = torch.empty_like(out)
+            Scheme.dequantize_packed(NF, packed, choice, shape, plain)
+            jobs.append((packed, choice, out))
+            expected.append(plain)
+    dequantize_packed_many(jobs)
+    for (_, choice, out), plain in zip(jobs, expected, strict=True):
+        assert torch.equal(out, plain), (choice, out.shape)
+
+
+def test_the_arguments_of_one_layer_are_those_of_the_scheme_interface() -> None:
+    w, choice = weight((24, 40)), CHOICES[1]
+    out = torch.empty_like(w)
+    dequantize_packed_many([(NF.quantize_packed(w, choice), choice, out)])
+    assert torch.equal(out, NF.fake_quantize(w, choice))
