@@ -140,6 +140,19 @@ class NFScheme(Scheme):
             "offset": tensors["offset"],
         }
 
+    def quantize_packed(
+        self,
+        weight: Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None = None,
+        measured: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if not (use_triton(weight) and weight.is_floating_point() and weight.numel()):
+            return super().quantize_packed(weight, choice, statistics, measured)
+        from coalora.kernels.nf_jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
+
+        return quantize_packed_many([(weight, _nf(choice), None)])[0]
+
     def dequantize_packed(
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
     ) -> None:
@@ -191,6 +204,11 @@ class NFScheme(Scheme):
         measured: Tensor | None = None,
     ) -> None:
         c = _nf(choice)
+        if use_triton(weight) and out.is_contiguous() and measured is None and weight.is_floating_point():
+            from coalora.kernels.nf_jobs import quantize_packed_many
+
+            quantize_packed_many([(weight, c, out)])
+            return
         blocks, _, safe, scales = _prepared(weight, c, measured)
         if blocks.device.type == "cpu" and out.is_contiguous():
             nf_cpu.requantize(blocks, safe, scales, c.bits, out.view(-1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coalora.kernels.nf_jobs import dequantize_packed_many
+from coalora.kernels.nf_jobs import dequantize_packed_many, quantize_packed_many
 from coalora.quant.nf import NFChoice, NFScheme
 from coalora.quant.scheme import Scheme
 
 NF = NFScheme()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = [(1, 1), (13, 37), (66, 97)]
+SHAPES = [(1, 1), (13, 37), (40, 61)]
 CHOICES = [
     NFChoice(2, 2, "bf16", 16, 16),
     NFChoice(3, 3, "fp16", 32, 64),
@@ -45,8 +45,24 @@ def test_dequantizing_layers_of_all_kinds_in_one_launch_equals_the_plain_path(dt
         assert torch.equal(out, plain), (choice, out.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizing_layers_of_all_kinds_together_equals_the_plain_path(dtype: torch.dtype) -> None:
+    jobs = []
+    for shape in SHAPES:
+        for choice in CHOICES:
+            jobs.append((weight(shape, dtype), choice, torch.full(shape, 9.0, dtype=dtype, device=DEVICE)))
+    made = quantize_packed_many(jobs)
+    for (w, choice, out), packed in zip(jobs, made, strict=True):
+        expected = NF.pack(NF.quantize(w, choice), choice, w.shape)
+        assert packed.keys() == expected.keys()
+        for name, tensor in packed.items():
+            assert torch.equal(tensor, expected[name]), (name, choice, w.shape)
+        assert torch.equal(out, NF.fake_quantize(w, choice).to(dtype)), (choice, w.shape)
+
+
 def test_the_arguments_of_one_layer_are_those_of_the_scheme_interface() -> None:
     w, choice = weight((24, 40)), CHOICES[1]
     out = torch.empty_like(w)
-    dequantize_packed_many([(NF.quantize_packed(w, choice), choice, out)])
+    (packed,) = quantize_packed_many([(w, choice, None)])
+    dequantize_packed_many([(packed, choice, out)])
     assert torch.equal(out, NF.fake_quantize(w, choice))
