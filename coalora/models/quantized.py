@@ -212,7 +212,7 @@ class QuantizedBase:
         self._scheme(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
         return out
 
-    def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def, type-arg]
+    def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def]
         """`function` for all layers: on a CPU by as many threads as torch may use, each layer in one of them."""
         threads = min(torch.get_num_threads(), len(arguments)) if self._device.type == "cpu" else 1
         if threads < 2:
