@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks._report import report
 from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
 from coalora.models.loading import default_device, default_dtype, load_model
-from coalora.models.quantized import nbytes
+from coalora.models.masters import MasterMode
+from coalora.models.quantized import WeightMode, nbytes
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 
@@ -39,7 +40,7 @@ def _anonymous() -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(checkpoint: Path, weights: str, master: str) -> dict:
+def run(checkpoint: Path, weights: WeightMode, master: MasterMode) -> dict:
     """One mode, in this process."""
     device = default_device()
     packed = weights == "packed"
@@ -52,7 +53,7 @@ def run(checkpoint: Path, weights: str, master: str) -> dict:
     adapted = AdaptedModel(
         model, layers, ChoiceSpace("nf"), "language-modeling", method="shared", recipe=AdapterRecipe(r=8), seed=0,
         cache_bytes=CACHE, master=master, weights=weights, checkpoint=checkpoint, device=device if packed else None,
-    )  # fmt: skip  # type: ignore[arg-type]
+    )  # fmt: skip
     ids = torch.arange(64, device=device).view(1, 64)
     for seed in range(3):
         adapted.switch(np.random.default_rng(seed).integers(432, size=len(layers)))

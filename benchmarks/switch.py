@@ -10,6 +10,7 @@ both alike; medians are compared.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -49,7 +50,7 @@ def measure(name: str, device: torch.device, rounds: int, cache_mib: int) -> dic
 
     step()
     draws = np.random.default_rng(1).integers(len(members), size=rounds)
-    times = [(seconds(step, device), seconds(lambda k=k: model.base.switch(members[k]), device)) for k in draws]
+    times = [(seconds(step, device), seconds(partial(model.base.switch, members[k]), device)) for k in draws]
     of_step, of_switch = (median(column) for column in zip(*times, strict=True))
     weights = sum(layer.n_weights for layer in model.layers)
     row = {"model": name, "device": device.type, "cache MiB": cache_mib, "cached MiB": model.base._cached_bytes / 2**20}

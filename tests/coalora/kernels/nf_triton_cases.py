@@ -11,7 +11,7 @@ from coalora.quant.scheme import Scheme
 
 NF = NFScheme()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = [(1, 1), (13, 37), (66, 97)]
+SHAPES = [(1, 1), (13, 37), (40, 61)]
 CHOICES = [
     NFChoice(2, 2, "bf16", 16, 16),
     NFChoice(3, 3, "fp16", 32, 64),
