@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
+from coalora.quant.packed_cache import CachedLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
@@ -98,7 +99,11 @@ def error_table(
     for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
         measure = _OutputNorm(known, weight.device)
         norm = measure(weight.float()) or 1.0
-        for k, quantized in enumerate(space.scheme.fake_quantize_many(weight, space.choices, known)):
+        if space.scheme.needs_statistics:  # what is quantized here is not quantized again when it is used
+            results = CachedLayer(weight, known).fake_quantize_many(space.scheme, space.choices)
+        else:
+            results = space.scheme.fake_quantize_many(weight, space.choices, known)
+        for k, quantized in enumerate(results):
             err[index, k] = measure(quantized.float().sub_(weight.float())) / norm
         if progress:
             progress(index + 1, len(weights))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
 from coalora.models.targets import TargetLayer
+from coalora.quant.packed_cache import CachedLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
@@ -57,6 +58,8 @@ class QuantizedBase:
         weights = [model.get_submodule(layer.name).get_parameter("weight") for layer in self.layers]
         self._weights = [layer.matrix(w.data) for layer, w in zip(self.layers, weights, strict=True)]
         self._masters = [w.clone(memory_format=torch.contiguous_format) for w in self._weights]
+        # Calibrated schemes take long: their packed codes outlive the dequantized weights of the cache.
+        self._calibrated = [CachedLayer(w, s) for w, s in zip(self._masters, self._statistics, strict=True)]
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
     @property
@@ -86,8 +89,11 @@ class QuantizedBase:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        master = self._masters[index]
-        weight = self.space.scheme.fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        master, scheme, wanted = self._masters[index], self.space.scheme, self.space.choices[choice]
+        if scheme.needs_statistics:
+            weight = self._calibrated[index].fake_quantize(scheme, wanted)
+        else:
+            weight = scheme.fake_quantize(master, wanted, self._statistics[index])
         weight = weight.to(master.dtype)
         if weight.nbytes <= self.cache_bytes:
             self._cache[key] = weight
