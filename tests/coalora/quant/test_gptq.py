@@ -10,13 +10,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from coalora.calibrate.statistics import collect_statistics
-from coalora.calibrate.tables import error_table
+from coalora.calibrate.tables import calibration_tables, error_table
 from coalora.errors import CoaloraError
+from coalora.export.base import load_base, write_base
+from coalora.models.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 from coalora.quant import gptq_solver
 from coalora.quant.gptq import GPTQChoice, GPTQScheme
@@ -298,3 +301,23 @@ def test_bad_weights_and_hessians_are_refused() -> None:
     ):
         with pytest.raises(CoaloraError, match=message):
             GPTQ.quantize(weight, SOME[0], statistics)
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_packed_base_holds_the_weights_that_were_evaluated_and_loads_without_gptqmodel(
+    tiny_models, class_split, tmp_path, monkeypatch, family
+) -> None:
+    """36 and 52 input features: no group divides them; Conv1D stores the transpose."""
+    model = tiny_models[family]()
+    layers = find_target_layers(model)[:3]
+    statistics = collect_statistics(model, layers, class_split, batch_size=5, hessians=True)
+    space = ChoiceSpace("gptq", bits=[2, 4], group_size=[32])
+    weights = [layer.matrix(model.get_submodule(layer.name).weight.data) for layer in layers]
+    tables = calibration_tables(layers, space, error_table(weights, statistics, space), "base")
+    configuration = np.arange(len(layers)) % len(space)
+    write_base(tmp_path, model, tables, configuration, task="language-modeling", statistics=statistics)
+    QuantizedBase(model, layers, space, statistics=statistics).switch(configuration)
+    monkeypatch.setattr(gptq_solver, "find_spec", lambda name: None)
+    loaded = load_base(tmp_path, device=torch.device("cpu")).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
