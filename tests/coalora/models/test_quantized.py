@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,8 @@ from peft import LoraConfig, get_peft_model
 from coalora.errors import CoaloraError
 from coalora.models.quantized import FULL_PRECISION, QuantizedBase, check_configuration, nbytes
 from coalora.models.targets import find_target_layers
-from coalora.quant import packed_cache
 from coalora.quant.nf import NFScheme
 from coalora.quant.scheme import InputStatistics
-from coalora.quant.space import ChoiceSpace
 
 FAMILIES = ["llama", "qwen2", "mistral", "gpt2", "bert", "roberta"]
 
@@ -213,25 +209,3 @@ class CalibratedScheme(NFScheme):
     def quantize(self, weight, choice, statistics=None):
         self.seen.append(statistics)
         return super().quantize(weight, choice, statistics)
-
-
-def test_calibrated_schemes_get_their_statistics_and_quantize_a_choice_once_whatever_the_cache(
-    tiny_llama, small_space, configuration, monkeypatch
-) -> None:
-    monkeypatch.setattr(packed_cache.SHARED, "_entries", OrderedDict())
-    layers = find_target_layers(tiny_llama())
-    statistics = [InputStatistics(torch.rand(layer.shape[1])) for layer in layers]
-    scheme = CalibratedScheme()
-    space = ChoiceSpace(scheme, **small_space.field_values)
-    with pytest.raises(CoaloraError, match="without statistics"):
-        QuantizedBase(tiny_llama(), layers, space)
-    plain, model = tiny_llama(), tiny_llama()
-    QuantizedBase(plain, layers, small_space).switch(configuration)
-    for _ in range(2):  # a second stage of a run starts anew
-        base = QuantizedBase(model, layers, space, statistics=statistics, cache_bytes=0)
-        for C in ((configuration + 1) % len(space), configuration, (configuration + 1) % len(space), configuration):
-            base.switch(C)
-        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
-        base.restore()
-    assert len(scheme.seen) == 2 * len(layers)
-    assert {id(known) for known in scheme.seen} == {id(known) for known in statistics}
