@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
-from coalora.kernels import use_triton
+from coalora.kernels.available import use_triton
 from coalora.quant import nf_cpu
 from coalora.quant.nearest import IntervalTable
 from coalora.quant.nf_book import nf_lookup

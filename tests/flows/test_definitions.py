@@ -29,9 +29,9 @@ def message(*changes: str) -> str:
 WRONG: list[tuple[list[str], Sequence[str]]] = [
     # Unknown keys: at the top, in a section, nested.
     (["serch.rounds=3"], ["serch: unknown key, did you mean 'search'?"]),
-    (["epochs=3"], ["epochs: unknown key, known keys: adapter, benchmark, calibration"]),
+    (["epochs=3"], ["epochs: unknown key, known keys: adapter, baselines, benchmark"]),
     (["search.round=3"], ["search.round: unknown key, did you mean 'rounds'?"]),
-    (["training.epochs=3"], ["training.epochs: unknown key, known keys: batch_size, head_lr"]),
+    (["training.epochs=3"], ["training.epochs: unknown key, known keys: batch_size, gradient_checkpointing"]),
     (["model.pretrain.hiden_size=64"], ["model.pretrain.hiden_size: unknown key, did you mean 'hidden_size'?"]),
     ([*HUB, "benchmark.hub.split=train"], ["benchmark.hub.split: unknown key", "train_split"]),
     # Wrong types.

@@ -18,7 +18,17 @@ ORCHESTRATION = ("prefect", "mlflow", "dvc", "boto3", "botocore", "s3fs", "moto"
 PIPELINE_ONLY = ("pydantic", "yaml", "pandas", "datasets", "matplotlib", "jinja2", "rich", "fastapi")
 OURS = ("coalora", "tasks", "flows", "tests", "benchmarks")
 # What coalora may import at the top: the wheel's dependencies, and what they bring with them for certain.
-WHEEL = {"torch", "transformers", "peft", "numpy", "scipy", "safetensors", "tokenizers", "huggingface_hub"}
+WHEEL = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+}
 
 
 def modules(package: str) -> list[Path]:

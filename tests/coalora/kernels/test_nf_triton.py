@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coalora.kernels import use_triton
+from coalora.kernels.available import use_triton
 
 CASES = Path(__file__).with_name("nf_triton_cases.py")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
