@@ -22,6 +22,6 @@ def test_a_guess_is_uniform_among_classes_and_the_mean_of_values() -> None:
 def test_the_rectangle_between_perfect_and_guessed_is_the_unit() -> None:
     bits = np.array([2.0, 4.0])
     losses = {"half": np.array([1.0, 1.0]), "guess": np.array([2.0, 2.0]), "perfect": np.zeros(2)}
-    found = compare(losses, bits, bits_range=(2.0, 6.0), guess_loss=2.0)
+    found = compare(losses, bits, cost_range=(2.0, 6.0), guess_loss=2.0)
     assert found.values == pytest.approx({"half": 0.5, "guess": 0.0, "perfect": 1.0})
     assert (found.ideal, found.ref_point) == ((0.0, 2.0), (2.0, 6.0))
