@@ -25,6 +25,8 @@ _QUERY_SECRET = re.compile(
     r"([?&][\w.-]*(?:token|signature|secret|password|credential|sig|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE
 )
 
+_NO_NAME = re.compile(r"[^\w .:/-]")
+
 
 def is_secret(key: str) -> bool:
     """Whether a key names a credential."""
@@ -60,7 +62,8 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """
     flat: dict[str, str] = {}
     for key, value in params.items():
-        name = f"{prefix}{key}"
+        # A key may be a glob (ranks by layer), which MLflow refuses in a name.
+        name = f"{prefix}{_NO_NAME.sub('_', str(key))}"
         if is_secret(str(key)):
             continue
         if isinstance(value, Mapping):
