@@ -57,7 +57,8 @@ class LoadGuard:
 
 
 _guard = LoadGuard()
-_held: dict[int, tuple[str, AdaptedModel]] = {}  # by thread
+# By thread, and not by its number, which a new thread takes over from one that is gone.
+_held: dict[threading.Thread, tuple[str, AdaptedModel]] = {}
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def resident_model(
 @contextmanager
 def hold(key: str, build: Callable[[], AdaptedModel]) -> Iterator[AdaptedModel]:
     """The model `key` of this thread; what raises while it is used drops it."""
-    thread = threading.get_ident()
+    thread = threading.current_thread()
     held = _held.get(thread)
     if held is None or held[0] != key:
         del held  # first, or there would be two for a while
@@ -111,9 +112,8 @@ def hold(key: str, build: Callable[[], AdaptedModel]) -> Iterator[AdaptedModel]:
 
 def _drop_others(key: str) -> None:
     """Drop models of other keys, of which none is in use while one is loaded, and those of threads that are gone."""
-    alive = {thread.ident for thread in threading.enumerate()}
     for thread, (other, _) in list(_held.items()):
-        if other != key or thread not in alive:
+        if other != key or not thread.is_alive():
             del _held[thread]
 
 
