@@ -106,7 +106,7 @@ def qlogehvi(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.nd
     acquisition = qLogExpectedHypervolumeImprovement(
         model,
         ref_point=reference,
-        partitioning=FastNondominatedPartitioning(reference, scaled),
+        partitioning=FastNondominatedPartitioning(reference, scaled),  # type: ignore[arg-type]
         sampler=SobolQMCNormalSampler(torch.Size([32]), seed=seed),
     )
     bounds = torch.stack([torch.zeros(N), torch.ones(N)]).double()
