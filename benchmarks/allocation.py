@@ -16,7 +16,6 @@ from benchmarks.neighbours import best_ms
 from coalora.quant.space import ChoiceSpace
 from coalora.search import core
 from coalora.search.allocation import allocate
-from coalora.search.checks import Float
 from coalora.search.hulls import staircase
 from coalora.search.walk import walk_hulls
 
@@ -39,7 +38,7 @@ def main() -> None:
         fine = np.exp(0.03 * rng.normal(size=(len(shapes), len(space))))
         err = np.exp(0.7 * rng.normal(size=(len(shapes), 1))) * 4.0**-space.nominal_bits * fine
         weights = sum(out * inner for out, inner in shapes)
-        budgets: Float = np.linspace(2.25, 7.25, 50) * weights
+        budgets = np.asarray(np.linspace(2.25, 7.25, 50) * weights, dtype=np.float64)
         layers = np.arange(len(shapes))
         ms = best_ms(lambda: allocate(err, cost, budgets), repeats=5)  # noqa: B023 - called at once
         total = err[layers, allocate(err, cost, budgets)].sum(axis=1)
