@@ -22,7 +22,13 @@ def initial_set(*, tables: Artifact, initial: InitialSetSettings) -> Artifact:
     budgets = np.linspace(low, high, initial.size)
     # The smallest budget is met exactly; a rounding error below it must not make it infeasible.
     found = np.unique(
-        allocate(measured.err, measured.search_cost, np.maximum(budgets, measured.cost_range()[0])), axis=0
+        allocate(
+            measured.err,
+            measured.search_cost,
+            np.maximum(budgets, measured.cost_range()[0]),
+            allowed=measured.allowed,
+        ),
+        axis=0,
     )
     members = ConfigurationSet(found, np.full(len(found), np.nan), np.zeros(len(found), dtype=np.int64)).sorted(
         measured

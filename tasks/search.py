@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from coalora.adapt.adapted import AdaptedModel
+from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
 from coalora.evaluate.losses import score_configurations
 from coalora.files import read_json, write_json
+from coalora.search.extend import extend_at_random
 from coalora.search.hypervolume import hypervolume
 from coalora.search.pareto import is_non_dominated
 from coalora.search.propose import propose
@@ -60,36 +62,24 @@ def search_round(
     Y = members.objectives(measured)
     ref_point = _reference_point(configurations, Y, measured.cost_range()[1])
     surrogate = Surrogate.fit(measured.err, members.configurations, members.losses, seed=seed)
-    proposal = propose(
-        surrogate,
-        members.configurations,
-        Y,
-        measured.search_cost,
-        measured.space.neighbours(search.delta, measured.allowed),
-        ref_point,
-        n_candidates=search.candidates,
-        n_restarts=search.restarts,
-        max_steps=search.max_steps,
-        seed=seed * 1_000_003 + round_index,
-        progress=Progress(f"search {round_index}, proposals"),
-    )
-    n = len(proposal.configurations)
-    candidates = ConfigurationSet(proposal.configurations, np.full(n, np.nan), np.full(n, round_index))
+    proposed, scored = _candidates(search, surrogate, members, Y, measured, ref_point, seed, round_index)
+    n = len(proposed)
+    candidates = ConfigurationSet(proposed, np.full(n, np.nan), np.full(n, round_index))
     if n:
-        predicted, _ = surrogate.predict(proposal.configurations)
+        predicted, _ = surrogate.predict(proposed)
         candidates = _measure(adapted, data.search, candidates, search.batch_size, f"search {round_index}, candidates")
     merged = members.merge(candidates).sorted(measured)
-    kept = merged.take(
-        np.flatnonzero(segment_filter(merged.objectives(measured), search.segments, measured.cost_range()))
-    )
+    keep = segment_filter(merged.objectives(measured), search.segments, measured.cost_range())
+    kept = merged if search.strategy == "frozen" else merged.take(np.flatnonzero(keep))
     after = kept.objectives(measured)
     record = {
         "round": round_index,
+        "strategy": search.strategy,
         "ref_point": ref_point.tolist(),
         "n_members": len(kept),
         "n_candidates": n,
         "n_accepted": int((kept.joined == round_index).sum()),
-        "scored": int(proposal.scored),
+        "scored": scored,
         "surrogate_error": float(np.abs(predicted - candidates.losses).mean()) if n else None,
         "hypervolume_before": hypervolume(Y, ref_point),
         "hypervolume_after": hypervolume(after, ref_point),
@@ -104,6 +94,48 @@ def search_round(
         return {name: record[name] for name in names}
 
     return Store().put("configuration-set", write)
+
+
+def _candidates(
+    search: SearchSettings,
+    surrogate: Surrogate,
+    members: ConfigurationSet,
+    Y: np.ndarray,
+    measured: CalibrationTables,
+    ref_point: np.ndarray,
+    seed: int,
+    round_index: int,
+) -> tuple[np.ndarray, int]:
+    """Configurations to measure (q, N) by the strategy asked for, and how many the surrogate scored for them."""
+    neighbours, draw = measured.space.neighbours(search.delta, measured.allowed), seed * 1_000_003 + round_index
+    n_layers = len(measured.layers)
+    if search.strategy == "frozen":
+        return np.empty((0, n_layers), dtype=np.int64), 0
+    if search.strategy == "random":
+        found = extend_at_random(
+            members.configurations,
+            neighbours,
+            n_layers,
+            n_candidates=search.candidates,
+            seed=draw,
+            allowed=measured.allowed,
+        )
+        return found, 0
+    proposal = propose(
+        surrogate,
+        members.configurations,
+        Y,
+        measured.search_cost,
+        neighbours,
+        ref_point,
+        n_candidates=search.candidates,
+        n_restarts=search.restarts,
+        max_steps=search.max_steps,
+        seed=draw,
+        allowed=measured.allowed,
+        progress=Progress(f"search {round_index}, proposals"),
+    )
+    return proposal.configurations, proposal.scored
 
 
 def _measure(

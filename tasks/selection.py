@@ -56,8 +56,15 @@ def select_budgets(
     known = {row.tobytes(): loss for row, loss in zip(members.configurations, members.losses, strict=True)}
     rivals = []
     for budget in budgets:
-        best = best_within(members.configurations, members.losses, measured.search_cost, measured.err, budget)
-        rivals.append(contenders(best, measured.search_cost, measured.err, budget))
+        best = best_within(
+            members.configurations,
+            members.losses,
+            measured.search_cost,
+            measured.err,
+            budget,
+            allowed=measured.allowed,
+        )
+        rivals.append(contenders(best, measured.search_cost, measured.err, budget, allowed=measured.allowed))
     new = np.unique(np.concatenate(rivals), axis=0)
     new = np.array([row for row in new if row.tobytes() not in known], dtype=np.int64).reshape(-1, new.shape[1])
     known |= {row.tobytes(): loss for row, loss in zip(new, measure(new, "budgets"), strict=True)}

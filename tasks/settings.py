@@ -123,6 +123,11 @@ class InitialSetSettings(Section):
 class SearchSettings(Section):
     """The Pareto search over configurations."""
 
+    strategy: Literal["ehvi", "random", "frozen"] = Field(
+        "ehvi",
+        description="ehvi proposes by expected hypervolume improvement; random extends the set by as many random "
+        "configurations; frozen never changes the initial set.",
+    )
     rounds: int = Field(2, ge=0, description="Search rounds, each followed by training.")
     candidates: int = Field(8, ge=1, description="Configurations proposed and evaluated a round.")
     restarts: int = Field(8, ge=1, description="Starts of the hill climbing for each proposal.")

@@ -104,7 +104,14 @@ class Bundle:
                 remedy="ask for more, or train with a space that has smaller choices",
             )
         members, tables = self.members, self.tables
-        return best_within(members.configurations, members.losses, tables.search_cost, tables.err, budget)
+        return best_within(
+            members.configurations,
+            members.losses,
+            tables.search_cost,
+            tables.err,
+            budget,
+            allowed=tables.allowed,
+        )
 
     @torch.no_grad()
     def adapt_to(self, configuration: np.ndarray) -> Adapted:

@@ -154,7 +154,7 @@ def _starts(
     wanted = n_restarts - members.shape[0]
     if wanted == 0:
         return list(members), 0
-    pool = np.stack([_offspring(front, table, allowed, rng) for _ in range(_POOL * wanted)])
+    pool = np.stack([offspring(front, table, allowed, rng) for _ in range(_POOL * wanted)])
     value = score(*surrogate.predict(pool), table_sum(cost, pool))
     best = np.argsort(-value, kind="stable")[:wanted]
     return [*members, *pool[best]], pool.shape[0]
@@ -170,7 +170,7 @@ def _repaired(configurations: Int, cost: Float, allowed: Bool) -> Int:
     return np.unique(out, axis=0)
 
 
-def _offspring(front: Int, table: Int, allowed: Bool, rng: np.random.Generator) -> Int:
+def offspring(front: Int, table: Int, allowed: Bool, rng: np.random.Generator) -> Int:
     """Uniform crossover of two members, then random moves in about one to a quarter of the layers."""
     mother, father = front[rng.integers(front.shape[0], size=2)]
     child = np.where(rng.random(mother.size) < rng.random(), mother, father)
