@@ -20,7 +20,7 @@ class CalibrationSettings(Section):
     n_samples: int = Field(64, ge=1, description="Training examples or blocks run through the model.")
     batch_size: int = Field(16, ge=1, description="Examples a batch.")
     hessians: bool = Field(
-        False,
+        True,
         description="Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
     )
 
@@ -37,10 +37,10 @@ class AdapterSettings(Section):
         0, ge=0, description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none."
     )
     expert_bits: int = Field(
-        0, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
+        3, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
     )
     expert_start: Literal["zero", "compensation"] = Field(
-        "zero", description="Where these pairs start: zero, or the closed-form compensation of their bits."
+        "compensation", description="Where these pairs start: zero, or the closed-form compensation of their bits."
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
@@ -54,9 +54,9 @@ class ObjectiveSettings(Section):
     distillation: float = Field(0.0, ge=0, le=1, description="0 is the task's loss alone, 1 distillation alone.")
     temperature: float = Field(1.0, gt=0, description="Softens the outputs that are compared.")
     hidden: float = Field(0.0, ge=0, description="Weight of the hidden states' error beside the outputs'.")
-    teacher: Literal["base", "adapted"] = Field(
-        "base",
-        description="base: without adapter (language models); adapted: with the adapter as it is now.",
+    teacher: Literal["auto", "base", "adapted"] = Field(
+        "auto",
+        description="base: without adapter; adapted: with the adapter as it is now; auto: base for language models.",
     )
 
 

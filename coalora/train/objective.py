@@ -8,6 +8,7 @@ the teacher's own mean square. Two teachers:
 `adapted` the full-precision base with the shared adapter as it is now, without gradient (the in-place distillation of
           slimmable networks, Yu and Huang 2019, arXiv 1903.05134): it learns the task as training goes on. Also for
           classifiers, whose base has no trained head.
+`auto`    `base` for language models, `adapted` for classifiers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import IGNORED
 from coalora.errors import CoaloraError
 
-Teacher = Literal["base", "adapted"]
+Teacher = Literal["auto", "base", "adapted"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Objective:
     distillation: float = 0.0
     temperature: float = 1.0
     hidden: float = 0.0
-    teacher: Teacher = "base"
+    teacher: Teacher = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.distillation <= 1 or self.temperature <= 0 or self.hidden < 0:
@@ -72,7 +73,7 @@ def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Obje
     adapted.peft_model.eval()
     try:
         with torch.no_grad():
-            if objective.teacher == "base":
+            if objective.teacher == "base" or (objective.teacher == "auto" and adapted.is_language_model):
                 with adapted.peft_model.disable_adapter():
                     out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
             else:

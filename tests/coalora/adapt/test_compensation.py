@@ -67,6 +67,16 @@ def test_factors_are_the_same_twice_and_survive_half_precision() -> None:
         assert torch.equal(one.half().float(), one)
 
 
+def test_the_iteration_for_large_layers_comes_within_a_percent_of_the_optimum(monkeypatch) -> None:
+    E, known = problem(out=90, n_in=60)
+    H = known.hessian.double().numpy()
+    exact = error(E, *compensation(E, known, 8), H)
+    monkeypatch.setattr("coalora.adapt.compensation._EXACT", 10)
+    found = compensation(E, known, 8)
+    assert error(E, *found, H) <= 1.01 * exact
+    assert all(torch.equal(a, b) for a, b in zip(found, compensation(E, known, 8), strict=True))
+
+
 @pytest.mark.parametrize("r", [0, 15])
 def test_a_rank_outside_of_the_layer_is_refused(r: int) -> None:
     with pytest.raises(CoaloraError, match=f"got: rank {r} for a layer of shape"):
