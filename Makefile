@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint lock clean help
+.PHONY: demo test test-gptq lint bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -21,14 +21,28 @@ demo: $(READY)   ## train the embedded demo, from a base model to registered ada
 test: $(READY)   ## run the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.
+$(VENV)/gptq/.ready: $(READY) requirements-gptq.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/gptq \
+	  --requirement requirements-gptq.lock
+	@touch $@
+
+test-gptq: $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
+	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/test_gptq.py tests/coalora/quant/test_packed_cache.py
+
+bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
+	for name in switch step memory search; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	for name in neighbours allocation; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.recovery pydoc --seeds 1 --steps 50 --methods none shared ours "one LoRA each"
+
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy coalora tasks flows
+	$(BIN)/mypy coalora tasks flows benchmarks
 
 lock: $(READY)   ## resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra pipeline --extra dev --python-version 3.11 --no-annotate --no-header \
-	  | grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton==)' > $(VENV)/lock
+	  | grep --invert-match --extended-regexp '^(nvidia-|cuda-)' > $(VENV)/lock
 	{ sed -n '/^#/p' requirements.lock; cat $(VENV)/lock; } > $(VENV)/lock.new
 	mv $(VENV)/lock.new requirements.lock
 
