@@ -1,0 +1,237 @@
+"""The whole stack on this machine, without containers: Prefect server, MLflow server, S3 store and a worker.
+
+    python -m infra.local up | status | down  [--state DIR] [--ports prefect=4200 mlflow=5000 s3=9000]
+
+`up` starts what is not running and waits until it is healthy; it may be repeated. `down` ends what `up` started and
+nothing else. All listens on 127.0.0.1; state, logs and bytes lie under the state folder (`.coalora/stack`), and survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from coalora.errors import CoaloraError
+from infra.processes import Process, free_port, require_free, start, stop, wait_until
+from infra.services import BUCKET, PORTS, Service, client_environment, services
+from tasks.environment import coalora_home
+
+ROOT = Path(__file__).resolve().parent.parent
+WAIT = 180.0  # seconds: the first start of each server runs its migrations
+
+
+class State(BaseModel):
+    """What was started, as `state.json` in the state folder."""
+
+    ports: dict[str, int] = {}
+    processes: dict[str, Process] = {}
+
+
+class Stack:
+    """The stack of one state folder.
+
+    Args:
+        folder: state, logs, databases and objects.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().resolve()
+        self.env_file = self.folder / "env"
+
+    def up(self, ports: Mapping[str, int] | None = None, *, wait: float = WAIT) -> State:
+        """Start what is not running, in order, each when the one before is healthy.
+
+        Args:
+            ports: by service; 0 takes a free one. Of what runs already the port stays.
+            wait: seconds for each service.
+
+        Raises:
+            CoaloraError: a port is taken, a service ends or does not get healthy (with the end of its log).
+        """
+        with self._locked():
+            state = self._read()
+            state.ports = self._ports(state, ports or {})
+            credentials = self._credentials()
+            self._lay_out(state.ports, credentials)
+            for service in services(self.folder, state.ports, credentials):
+                self._ensure(service, state, wait)
+                if service.name == "prefect":
+                    self._set_up()
+            return state
+
+    def down(self) -> list[str]:
+        """End what `up` started, the worker first; names of what was running."""
+        with self._locked():
+            state = self._read()
+            ended = []
+            for name in reversed(list(state.processes)):
+                if stop(state.processes[name]):
+                    ended.append(name)
+                del state.processes[name]
+                self._write(state)
+            return ended
+
+    def status(self) -> list[tuple[str, str, str]]:
+        """(service, what it is, where to look) of every service."""
+        state = self._read()
+        ports = {**PORTS, **state.ports}
+        rows = []
+        for service in services(self.folder, ports, self._credentials(make=False)):
+            process = state.processes.get(service.name)
+            if process is None or process.find() is None:
+                rows.append((service.name, "not running", ""))
+                continue
+            missing = service.missing()
+            words = "healthy" if missing is None else f"not healthy: {missing}"
+            rows.append((service.name, words, f"{service.url}  pid {process.pid}  {self._log(service.name)}"))
+        return rows
+
+    def environment(self) -> dict[str, str]:
+        """Variables that reach the stack, as in the file `env`."""
+        return client_environment({**PORTS, **self._read().ports}, self._credentials(make=False))
+
+    def _ensure(self, service: Service, state: State, wait: float) -> None:
+        log = self._log(service.name)
+        process = state.processes.get(service.name)
+        if process is None or process.find() is None:
+            if service.name in state.ports:
+                require_free(state.ports[service.name], service.name)
+            environment = {**self._outer(), **self.environment_of(state), **service.environment}
+            process = start(service.command, log=log, environment=environment, folder=ROOT)
+            state.processes[service.name] = process
+            self._write(state)  # before it is healthy: `down` must find it whatever happens
+        wait_until(service.missing, process, name=service.name, log=log, seconds=wait)
+
+    def environment_of(self, state: State) -> dict[str, str]:
+        """`environment` of a state that is being changed."""
+        return client_environment(state.ports, self._credentials())
+
+    def _outer(self) -> dict[str, str]:
+        """This process's variables without those by which another stack would be reached."""
+        return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_API", "MLFLOW_", "RCLONE_"))}
+
+    def _ports(self, state: State, asked: Mapping[str, int]) -> dict[str, int]:
+        unknown = sorted(set(asked) - set(PORTS))
+        if unknown:
+            raise CoaloraError("a port belongs to a service", got=", ".join(unknown), expected=", ".join(PORTS))
+        ports = {}
+        for name, default in PORTS.items():
+            process = state.processes.get(name)
+            known = state.ports.get(name)
+            if process is not None and process.find() is not None and known is not None:
+                if asked.get(name) not in (None, 0, known):
+                    raise CoaloraError(
+                        "a running service keeps its port",
+                        got=f"{name}={asked[name]}, it runs on {known}",
+                        remedy="`python -m infra.local down` first",
+                    )
+                ports[name] = known
+            else:
+                wanted = asked.get(name, known or default)
+                ports[name] = wanted or free_port()
+        return ports
+
+    def _credentials(self, *, make: bool = True) -> dict[str, str]:
+        """Of the store: made up once, readable by the owner alone, for this machine's loopback only."""
+        path = self.folder / "credentials.json"
+        if not path.is_file():
+            if not make:
+                return {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
+            _write_private(path, json.dumps(made))
+        read: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        return read
+
+    def _lay_out(self, ports: Mapping[str, int], credentials: Mapping[str, str]) -> None:
+        for below in (f"s3/{BUCKET}", "mlflow", "prefect", "logs"):
+            (self.folder / below).mkdir(parents=True, exist_ok=True)
+        lines = [f"export {k}={shlex.quote(v)}" for k, v in client_environment(ports, credentials).items()]
+        _write_private(self.env_file, "\n".join(lines) + "\n")
+
+    def _set_up(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "infra.setup"],
+            env={**self._outer(), **self.environment(), "PREFECT_HOME": str(self.folder / "prefect")},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise CoaloraError("work pool and limits are set up", got=(done.stdout + done.stderr)[-2000:])
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def _read(self) -> State:
+        path = self.folder / "state.json"
+        return State.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else State()
+
+    def _write(self, state: State) -> None:
+        part = self.folder / f"state.json.{os.getpid()}"
+        part.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        part.replace(self.folder / "state.json")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # freed by the system when its holder dies
+            yield
+
+
+def _write_private(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    part.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m infra.local", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["up", "down", "status"])
+    parser.add_argument("--state", type=Path, help="state folder (default: stack under COALORA_HOME)")
+    parser.add_argument("--ports", nargs="+", default=[], metavar="NAME=PORT", help=f"{PORTS}; 0 takes a free one")
+    parser.add_argument("--wait", type=float, default=WAIT, help="seconds for each service to get healthy")
+    options = parser.parse_args(arguments)
+    stack = Stack(options.state or coalora_home() / "stack")
+    if options.what == "down":
+        ended = stack.down()
+        print(f"ended: {', '.join(ended)}" if ended else "nothing was running")
+        return 0
+    if options.what == "up":
+        stack.up(_parsed(options.ports), wait=options.wait)
+    rows = stack.status()
+    for name, words, where in rows:
+        print(f"{name:<8} {words:<12} {where}")
+    healthy = all(words == "healthy" for _, words, _ in rows)
+    if healthy:
+        print(f"\nIn every terminal that works with it:  source {os.path.relpath(stack.env_file)}")
+    return 0 if healthy else 1
+
+
+def _parsed(ports: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in ports:
+        name, _, port = text.partition("=")
+        if not port.isdecimal() or int(port) > 65535:
+            raise CoaloraError("a port is NAME=NUMBER", got=text, expected="such as prefect=4201, 0 for a free one")
+        found[name] = int(port)
+    return found
+
+
+if __name__ == "__main__":
+    from flows.cli import run_command
+
+    run_command(main)

