@@ -19,6 +19,7 @@ from flows.evaluation import evaluation
 from flows.export import export
 from flows.preflight import preflight
 from flows.publishing import ALL_STAGES, Published, publication
+from flows.run import PipelineRun
 from flows.training import training
 from tasks.progress import get_logger
 from tasks.settings import Settings
@@ -41,11 +42,16 @@ def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Publishe
         "%d target layers, %d weights, %d choices for each: %.4g to %.4g %s",
         len(found.layers), found.n_weights, found.n_choices, low, high, found.cost_words,
     )  # fmt: skip
-    calibrated = calibration(name, settings, refresh)
-    trained = training(name, settings, refresh, calibrated)
-    evaluated = evaluation(name, settings, refresh, calibrated, trained)
-    exported = export(name, settings, refresh, calibrated, trained, evaluated)
-    return publication(name, settings, refresh, calibrated, trained, exported)
+    from tasks.tracking_live import followed  # imports MLflow, which is slow
+
+    run = PipelineRun.under_prefect(name, settings, refresh)
+    with followed(name, run.settings, run.identity(ALL_STAGES)) as tracked:
+        get_logger().info("MLflow: %s", tracked.url_hint)
+        calibrated = calibration(name, settings, refresh)
+        trained = training(name, settings, refresh, calibrated)
+        evaluated = evaluation(name, settings, refresh, calibrated, trained)
+        exported = export(name, settings, refresh, calibrated, trained, evaluated)
+        return publication(name, settings, refresh, calibrated, trained, exported)
 
 
 def check_refresh(refresh: Sequence[str]) -> None:
@@ -78,7 +84,8 @@ def show(published: Published, settings: Settings) -> None:
     from coalora.files import read_json
     from tasks.report.page import ReportFiles
     from tasks.report.terminal import print_result
-    from tasks.tracking import default_place
+    from tasks.tracking_place import default_place
+    from tasks.tracking_values import scrub_text
 
     folder = Path(published.folder)
     console = Console()
@@ -86,6 +93,7 @@ def show(published: Published, settings: Settings) -> None:
     print_result(read_json(folder / "report/result.json"), console, files)
     registered = published.registered
     place = default_place(settings.tracking.tracking_uri)
+    served = scrub_text(place.tracking_uri) if place.artifact_root is None else None
     console.print(
         f"\nRegistered model: {registered['name']} version {registered['version']} ({registered['reason']})",
         markup=False,
@@ -97,7 +105,7 @@ def show(published: Published, settings: Settings) -> None:
     commands = [
         ("open the report", f"xdg-open {latest}/report/report.html"),
         ("adapt to another budget", f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits"),
-        ("compare runs in MLflow", f"mlflow ui --backend-store-uri {place.tracking_uri}"),
+        ("compare runs in MLflow", served if served else f"mlflow ui --backend-store-uri {place.tracking_uri}"),
         ("start a Prefect server", "prefect server start   # README.md: deploy, schedule, run on a worker"),
     ]
     for words, command in commands:

@@ -22,6 +22,8 @@ from tasks.corpus import input_files
 from tasks.costs import priced_tables
 from tasks.fingerprint import model_files
 from tasks.settings import Settings
+from tasks.tracking_faults import require_server
+from tasks.tracking_place import default_place
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space and its packages, lengths, target layers, budgets and DVC.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC and MLflow's server.
 
     Args:
-        root: where DVC must be initialised; None leaves that out.
+        root: where DVC must be initialised; None leaves out DVC and MLflow's server.
 
     Raises:
         CoaloraError: the first thing that is wrong.
@@ -67,6 +69,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
             got=f"no .dvc in {root}",
             remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
+    if root is not None:
+        require_server(default_place(settings.tracking.tracking_uri).tracking_uri)
     return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import Task, flow
 from pydantic import BaseModel
 
 from coalora.calibrate.costs import budget_name
+from coalora.errors import CoaloraError
 from flows.calibration import STAGES as CALIBRATION
 from flows.calibration import Calibrated
 from flows.evaluation import STAGES as EVALUATION
@@ -18,11 +19,13 @@ from flows.export import Exported
 from flows.run import PipelineRun
 from flows.training import STAGES as TRAINING
 from flows.training import Trained
+from tasks.progress import get_logger
 from tasks.publish import (
     register_version,
     remove_stale,
     track_round,
     track_run,
+    track_training,
     version_set,
     write_run_folder,
 )
@@ -42,25 +45,36 @@ class Published(BaseModel):
     registered: dict[str, Any]
 
 
-def track_sets(run: PipelineRun) -> Callable[[int, Artifact], None]:
-    """What to do with every round's set as soon as it exists: version it with DVC, log it to MLflow."""
-    root = str(Path.cwd())
-    identity = run.identity(ALL_STAGES)
+@dataclass
+class Rounds:
+    """What happens to every round's set and state as soon as they exist: versioned with DVC, logged to MLflow.
 
-    def on_set(round_index: int, configurations: Artifact) -> None:
-        run.runner.call(
-            track_round,
-            pipeline=run.name,
-            settings=run.settings,
-            identity=identity,
-            round_index=round_index,
-            configurations=configurations,
-            md5=_version(run, round_index, configurations, root),
-        )
-        if round_index == run.settings.search.rounds and run.settings.versioning.enabled:
-            run.runner.call(remove_stale, pipeline=run.name, last_round=round_index, root=root)
+    A tracking server that is away in the middle of a run does not end it: the publication logs what is missing.
+    """
 
-    return on_set
+    run: PipelineRun
+    tables: Artifact
+
+    def on_set(self, round_index: int, configurations: Artifact) -> None:
+        """Version and log a set."""
+        md5 = _version(self.run, round_index, configurations, str(Path.cwd()))
+        self._track(track_round, round_index=round_index, configurations=configurations, tables=self.tables, md5=md5)
+        if round_index == self.run.settings.search.rounds and self.run.settings.versioning.enabled:
+            self.run.runner.call(remove_stale, pipeline=self.run.name, last_round=round_index, root=str(Path.cwd()))
+
+    def on_state(self, method: str, round_index: int, state: Artifact) -> None:
+        """Log a state's curve."""
+        self._track(track_training, round_index=round_index, method=method, state=state)
+
+    def _track(self, part: Task[..., Any], **inputs: Any) -> None:
+        try:
+            self.run.runner.call(part, **_common(self.run), **inputs)
+        except CoaloraError as error:
+            get_logger().warning("%s: not logged to MLflow yet, the run goes on: %s", part.name, error)
+
+
+def _common(run: PipelineRun) -> dict[str, Any]:
+    return {"pipeline": run.name, "settings": run.settings, "identity": run.identity(ALL_STAGES)}
 
 
 def report_chain(run: PipelineRun, exported: Exported) -> Artifact:
@@ -69,20 +83,27 @@ def report_chain(run: PipelineRun, exported: Exported) -> Artifact:
 
 def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, exported: Exported) -> Published:
     """Run the tasks of this flow."""
-    identity = run.identity(ALL_STAGES)
     report = report_chain(run, exported)
-    common = {"pipeline": run.name, "settings": run.settings, "identity": identity}
+    common = _common(run)
+    identity = common["identity"]
+    versions = [_version(run, i, made, str(Path.cwd())) for i, made in enumerate(trained.sets)]
     run_id = run.runner.call(
-        track_run, **common, benchmark=calibrated.benchmark, tables=calibrated.tables, report=report
+        track_run,
+        **common,
+        benchmark=calibrated.benchmark,
+        tables=calibrated.tables,
+        sets=trained.sets,
+        versions=versions,
+        states=trained.states,
+        report=report,
     )
-    last = len(trained.sets) - 1
     registered = run.runner.call(
         register_version,
         **common,
         benchmark=calibrated.benchmark,
         bundle=exported.bundle,
         result=exported.result,
-        md5=_version(run, last, trained.sets[last], str(Path.cwd())),
+        md5=versions[-1],
     )
     folder = f"runs/{run.name}/{identity[:8]}"
     budgets, kind = run.settings.evaluation.budgets, run.settings.cost.kind

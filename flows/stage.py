@@ -22,7 +22,7 @@ from flows.evaluation import Evaluated, evaluation_chain
 from flows.export import Exported, export_chain
 from flows.pipeline import check_refresh
 from flows.preflight import preflight
-from flows.publishing import publication_chain, report_chain, track_sets
+from flows.publishing import Rounds, publication_chain, report_chain
 from flows.run import PipelineRun
 from flows.training import Trained, training_chain
 from tasks.engine import DirectRunner
@@ -43,7 +43,7 @@ class Parts:
 
     def training(self, *, track: bool = False) -> tuple[Calibrated, Trained]:
         calibrated = self.calibration()
-        return calibrated, training_chain(self.run, calibrated, track_sets(self.run) if track else None)
+        return calibrated, training_chain(self.run, calibrated, Rounds(self.run, calibrated.tables) if track else None)
 
     def evaluation(self) -> tuple[Calibrated, Trained, Evaluated]:
         calibrated, trained = self.training()

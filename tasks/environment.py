@@ -19,6 +19,8 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # a minute for a server that is started again, and not four
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the closing lines name the run
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

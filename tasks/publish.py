@@ -6,22 +6,22 @@ These tasks are for their effect, so they are not cached; each of them does noth
 from __future__ import annotations
 
 import os
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from coalora.calibrate.costs import budget_name
 from coalora.files import digest, read_json, write_json
-from tasks.loaders import SET, TABLES, load_benchmark
+from tasks.git import git_commit
+from tasks.loaders import SET
 from tasks.progress import get_logger
 from tasks.results import RESULT
 from tasks.settings import Settings
 from tasks.store import Artifact, Store
 
-ROUND = "round.json"
+T = TypeVar("T")
 
 
 @task(name="version-set", cache_policy=NO_CACHE)
@@ -52,28 +52,30 @@ def track_round(
     identity: str,
     round_index: int,
     configurations: Artifact,
+    tables: Artifact,
     md5: str | None,
 ) -> str:
-    """Log a round's set as a nested MLflow run; returns its id."""
-    parent = _open_run(pipeline, settings, identity)
-    tags = {"round": str(round_index)} | ({"dvc_md5": md5} if md5 else {})
-    child = parent.child(f"round {round_index}", f"round-{round_index}", {"round": round_index}, tags)
-    folder = Store().path(configurations)
+    """Log a round's set to the round's nested MLflow run; returns its id."""
+    from tasks.tracking_parts import track_set
 
-    def log(run: Any) -> None:
-        run.log_artifact(folder / SET, "configurations")
-        metrics: dict[str, Any] = {"n_members": configurations.meta.get("n_members")}
-        if (folder / ROUND).is_file():
-            record = read_json(folder / ROUND)
-            names = ("n_candidates", "n_accepted", "surrogate_error", "hypervolume_before", "hypervolume_after")
-            metrics |= {name: record[name] for name in names}
-            run.log_artifact(folder / ROUND, "configurations")
-            parent.log_metrics({f"search/{name}": record[name] for name in names}, step=round_index)
-        run.log_metrics(metrics, step=round_index)
+    def call() -> str:
+        parent = _open_run(pipeline, settings, identity)
+        return track_set(parent, round_index, configurations, tables, md5)
 
-    child.log_once("set", configurations.digest, log)
-    child.finish()
-    return child.run_id
+    return _patiently(call, settings)
+
+
+@task(name="track-training", cache_policy=NO_CACHE)
+def track_training(
+    *, pipeline: str, settings: Settings, identity: str, round_index: int, method: str, state: Artifact
+) -> None:
+    """Log a round's loss curve to the pipeline's MLflow run; CoA's also to the round's, which it ends."""
+    from tasks.tracking_parts import track_state
+
+    def call() -> None:
+        track_state(_open_run(pipeline, settings, identity), round_index, method, state)
+
+    _patiently(call, settings)
 
 
 @task(name="track-run", cache_policy=NO_CACHE)
@@ -84,33 +86,32 @@ def track_run(
     identity: str,
     benchmark: Artifact,
     tables: Artifact,
+    sets: list[Artifact],
+    versions: list[str | None],
+    states: dict[str, list[Artifact]],
     report: Artifact,
 ) -> str:
-    """Log calibration, curves, results and report to the MLflow run; returns its id."""
-    run = _open_run(pipeline, settings, identity)
-    store = Store()
-    result = read_json(store.path(report) / RESULT)
+    """Log data sets, results, figures and report to the MLflow run, and what is missing of the rounds; returns its id.
 
-    def log(_: Any) -> None:
-        data = load_benchmark(benchmark)
-        run.log_dataset(data.name, f"benchmark of pipeline {pipeline}", benchmark.digest)
-        run.log_artifact(store.path(tables) / TABLES, "calibration")
-        for method, rows in result["curves"].items():
-            run.log_history([{k: row[k] for k in ("step", "loss", "lr")} for row in rows], f"train/{method}/")
-        metric = result["benchmark"]["metric"]
-        for method in result["arms"]:
-            summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
-            for row in result["budgets"]:
-                at = budget_name(row["budget"], result["cost"]["kind"])
-                summary[f"{metric}/{method}/{at}"] = row["metric"][method]
-                summary[f"loss/{method}/{at}"] = row["loss"][method]
-            run.log_metrics(summary)
-        run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})
-        for name in ("report.html", "front.png", "table.md", RESULT):
-            run.log_artifact(store.path(report) / name, "report")
+    Args:
+        sets, versions: of every round, its configurations and their md5 in DVC.
+        states: method -> its training states, round by round.
+    """
+    from tasks.tracking_parts import log_datasets, log_result, track_set, track_state
 
-    run.log_once("result", report.digest, log)
-    return run.run_id
+    def call() -> str:
+        run = _open_run(pipeline, settings, identity)
+        for i, (made, md5) in enumerate(zip(sets, versions, strict=True)):
+            track_set(run, i, made, tables, md5)
+        for method, trained in states.items():
+            for i, state in enumerate(trained):
+                track_state(run, i, method, state)
+        source = settings.benchmark.model_dump(mode="json", exclude_none=True)
+        run.log_once("datasets", benchmark.digest, lambda r: log_datasets(r, benchmark, source))
+        run.log_once("result", report.digest, lambda r: log_result(r, tables, report))
+        return run.run_id
+
+    return _patiently(call, settings)
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -126,12 +127,13 @@ def register_version(
 ) -> dict[str, Any]:
     """Register the bundle as a model version; `champion` moves only when the hypervolume improves."""
     from tasks.registry import register
+    from tasks.report.table import markdown_table
 
-    run = _open_run(pipeline, settings, identity)
     content = read_json(Store().path(result) / RESULT)
     volume = content["hypervolume"]
     bits = [member["average_bits"] for member in content["members"]]
     tags = {
+        "pipeline": pipeline,
         "hypervolume_reference": digest([benchmark.digest, volume["ideal"], volume["ref_point"]])[:16],
         "benchmark": content["benchmark"]["name"],
         "average_bits_range": f"{min(bits):.3f} to {max(bits):.3f}",
@@ -141,10 +143,22 @@ def register_version(
     tags |= {"dvc_md5": md5} if md5 else {}
     tags |= {"git_commit": commit} if (commit := git_commit()) else {}
     name = settings.tracking.registered_model or f"coalora-{pipeline}"
-    made = register(run, Store().path(bundle), name, hypervolume=volume["values"]["coa"], tags=tags)
-    get_logger().info("registered model %s, version %s: %s", made.name, made.version, made.reason)
-    run.finish()
-    return {"name": made.name, "version": made.version, "champion": made.champion_moved, "reason": made.reason}
+
+    def call() -> dict[str, Any]:
+        run = _open_run(pipeline, settings, identity)
+        made = register(
+            run,
+            Store().path(bundle),
+            name,
+            hypervolume=volume["values"]["coa"],
+            tags=tags,
+            description=markdown_table(content),
+        )
+        get_logger().info("registered model %s, version %s: %s", made.name, made.version, made.reason)
+        run.finish()
+        return {"name": made.name, "version": made.version, "champion": made.champion_moved, "reason": made.reason}
+
+    return _patiently(call, settings)
 
 
 @task(name="write-run-folder", cache_policy=NO_CACHE)
@@ -165,23 +179,14 @@ def write_run_folder(
     return str(target)
 
 
-def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` where tracked files differ; None outside of git."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
-
-
 def _open_run(pipeline: str, settings: Settings, identity: str) -> Any:
-    from tasks.tracking import open_tracker
+    from tasks.tracking_live import open_pipeline_run
 
-    tracker = open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri)
-    params = settings.model_dump(mode="json", exclude_none=True)
-    tags = {"pipeline": pipeline} | ({"git_commit": commit} if (commit := git_commit()) else {})
-    return tracker.open_run(identity, pipeline, params, tags)
+    return open_pipeline_run(pipeline, settings, identity)
+
+
+def _patiently(call: Callable[[], T], settings: Settings) -> T:
+    from tasks.tracking_faults import patiently
+    from tasks.tracking_live import tracking_uri
+
+    return patiently(call, tracking_uri(settings))

@@ -85,6 +85,7 @@ def register(
     tags: Mapping[str, str],
     code_paths: Sequence[Path] | None = None,
     identity: str | None = None,
+    description: str | None = None,
 ) -> Registered:
     """Register a bundle as a version of a model, and make it champion if it is better.
 
@@ -100,6 +101,7 @@ def register(
         code_paths: packages that travel with the model; by default `coalora`.
         identity: equal for versions that are the same; by default the run's identity and the bundle's
             contents.
+        description: of the version, in Markdown.
 
     Raises:
         CoaloraError: bad name, hypervolume or folder; `hypervolume_reference` is missing.
@@ -131,6 +133,8 @@ def register(
     if made is None:
         plain = flatten(tags) | {HYPERVOLUME: repr(float(hypervolume)), IDENTITY_TAG: identity}
         made = _create(run, bundle_folder, model_name, plain, code_paths or [Path(coalora.__file__).parent])
+    if description:
+        client.update_model_version(model_name, made.version, description)
     return _crown(client, model_name, made, created=found is None)
 
 
@@ -176,7 +180,14 @@ def _create(
     # A database's registry resolves models:/<id> by the process's tracking URI; a server by its own.
     served = run.tracker.tracking_uri.startswith(("http://", "https://"))
     source = logged.model_uri if served else logged.artifact_location
-    return client.create_model_version(model_name, source, run_id=run.run_id, tags=dict(tags), model_id=logged.model_id)
+    return client.create_model_version(
+        model_name,
+        source,
+        run_id=run.run_id,
+        tags=dict(tags),
+        model_id=logged.model_id,
+        await_creation_for=None,  # both stores answer when it is there
+    )
 
 
 @contextmanager

@@ -184,6 +184,7 @@ class TrackingSettings(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name in the registry; by default coalora-<pipeline>.",
     )
+    system_metrics: bool = Field(True, description="Log the load of processors, memory and GPUs while a flow runs.")
 
     @field_validator("tracking_uri")
     @classmethod

@@ -9,11 +9,9 @@ and its tracking URI are state of a thread and of the process, and mapped tasks 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +21,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from coalora.errors import CoaloraError
-from tasks.environment import coalora_home
+from tasks.tracking_place import default_place
 from tasks.tracking_run import IDENTITY_TAG, TrackedRun
 from tasks.tracking_values import flatten, scrub_text
 
 _IDENTITY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
 _SEARCH_OR_CREATE = threading.Lock()  # two threads must not both find nothing and create
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where runs go.
-
-    Attributes:
-        tracking_uri: MLflow server or database.
-        artifact_root: folder of the artifacts; None where the server decides.
-    """
-
-    tracking_uri: str
-    artifact_root: Path | None
-
-
-def default_place(tracking_uri: str | None = None) -> Place:
-    """The settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db` with `mlartifacts` by it."""
-    home = coalora_home()
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    return Place(uri, home / "mlartifacts" if uri.startswith("sqlite:") else None)
 
 
 class Tracker:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
 
 from coalora.errors import CoaloraError
-from tasks.tracking_values import flatten, scrub, scrub_text
+from tasks.tracking_values import flatten, scrub
 
 if TYPE_CHECKING:
     from tasks.tracking import Tracker
@@ -147,16 +149,54 @@ class TrackedRun:
         """Write a mapping as a JSON or YAML artifact (by the name's ending), without secrets."""
         self.client.log_dict(self.run_id, scrub(content), artifact_file)
 
-    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
+    def log_bytes(self, content: bytes, artifact_file: str) -> None:
+        """Write bytes, such as a picture, as an artifact."""
+        at = PurePosixPath(artifact_file)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / at.name
+            file.write_bytes(content)
+            self.log_artifact(file, str(at.parent) if at.parent.name else None)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], artifact_file: str) -> None:
+        """Write rows as an artifact that MLflow's page shows as a table, in place of what it held before.
+
+        MLflow's own `log_table` appends, which would double a table that is logged again.
+        """
+        columns = list(rows[0]) if rows else []
+        self.log_dict({"columns": columns, "data": [[row[c] for c in columns] for row in rows]}, artifact_file)
+        known = json.loads(self.client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+        entry = {"path": artifact_file, "type": "table"}
+        if entry not in known:
+            self.client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*known, entry]))
+
+    def set_description(self, markdown: str) -> None:
+        """What MLflow's page shows above the run."""
+        self.client.set_tag(self.run_id, MLFLOW_RUN_NOTE, markdown)
+
+    def log_dataset(
+        self,
+        name: str,
+        source: str | Mapping[str, Any],
+        digest: str,
+        context: str = "training",
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record a data set as an input of the run.
 
         Args:
-            source: where it comes from, such as a hub id or a path in the checkout.
+            source: where it comes from, such as a path in the checkout, or a hub id with its revision.
             digest: of its content; MLflow keeps the first 36 characters.
             context: what it was used for.
+            profile: its size.
         """
-        uri = json.dumps({"uri": scrub_text(source)})
-        dataset = Dataset(name, digest[:MAX_DATASET_DIGEST], "coalora", uri)
+        plain = {"uri": source} if isinstance(source, str) else source
+        dataset = Dataset(
+            name,
+            digest[:MAX_DATASET_DIGEST],
+            "coalora",
+            json.dumps(scrub(plain), sort_keys=True),
+            profile=None if profile is None else json.dumps(profile, sort_keys=True),
+        )
         tag = InputTag("mlflow.data.context", context)
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 

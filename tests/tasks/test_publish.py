@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.publish import git_commit, remove_stale, track_round, version_set, write_run_folder
+from tasks.git import git_commit
+from tasks.publish import remove_stale, track_round, version_set, write_run_folder
 from tasks.store import Artifact
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -133,7 +134,7 @@ def test_a_round_is_one_nested_mlflow_run_however_often_it_is_logged(run: TinyRu
     ids = [
         track_round.fn(
             pipeline="tiny", settings=settings, identity="0" * 64, round_index=1,
-            configurations=run.trained.sets[1], md5="abc",
+            configurations=run.trained.sets[1], tables=run.calibrated.tables, md5="abc",
         )
         for _ in range(2)
     ]  # fmt: skip
@@ -144,8 +145,8 @@ def test_a_round_is_one_nested_mlflow_run_however_often_it_is_logged(run: TinyRu
     assert len(runs) == 2  # the pipeline's and the round's
     child = client.get_run(ids[0])
     assert child.data.tags["dvc_md5"] == "abc"
-    assert child.data.metrics["n_members"] == run.trained.sets[1].meta["n_members"]
-    assert child.data.metrics["hypervolume_after"] >= child.data.metrics["hypervolume_before"]
+    assert child.data.metrics["search/n_members"] == run.trained.sets[1].meta["n_members"]
+    assert child.data.metrics["search/hypervolume_after"] >= child.data.metrics["search/hypervolume_before"]
 
 
 def _path() -> dict[str, str]:

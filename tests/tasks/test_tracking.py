@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from coalora.errors import CoaloraError
-from tasks.tracking import Tracker, default_place
+from tasks.tracking import Tracker
+from tasks.tracking_place import default_place
 from tasks.tracking_run import TrackedRun
 from tasks.tracking_values import MAX_VALUE, flatten, scrub, scrub_text, shorten
 
