@@ -1,4 +1,5 @@
-"""The model registry: every trained bundle is a version, `champion` the best one measured on the same yardstick.
+"""The model registry: every trained bundle is a version, `champion` the best one measured on the same yardstick,
+`newest` the one that was made last.
 
 A hypervolume only compares with one of the same benchmark and reference point, so both are part of the tag
 `hypervolume_reference`, and the alias never moves across two of them by itself.
@@ -31,6 +32,7 @@ from tasks.tracking_run import IDENTITY_TAG, TrackedRun
 from tasks.tracking_values import flatten
 
 CHAMPION = "champion"
+NEWEST = "newest"  # MLflow keeps the word `latest` for itself
 HYPERVOLUME = "hypervolume"
 REFERENCE = "hypervolume_reference"
 DECISION = "coalora.champion_decision"  # set last: a version without it was cut short
@@ -135,6 +137,7 @@ def register(
         made = _create(run, bundle_folder, model_name, plain, code_paths or [Path(coalora.__file__).parent])
     if description:
         client.update_model_version(model_name, made.version, description)
+    client.set_registered_model_alias(model_name, NEWEST, made.version)
     return _crown(client, model_name, made, created=found is None)
 
 
@@ -186,7 +189,7 @@ def _create(
         run_id=run.run_id,
         tags=dict(tags),
         model_id=logged.model_id,
-        await_creation_for=None,  # both stores answer when it is there
+        await_creation_for=0,  # both stores answer when it is there
     )
 
 

@@ -1,8 +1,8 @@
 """MLflow tracking that can be repeated: runs are found by identity, and every part is logged once.
 
 A pipeline that is killed, run again, or served from the cache must leave one MLflow run, not three. So a run
-carries its identity in the tag `coalora.identity`, and each part that was logged carries the digest of what
-was logged in `coalora.logged.<part>`. Runs are addressed by id through `MlflowClient`: MLflow's active run
+carries its identity in the tag `coalora.identity`, and the tag `coalora.logged` names each part that was logged
+with the digest of its content. Runs are addressed by id through `MlflowClient`: MLflow's active run
 and its tracking URI are state of a thread and of the process, and mapped tasks run in many threads.
 """
 
@@ -25,6 +25,14 @@ from tasks.tracking_place import default_place
 from tasks.tracking_run import IDENTITY_TAG, TrackedRun
 from tasks.tracking_values import flatten, scrub_text
 
+# MLflow's pages open with the views of training, not those of language-model applications.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "hypervolume/coa",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    "mlflow.note.content": "One run for each pipeline run, with a nested run for each round's configuration set. "
+    "`hypervolume/coa` compares runs of one benchmark: higher is better.",
+}
 _IDENTITY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
 _SEARCH_OR_CREATE = threading.Lock()  # two threads must not both find nothing and create
 
@@ -65,7 +73,9 @@ class Tracker:
         found = self.client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                return self.client.create_experiment(self.experiment, artifact_location=artifact_location)
+                return self.client.create_experiment(
+                    self.experiment, artifact_location=artifact_location, tags=EXPERIMENT_TAGS
+                )
             except MlflowException:
                 found = self.client.get_experiment_by_name(self.experiment)  # another process was faster
                 if found is None:

@@ -28,7 +28,7 @@ INTERVAL = 10.0  # seconds between two readings of the machine's load
 
 
 def open_pipeline_run(pipeline: str, settings: Settings, identity: str) -> TrackedRun:
-    """The run of a pipeline's identity, opened or resumed.
+    """The run of a pipeline's identity, opened or resumed; named like its folder under runs/.
 
     Raises:
         CoaloraError: as `tasks.tracking_faults.patiently`.
@@ -37,7 +37,7 @@ def open_pipeline_run(pipeline: str, settings: Settings, identity: str) -> Track
     def call() -> TrackedRun:
         tracker = open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri)
         params = settings.model_dump(mode="json", exclude_none=True)
-        return tracker.open_run(identity, pipeline, params, run_tags(pipeline))
+        return tracker.open_run(identity, f"{pipeline} {identity[:8]}", params, run_tags(pipeline))
 
     return patiently(call, tracking_uri(settings))
 

@@ -6,7 +6,7 @@ the slash, as MLflow's page shows them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coalora.calibrate.costs import budget_name
@@ -98,7 +98,13 @@ def _log_set(parent: TrackedRun, child: TrackedRun, configurations: Artifact, ta
 def _log_training(run: TrackedRun, method: str, state: Artifact) -> None:
     file = Store().path(state) / HISTORY
     rows = read_json(file) if file.is_file() else []
-    run.log_history([_point(row) for row in rows], f"train/{method}/")
+    log_curve(run, method, rows)
+
+
+def log_curve(run: TrackedRun, method: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and learning rate by step; charts of one quantity stand beside each other, a chart for each method."""
+    points = [{"step": row["step"], f"loss/{method}": row["loss"], f"lr/{method}": row["lr"]} for row in rows]
+    run.log_history(points, "train/")
 
 
 def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
@@ -106,14 +112,14 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
     folder = Store().path(report)
     result = read_json(folder / RESULT)
     for method, rows in result["curves"].items():
-        run.log_history([_point(row) for row in rows], f"train/{method}/")
+        log_curve(run, method, rows)
     metric = result["benchmark"]["metric"]
     for method in result["arms"]:
         summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
         for row in result["budgets"]:
             at = budget_name(row["budget"], result["cost"]["kind"])
-            summary[f"{metric}/{method}/{at}"] = row["metric"][method]
-            summary[f"loss/{method}/{at}"] = row["loss"][method]
+            summary[f"{metric}/{at}/{method}"] = row["metric"][method]
+            summary[f"loss/{at}/{method}"] = row["loss"][method]
         run.log_metrics(summary)
     run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})
     run.log_artifact(Store().path(tables) / TABLES, "calibration")
@@ -123,7 +129,3 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
     for name, draw in (("curves", curves_figure), ("rounds", rounds_figure), ("bits-by-layer", heatmap_figure)):
         run.log_bytes(figure_png(draw(result)), f"figures/{name}.png")
     run.set_description((folder / "table.md").read_text(encoding="utf-8"))
-
-
-def _point(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("step", "loss", "lr")}

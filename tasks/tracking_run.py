@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
     from tasks.tracking import Tracker
 
 IDENTITY_TAG = "coalora.identity"
-LOGGED_TAG = "coalora.logged."
+LOGGED_TAG = "coalora.logged"  # {part: first digits of its digest}
+MAX_LOGGED = 150  # parts that the tag holds: MLflow cuts tags at 8000 characters
 MAX_METRICS_PER_BATCH = 1000  # MLflow refuses more; likewise below
 MAX_PARAMS_PER_BATCH = 100
 MAX_DATASET_DIGEST = 36
+DIGITS = 16
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_READ_AND_WRITE = threading.Lock()  # of the tag above, by threads of this process
 
 
 class TrackedRun:
@@ -78,12 +82,19 @@ class TrackedRun:
         Returns:
             Whether `fn` was run.
         """
-        tag = f"{LOGGED_TAG}{part}"
-        if self.client.get_run(self.run_id).data.tags.get(tag) == digest:
+        if self._logged().get(part) == digest[:DIGITS]:
             return False
         fn(self)
-        self.client.set_tag(self.run_id, tag, digest)
+        with _READ_AND_WRITE:
+            parts = {name: value for name, value in self._logged().items() if name != part} | {part: digest[:DIGITS]}
+            # A part that falls off the front would only be looked through again: no point is logged twice.
+            newest = dict(list(parts.items())[-MAX_LOGGED:])
+            self.client.set_tag(self.run_id, LOGGED_TAG, json.dumps(newest))
         return True
+
+    def _logged(self) -> dict[str, str]:
+        logged: dict[str, str] = json.loads(self.client.get_run(self.run_id).data.tags.get(LOGGED_TAG, "{}"))
+        return logged
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; nested ones are flattened, secrets dropped."""

@@ -62,10 +62,11 @@ def round_rows(members: ConfigurationSet, measured: CalibrationTables) -> list[d
     """One row a member, by rising bits: average bits, cost where it is another, bytes, loss, layers by bits, round."""
     bits, sizes = measured.average_bits(members.configurations), measured.total_nbytes(members.configurations)
     costs = measured.costs(members.configurations)
+    n_weights = np.array([layer.n_weights for layer in measured.layers])
     rows = []
     for i in np.argsort(bits, kind="stable"):
-        layer_bits = measured.bits[np.arange(len(measured.layers)), members.configurations[i]]
-        counts = Counter(round(float(b), 2) for b in layer_bits)
+        packed = measured.nbytes[np.arange(len(n_weights)), members.configurations[i]]
+        counts = Counter(round(float(b), 1) for b in packed * 8 / n_weights)
         loss = float(members.losses[i])
         row: dict[str, Any] = {"average bits": round(float(bits[i]), 3)}
         if measured.cost_kind == "latency":
@@ -73,7 +74,7 @@ def round_rows(members: ConfigurationSet, measured: CalibrationTables) -> list[d
         row |= {
             "bytes": int(sizes[i]),
             "loss": round(loss, 5) if np.isfinite(loss) else None,
-            "layers by bits": ", ".join(f"{n} x {b:g}" for b, n in sorted(counts.items())),
+            "layers by bits": ", ".join(f"{n} at {b:g}" for b, n in sorted(counts.items())),
             "since round": int(members.joined[i]),
         }
         rows.append(row)

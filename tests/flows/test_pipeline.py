@@ -107,21 +107,32 @@ print("ANSWER" + json.dumps({
     "children": sorted(r.info.run_name for r in runs if r not in parent),
     "status": [r.info.status for r in parent],
     "params": parent[0].data.params,
-    "curve": len(client.get_metric_history(parent[0].info.run_id, "train/coa/loss")),
-    "artifacts": [a.path for a in client.list_artifacts(parent[0].info.run_id, "report")],
+    "curve": len(client.get_metric_history(parent[0].info.run_id, "train/loss/coa")),
+    "artifacts": [
+        a.path for at in ("report", "figures", "figures/rounds")
+        for a in client.list_artifacts(parent[0].info.run_id, at)
+    ],
+    "inputs": {i.dataset.name: json.loads(i.dataset.profile)["num_rows"] for i in parent[0].inputs.dataset_inputs},
+    "load": [m for m in parent[0].data.metrics if m.startswith("system/")],
+    "newest": client.get_model_version_by_alias("coalora-tiny", "newest").version,
+    "signature": mlflow.models.get_model_info("models:/coalora-tiny@champion").signature.to_dict()["inputs"],
     "version": champion.version, "tags": champion.tags,
     "bits": answer["average_bits"], "layers": len(answer["configuration"]),
 }))
 """
     code = f"import os; os.environ['MLFLOW_TRACKING_URI'] = 'sqlite:///{checkout.root}/.coalora/mlflow.db'\n{asked}"
     found = json.loads(checkout.run("-c", code).split("ANSWER", 1)[1].splitlines()[0])
-    assert found["children"] == ["round 0", "round 1", "round 2"]
+    assert found["children"] == ["initial set", "round 1", "round 2"]
     assert found["status"] == ["FINISHED"]
     assert found["params"]["training.initial_steps"] == "6"
     assert found["curve"] == 14
-    assert {"report/report.html", "report/front.png"} <= set(found["artifacts"])
-    assert int(found["version"]) == 1
+    assert {"report/report.html", "figures/front.png", "figures/rounds/round-02.png"} <= set(found["artifacts"])
+    assert found["inputs"] == {"pydoc-topics/train": 64, "pydoc-topics/search": 4, "pydoc-topics/validation": 8}
+    assert "system/cpu_utilization_percentage" in found["load"]
+    assert int(found["version"]) == int(found["newest"]) == 1
+    assert "budget" in found["signature"]
     assert float(found["tags"]["hypervolume"]) > 0
+    assert {"average_bits_range", "base_model_digest", "dvc_md5", "pipeline"} <= set(found["tags"])
     assert found["bits"] <= 3
     assert found["layers"] == 14
 
