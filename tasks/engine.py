@@ -28,6 +28,7 @@ from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import discard
 from tasks.engine_records import Plan, StageRecord, recorded_artifact, run_name, write_record
 from tasks.keys import artifacts_in
 from tasks.progress import get_logger
@@ -123,6 +124,8 @@ class Runner(ABC):
         if problems:
             get_logger().warning("%s: stored result is rebuilt: %s", stage.name, "; ".join(problems))
         reuse = recorded if not problems else None
+        if refresh:
+            discard(key)
         if reuse is None:
             self._require_inputs(stage, call)
         return Plan(stage, key, call, results, reuse, bool(problems), started)
