@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tasks.publish import (
 )
 from tasks.reporting import make_report
 from tasks.settings import Settings
+from tasks.showing import show_result, show_round
 from tasks.store import Artifact
 
 ALL_STAGES = [*CALIBRATION, *TRAINING, *EVALUATION, *EXPORT, make_report]
@@ -47,18 +48,30 @@ class Published(BaseModel):
 
 @dataclass
 class Rounds:
-    """What happens to every round's set and state as soon as they exist: versioned with DVC, logged to MLflow.
+    """What happens to every round's set and state as soon as they exist: versioned with DVC, logged to MLflow, shown.
 
     A tracking server that is away in the middle of a run does not end it: the publication logs what is missing.
     """
 
     run: PipelineRun
     tables: Artifact
+    sets: list[Artifact] = field(default_factory=list)
 
     def on_set(self, round_index: int, configurations: Artifact) -> None:
-        """Version and log a set."""
+        """Version, log and show a set."""
+        self.sets.append(configurations)
         md5 = _version(self.run, round_index, configurations, str(Path.cwd()))
-        self._track(track_round, round_index=round_index, configurations=configurations, tables=self.tables, md5=md5)
+        run_id = self._track(
+            track_round, round_index=round_index, configurations=configurations, tables=self.tables, md5=md5
+        )
+        self.run.runner.call(
+            show_round,
+            pipeline=self.run.name,
+            settings=self.run.settings,
+            round_index=round_index,
+            sets=list(self.sets),
+            mlflow_run_id=run_id,
+        )
         if round_index == self.run.settings.search.rounds and self.run.settings.versioning.enabled:
             self.run.runner.call(remove_stale, pipeline=self.run.name, last_round=round_index, root=str(Path.cwd()))
 
@@ -66,11 +79,12 @@ class Rounds:
         """Log a state's curve."""
         self._track(track_training, round_index=round_index, method=method, state=state)
 
-    def _track(self, part: Task[..., Any], **inputs: Any) -> None:
+    def _track(self, part: Task[..., Any], **inputs: Any) -> Any:
         try:
-            self.run.runner.call(part, **_common(self.run), **inputs)
+            return self.run.runner.call(part, **_common(self.run), **inputs)
         except CoaloraError as error:
             get_logger().warning("%s: not logged to MLflow yet, the run goes on: %s", part.name, error)
+            return None
 
 
 def _common(run: PipelineRun) -> dict[str, Any]:
@@ -123,6 +137,15 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
             "bundle": exported.bundle.model_dump(mode="json"),
             "mlflow_run_id": run_id,
         },
+    )
+    run.runner.call(
+        show_result,
+        pipeline=run.name,
+        settings=run.settings,
+        report=report,
+        folder=folder,
+        mlflow_run_id=run_id,
+        registered=registered,
     )
     return Published(folder=folder, report=report, mlflow_run_id=run_id, registered=registered)
 

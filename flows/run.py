@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.files import digest
+from tasks.checkpoints import checkpoint_every
 from tasks.corpus import input_files
 from tasks.engine import PrefectRunner, Runner, Stage
 from tasks.fingerprint import files_digest, model_digest
@@ -62,11 +63,13 @@ class PipelineRun:
 
     def run(self, stage: Stage, **inputs: Any) -> Artifact:
         """Run one stage."""
-        return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
+        with checkpoint_every(self.settings.stages.checkpoint_seconds):
+            return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
 
     def run_many(self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int) -> list[Artifact]:
         """Run one stage for each of `calls`, at most `workers` at a time."""
-        return self.runner.run_many(stage, calls, workers=workers, refresh=stage.name in self.refresh)
+        with checkpoint_every(self.settings.stages.checkpoint_seconds):
+            return self.runner.run_many(stage, calls, workers=workers, refresh=stage.name in self.refresh)
 
     def identity(self, stages: list[Stage]) -> str:
         """Digest of all that decides the result: settings, input files and the stages' code."""

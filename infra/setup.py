@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from coalora.errors import CoaloraError
+from infra.limits import set_limits
 from infra.services import POOL, http_missing
 
 TEMPLATE = Path(__file__).parent / "kubernetes" / "base-job-template.json"
-GPU_TAG = "gpu"  # carried by the stages that need a GPU to themselves
 
 
 def set_up(api: str, *, pool: str = POOL, kind: str = "process", gpus: int = 1, limit: int | None = None) -> list[str]:
@@ -34,10 +34,6 @@ def set_up(api: str, *, pool: str = POOL, kind: str = "process", gpus: int = 1, 
     Raises:
         CoaloraError: the server does not answer, or the pool is of another type.
     """
-    if gpus < 1:
-        raise CoaloraError(
-            "GPU tasks need a slot", got=f"--gpus {gpus}", expected="1 or more", remedy="1 for machines without GPU"
-        )
     missing = http_missing(f"{api.rstrip('/')}/health")
     if missing is not None:
         raise CoaloraError(
@@ -49,7 +45,7 @@ def set_up(api: str, *, pool: str = POOL, kind: str = "process", gpus: int = 1, 
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-        return [_pool(client, pool, kind, limit), _limit(client, gpus)]
+        return [_pool(client, pool, kind, limit), *set_limits(client, gpus)]
 
 
 def count_gpus() -> int:
@@ -97,11 +93,6 @@ def _template(kind: str) -> dict[str, Any]:
     from prefect.workers.process import ProcessWorker
 
     return ProcessWorker.get_default_base_job_template()
-
-
-def _limit(client: Any, gpus: int) -> str:
-    client.create_concurrency_limit(tag=GPU_TAG, concurrency_limit=gpus)
-    return f"tag {GPU_TAG}: {gpus} at a time"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,9 +28,11 @@ from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import discard
 from tasks.engine_records import Plan, StageRecord, recorded_artifact, run_name, write_record
 from tasks.keys import artifacts_in
 from tasks.progress import get_logger
+from tasks.slots import tags_of_call, told_of_waiting
 from tasks.stage import Stage, executions_of_call, stage
 from tasks.store import Store
 
@@ -123,6 +125,8 @@ class Runner(ABC):
         if problems:
             get_logger().warning("%s: stored result is rebuilt: %s", stage.name, "; ".join(problems))
         reuse = recorded if not problems else None
+        if refresh:
+            discard(key)
         if reuse is None:
             self._require_inputs(stage, call)
         return Plan(stage, key, call, results, reuse, bool(problems), started)
@@ -179,7 +183,9 @@ class PrefectRunner(Runner):
         return cast(ResultStore, get_result_store().update_for_task(task, _sync=True))  # type: ignore[call-arg]
 
     def _execute(self, plan: Plan) -> Artifact:
-        return self._task(plan)(**plan.call)
+        task = self._task(plan)
+        with told_of_waiting(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
+            return task(**plan.call)
 
     @contextmanager
     def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
@@ -196,11 +202,12 @@ class PrefectRunner(Runner):
             cache_policy=replace(plan.stage.policy, key=plan.key),
             refresh_cache=plan.reuse is None,
             task_run_name=run_name(plan.stage.name, plan.call),
+            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None),
             **self.task_options,
         )
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        return task(**inputs)
+        return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
 
 
 class DirectRunner(Runner):

@@ -208,6 +208,11 @@ class StageSettings(Section):
 
     retries: int = Field(0, ge=0, le=10, description="Retries of a failed stage.")
     timeout_hours: float | None = Field(None, gt=0, description="A stage that takes longer fails.")
+    checkpoint_seconds: float | None = Field(
+        60.0,
+        gt=0,
+        description="Seconds between checkpoints of training, where a killed run resumes; null: between stages alone.",
+    )
 
 
 class RuntimeSettings(Section):

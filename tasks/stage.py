@@ -21,6 +21,7 @@ from prefect.context import TaskRunContext
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import scratch_of
 from tasks.keys import function_source_digest, stage_key
 
 _RESERVED = {"refresh", "return_state", "wait_for"}  # arguments of `run` and of Prefect's task call
@@ -114,7 +115,8 @@ class Stage:
             if executions is not None:
                 executions.append(self.name)
             started = time.perf_counter()
-            result = self.fn(**inputs)
+            with scratch_of(self.key(inputs)):
+                result = self.fn(**inputs)
             if not isinstance(result, Artifact):
                 raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
             # Kept with the record, not with the content: a reused result still tells what it cost.
