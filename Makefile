@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-gptq lint bench lock clean help
+.PHONY: demo up down status test test-gptq lint bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -17,6 +17,15 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY)   ## train the embedded demo, from a base model to registered adapters
 	$(BIN)/python -m flows.pipeline demo
+
+up: $(READY)     ## start Prefect, MLflow, an S3 store and a worker on this machine (loopback)
+	$(BIN)/python -m infra.local up
+
+down: $(READY)   ## end what `make up` started
+	$(BIN)/python -m infra.local down
+
+status: $(READY) ## show how the stack is
+	$(BIN)/python -m infra.local status
 
 test: $(READY)   ## run the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -38,7 +47,7 @@ bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (bench
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy coalora tasks flows benchmarks
+	$(BIN)/mypy coalora tasks flows benchmarks infra
 
 lock: $(READY)   ## resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra pipeline --extra dev --python-version 3.11 --no-annotate --no-header \
