@@ -50,7 +50,7 @@ class Stack:
         self.env_file = self.folder / "env"
 
     def up(self, ports: Mapping[str, int] | None = None, *, wait: float = WAIT) -> State:
-        """Start what is not running, in order, each when the one before is healthy.
+        """Start what is not running: the servers side by side, the worker when they are healthy.
 
         Args:
             ports: by service; 0 takes a free one. Of what runs already the port stays.
@@ -64,10 +64,12 @@ class Stack:
             state.ports = self._ports(state, ports or {})
             credentials = self._credentials()
             self._lay_out(state.ports, credentials)
-            for service in services(self.folder, state.ports, credentials):
-                self._ensure(service, state, wait)
-                if service.name == "prefect":
-                    self._set_up()
+            *servers, worker = services(self.folder, state.ports, credentials)
+            started = [(server, self._ensure(server, state)) for server in servers]
+            for server, process in started:
+                self._wait(server, process, wait)
+            self._set_up()
+            self._wait(worker, self._ensure(worker, state), wait)
             return state
 
     def down(self) -> list[str]:
@@ -101,7 +103,11 @@ class Stack:
         """Variables that reach the stack, as in the file `env`."""
         return client_environment({**PORTS, **self._read().ports}, self._credentials(make=False))
 
-    def _ensure(self, service: Service, state: State, wait: float) -> None:
+    def _wait(self, service: Service, process: Process, seconds: float) -> None:
+        wait_until(service.missing, process, name=service.name, log=self._log(service.name), seconds=seconds)
+
+    def _ensure(self, service: Service, state: State) -> Process:
+        """The service's process, started where there is none."""
         log = self._log(service.name)
         process = state.processes.get(service.name)
         if process is None or process.find() is None:
@@ -111,7 +117,7 @@ class Stack:
             process = start(service.command, log=log, environment=environment, folder=ROOT)
             state.processes[service.name] = process
             self._write(state)  # before it is healthy: `down` must find it whatever happens
-        wait_until(service.missing, process, name=service.name, log=log, seconds=wait)
+        return process
 
     def environment_of(self, state: State) -> dict[str, str]:
         """`environment` of a state that is being changed."""

