@@ -40,10 +40,10 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space and its packages, lengths, target layers, budgets and DVC.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC and S3.
 
     Args:
-        root: where DVC must be initialised; None leaves that out.
+        root: where DVC must be initialised, and S3 be reachable where a run is published; None leaves both out.
 
     Raises:
         CoaloraError: the first thing that is wrong.
@@ -67,6 +67,10 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
             got=f"no .dvc in {root}",
             remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
+    if root is not None and settings.storage.publish:
+        from tasks.s3.client import S3Location  # boto3 is imported where it is wanted alone
+
+        S3Location.of(settings.storage).check()
     return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 
