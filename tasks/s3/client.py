@@ -123,8 +123,7 @@ class S3Location:
 
     def put_json(self, name: str, content: object) -> str:
         """Put canonical JSON: sorted keys, a newline at the end."""
-        text = json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n"
-        return str(self.put_bytes(name, text.encode()))
+        return str(self.put_bytes(name, json_bytes(content)))
 
     def put_file(self, path: Path, name: str, *, sha256: str | None = None) -> None:
         """Put a file; above `part_mib` in parts, several at a time. The object appears when its last byte has arrived.
@@ -241,6 +240,11 @@ class S3Location:
 
     def __str__(self) -> str:
         return str(self.address)
+
+
+def json_bytes(content: object) -> bytes:
+    """Canonical JSON."""
+    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _etag(answer: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from coalora.errors import CoaloraError
 from coalora.files import file_sha256, read_json
 from tasks.artifacts import files_below
 from tasks.progress import Progress
-from tasks.s3.client import S3Location
+from tasks.s3.client import S3Location, json_bytes
 from tasks.s3.leftovers import abort_stale_uploads
 from tasks.s3.manifest import LATEST, MANIFEST, OBJECTS, RUNS, Manifest, PublishedFile, object_name, run_name
 from tasks.store import MARKER
@@ -50,17 +50,19 @@ def publish(folder: Path, root: S3Location) -> Publication:
     abort_stale_uploads(root, OBJECTS)
     missing = _missing_objects(manifest, root)
     _send(missing, folder, root)
-    name = f"{run_name(manifest.pipeline, manifest.run)}/{MANIFEST}"
-    content = manifest.model_dump_json(indent=1).encode() + b"\n"
-    changed = root.get_bytes(name) != content
-    if changed:
-        root.put_bytes(name, content)
-    pointer = f"{RUNS}/{manifest.pipeline}/{LATEST}"
-    if (found := root.get_bytes(pointer)) is None or changed or f'"{manifest.run}"'.encode() not in found:
-        root.put_json(pointer, {"run": manifest.run})
+    changed = _put_if_other(root, f"{run_name(manifest.pipeline, manifest.run)}/{MANIFEST}", manifest.model_dump())
+    _put_if_other(root, f"{RUNS}/{manifest.pipeline}/{LATEST}", {"run": manifest.run})
     address = root.address.below(run_name(manifest.pipeline, manifest.run))
     sent = sum(file.size for file in missing)
     return Publication(str(address), len(manifest.files), manifest.nbytes, len(missing), sent, changed)
+
+
+def _put_if_other(root: S3Location, name: str, content: object) -> bool:
+    found = root.get_bytes(name)
+    if found is not None and found == json_bytes(content):
+        return False
+    root.put_bytes(name, json_bytes(content))
+    return True
 
 
 def describe(folder: Path) -> Manifest:

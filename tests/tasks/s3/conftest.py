@@ -10,7 +10,7 @@ import pytest
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
 from tasks.settings_storage import StorageSettings
-from tests.s3_server import FaultProxy, create_bucket, fault_proxy, s3_server, set_credentials, without_backoff
+from tests.s3_server import FaultProxy, create_bucket, fault_proxy, s3_server, set_credentials, without_waits
 
 Open = Callable[..., S3Location]
 
@@ -27,7 +27,7 @@ def proxy(running: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     set_credentials(monkeypatch.setenv)
-    without_backoff(monkeypatch)
+    without_waits(monkeypatch)
     running.clear()
     return running
 
