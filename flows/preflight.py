@@ -42,10 +42,11 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC and MLflow's server.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC, MLflow and S3.
 
     Args:
-        root: where DVC must be initialised; None leaves out DVC and MLflow's server.
+        root: where DVC must be initialised, MLflow's server answer, and S3 be reachable where a run is published;
+            None leaves all three out.
 
     Raises:
         CoaloraError: the first thing that is wrong.
@@ -71,6 +72,10 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         )
     if root is not None:
         require_server(default_place(settings.tracking.tracking_uri).tracking_uri)
+    if root is not None and settings.storage.publish:
+        from tasks.s3.client import S3Location  # boto3 is imported where it is wanted alone
+
+        S3Location.of(settings.storage).check()
     return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 
