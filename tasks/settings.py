@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from tasks.settings_choices import ChoiceSettings, CostSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
+from tasks.settings_storage import StorageSettings
 
 
 class CalibrationSettings(Section):
@@ -263,18 +264,20 @@ class Settings(Section):
     export: ExportSettings = Field(ExportSettings(), description="Export.")
     tracking: TrackingSettings = Field(TrackingSettings(), description="Tracking.")
     versioning: VersioningSettings = Field(VersioningSettings(), description="Versioning.")
+    storage: StorageSettings = Field(StorageSettings(), description="S3.")
     stages: StageSettings = Field(StageSettings(), description="Retries and time limits.")
     runtime: RuntimeSettings = Field(RuntimeSettings(), description="Device, number type, memory.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything that is drawn.")
 
     def of_the_result(self) -> Settings:
-        """The same with defaults for what changes no number: where a run is tracked, how its stages are cut and run."""
+        """The same with defaults for what changes no number: where a run is kept, how its stages are cut and run."""
         default = EvaluationSettings()
         whole = {"shard_size": default.shard_size, "workers": default.workers}
         return self.model_copy(
             update={
                 "tracking": TrackingSettings(),
                 "versioning": VersioningSettings(),
+                "storage": StorageSettings(),
                 "stages": StageSettings(),
                 "evaluation": self.evaluation.model_copy(update=whole),
             }
