@@ -154,7 +154,7 @@ class Runner(ABC):
             if not artifact.of_this_machine and (plan.executions or shared.record(plan.key) is None):
                 shared.write_record(plan.key, artifact)
             if sent:
-                get_logger().info("%s: %.1f MB to %s", plan.stage.name, sent / 1e6, shared.url)
+                get_logger().info("%s: %.1f MB to %s", plan.stage.name, sent / 1e6, shared)
         record = StageRecord(
             stage=plan.stage.name,
             key=plan.key,

@@ -12,50 +12,40 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact, FileEntry, content_digest
 from tasks.environment import STORE_VARIABLE
 from tasks.progress import get_logger
-from tasks.shared_lease import Lease
+from tasks.s3.address import S3Address
+from tasks.s3.client import S3Location
+from tasks.settings_storage import StorageSettings
+from tasks.shared_lease import TTL_SECONDS, Lease
 
 MANIFEST = "manifest.json"
-_MISSING = ("NoSuchKey", "404", "NotFound")
-_TRANSFER = TransferConfig(multipart_threshold=64 * 2**20, multipart_chunksize=32 * 2**20, max_concurrency=8)
 
 
 class SharedStore:
     """Artifacts, records and leases below one prefix of a bucket.
 
     Args:
-        client: boto3's S3 client.
-        url: `s3://bucket/prefix`, for messages as well.
+        location: the prefix.
+        ttl: seconds after which the lease of a machine that is not heard of may be taken over.
     """
 
-    def __init__(self, client: Any, url: str) -> None:
-        self.client, self.url = client, url.rstrip("/")
-        self.bucket, self.prefix = parse_url(url)
+    def __init__(self, location: S3Location, *, ttl: float = TTL_SECONDS) -> None:
+        self.location, self.ttl = location, ttl
 
-    def key(self, *parts: str) -> str:
-        return "/".join(filter(None, [self.prefix, *parts]))
-
-    def artifact_key(self, digest: str, name: str) -> str:
-        return self.key("store", digest[:2], digest, name)
+    def __str__(self) -> str:
+        return str(self.location)
 
     def manifest(self, artifact: Artifact) -> list[FileEntry] | None:
         """Files of a complete artifact; None where there is none, or its manifest is not the artifact's."""
-        content = self.read_json(self.artifact_key(artifact.digest, MANIFEST))
+        content = self._json(file_name(artifact.digest, MANIFEST))
         try:
             entries = [FileEntry(str(path), int(size), str(sha)) for path, size, sha in content["files"]]  # type: ignore[index]
         except (KeyError, TypeError, ValueError):
@@ -64,23 +54,14 @@ class SharedStore:
 
     def push(self, artifact: Artifact, folder: Path, entries: list[FileEntry]) -> int:
         """Upload an artifact, its manifest last; returns the bytes that were sent."""
-        with self._talking(f"uploading {artifact.kind} {artifact.digest[:12]}"):
-            for entry in entries:
-                self.client.upload_file(
-                    str(folder / entry.path),
-                    self.bucket,
-                    self.artifact_key(artifact.digest, entry.path),
-                    ExtraArgs={"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": entry.sha256}},
-                    Config=_TRANSFER,
-                )
-        self.write_json(
-            self.artifact_key(artifact.digest, MANIFEST),
-            {"digest": artifact.digest, "files": [list(e) for e in entries]},
-        )
+        for entry in entries:
+            self.location.put_file(folder / entry.path, file_name(artifact.digest, entry.path), sha256=entry.sha256)
+        content = {"digest": artifact.digest, "files": [list(entry) for entry in entries]}
+        self.location.put_json(file_name(artifact.digest, MANIFEST), content)
         return artifact.nbytes
 
     def pull(self, artifact: Artifact, folder: Path) -> list[FileEntry]:
-        """Download an artifact's files into an empty folder, each checked against its digest; returns them.
+        """Download an artifact's files, each checked against its digest; returns them. Goes on where one broke off.
 
         Raises:
             CoaloraError: the artifact is not there, or its files are not those of its digest.
@@ -89,110 +70,66 @@ class SharedStore:
         if entries is None:
             raise CoaloraError(
                 "an artifact that is read is in the store",
-                got=f"{artifact.kind} {artifact.digest[:12]} is neither on this machine nor in {self.url}",
+                got=f"{artifact.kind} {artifact.digest[:12]} is neither on this machine nor in {self}",
                 remedy="run the pipeline again: the stage that made it makes it anew",
             )
-        get_logger().info(
-            "%s %s: downloading %.1f MB from %s", artifact.kind, artifact.digest[:12], artifact.nbytes / 1e6, self.url
-        )
+        get_logger().info("%s %s: %.1f MB from %s", artifact.kind, artifact.digest[:12], artifact.nbytes / 1e6, self)
         for entry in entries:
-            target = folder / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with self._talking(f"downloading {entry.path}"):
-                self.client.download_file(
-                    self.bucket, self.artifact_key(artifact.digest, entry.path), str(target), Config=_TRANSFER
-                )
-            if problem := entry.problem(target):
-                raise CoaloraError(
-                    "what a shared store holds is what was uploaded",
-                    got=f"{artifact.kind} {artifact.digest[:12]} in {self.url}: {problem}",
-                    remedy=f"delete {self.artifact_key(artifact.digest, MANIFEST)} there and run the pipeline again",
-                )
+            name = file_name(artifact.digest, entry.path)
+            self.location.get_file(name, folder / entry.path, sha256=entry.sha256, size=entry.size)
         return entries
 
     def record(self, cache_key: str) -> Artifact | None:
         """The artifact that answers a stage's key; None for none, a truncated record, or one of another version."""
-        content = self.read_json(self.key("records", f"{cache_key}.json"))
+        content = self._json(record_name(cache_key))
         try:
             return Artifact.model_validate(content["artifact"])  # type: ignore[index]
         except (KeyError, TypeError, ValidationError):
             return None
 
     def write_record(self, cache_key: str, artifact: Artifact) -> None:
-        self.write_json(self.key("records", f"{cache_key}.json"), {"artifact": artifact.model_dump(mode="json")})
+        self.location.put_json(record_name(cache_key), {"artifact": artifact.model_dump(mode="json")})
 
     def lease(self, cache_key: str) -> Lease:
         """The lock of a key among the machines that share this store."""
-        return Lease(self.client, self.bucket, self.key("locks", f"{cache_key}.json"), translate=self._told("locking"))
+        return Lease(self.location, f"locks/{cache_key}.json", ttl=self.ttl)
 
-    def read_json(self, key: str) -> object:
+    def _json(self, name: str) -> object:
         """Content of an object; None where it is missing or no JSON."""
-        with self._talking(f"reading {key}"):
-            try:
-                body = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-            except ClientError as error:
-                if error.response["Error"]["Code"] in _MISSING:
-                    return None
-                raise
+        content = self.location.get_bytes(name)
         try:
-            return json.loads(body)
+            return None if content is None else json.loads(content)
         except ValueError:
             return None
 
-    def write_json(self, key: str, content: Mapping[str, Any]) -> None:
-        body = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-        with self._talking(f"writing {key}"):
-            self.client.put_object(Bucket=self.bucket, Key=key, Body=body, ContentType="application/json")
 
-    @contextmanager
-    def _talking(self, what: str) -> Iterator[None]:
-        """Errors of S3 as ours."""
-        try:
-            yield
-        except (ClientError, BotoCoreError, Boto3Error) as error:
-            raise self._told(what)(error) from error
-
-    def _told(self, what: str) -> Any:
-        def translate(error: Exception) -> CoaloraError:
-            return CoaloraError(
-                f"the shared store {self.url} answers",
-                got=f"{what}: {type(error).__name__}: {error}",
-                remedy=f"check the bucket, the credentials and the endpoint, or unset {STORE_VARIABLE} to go on alone",
-            )
-
-        return translate
+def file_name(digest: str, path: str) -> str:
+    """Name of an artifact's file, below the prefix."""
+    return f"store/{digest[:2]}/{digest}/{path}"
 
 
-def parse_url(url: str) -> tuple[str, str]:
-    """(bucket, prefix without slashes at its ends).
-
-    Raises:
-        CoaloraError: it is no `s3://bucket/prefix`.
-    """
-    parts = urlsplit(url)
-    if parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
-        raise CoaloraError(
-            f"{STORE_VARIABLE} names a shared store",
-            got=url.rsplit("@", 1)[-1],
-            expected="s3://bucket/prefix; credentials come from the usual AWS variables or files",
-        )
-    return parts.netloc, parts.path.strip("/")
+def record_name(cache_key: str) -> str:
+    return f"records/{cache_key}.json"
 
 
 def shared_store() -> SharedStore | None:
-    """The store that `COALORA_STORE` names; None where it is not set.
+    """The store that `COALORA_STORE` names; None where it is not set. Server and credentials: AWS's own variables.
 
     Raises:
         CoaloraError: it names none.
     """
     url = os.environ.get(STORE_VARIABLE)
-    return _opened(url, os.getpid()) if url else None
+    endpoint = [os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE")]
+    return _opened(url, *endpoint, os.getpid()) if url else None
 
 
 @lru_cache(maxsize=4)
-def _opened(url: str, _process: int) -> SharedStore:
+def _opened(url: str, *_: object) -> SharedStore:
     # One client for a process: it may be used by many threads, and by no forked child.
-    parse_url(url)
-    from tasks.s3.client import make_client
-
-    return SharedStore(make_client(), url)
+    try:
+        address = S3Address.parse(url)
+    except CoaloraError as error:
+        raise CoaloraError(
+            f"{STORE_VARIABLE} names a store in S3", got=error.got, expected="s3://bucket/prefix", remedy=error.remedy
+        ) from error
+    return SharedStore(S3Location(address, StorageSettings()))

@@ -15,17 +15,18 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from tasks.locks import describe, this_process
 from tasks.progress import get_logger
+from tasks.s3.client import S3Location
+from tasks.s3.errors import StorageError, error_code, translated
 
 TTL_SECONDS = 60.0
 BEATS = 4  # renewals in one ttl
@@ -44,23 +45,13 @@ class Lease:
     """One lease; a `tasks.locks.Lock`.
 
     Args:
-        client: boto3's S3 client.
-        bucket, key: the lease object.
+        location: of the lease objects.
+        name: of this one.
         ttl: seconds after which a lease that was not renewed may be taken over.
-        translate: turns an error of the store into one to show.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        bucket: str,
-        key: str,
-        *,
-        ttl: float = TTL_SECONDS,
-        translate: Callable[[Exception], Exception] = lambda error: error,
-    ) -> None:
-        self.client, self.bucket, self.key, self.ttl, self.translate = client, bucket, key, ttl, translate
-        self._owner = uuid.uuid4().hex
+    def __init__(self, location: S3Location, name: str, *, ttl: float = TTL_SECONDS) -> None:
+        self.location, self.name, self.ttl = location, name, ttl
         self._etag: str | None = None
         self._seen: Seen | None = None
         self._stop = threading.Event()
@@ -70,12 +61,9 @@ class Lease:
         """Take the lease if nobody has it, or if its holder has let it expire.
 
         Raises:
-            Exception: the store cannot be reached or refuses, as `translate` says it.
+            StorageError: the store cannot be reached or refuses.
         """
-        try:
-            etag = self._write(IfNoneMatch="*") or self._take_over()
-        except (ClientError, BotoCoreError) as error:
-            raise self.translate(error) from error
+        etag = self.location.put_bytes(self.name, _content(), if_absent=True) or self._take_over()
         if etag is None:
             return False
         self._etag = etag
@@ -92,70 +80,55 @@ class Lease:
         self._thread.join()
         self._thread = None
         # Renewed first: after that it is ours for `ttl` seconds, and nobody else's object is deleted.
-        with suppress(ClientError, BotoCoreError):
-            if self._etag is not None and self._write(IfMatch=self._etag) is not None:
-                self.client.delete_object(Bucket=self.bucket, Key=self.key)
+        with suppress(StorageError):
+            if self._etag and self.location.put_bytes(self.name, _content(), if_match=self._etag):
+                self.location.delete([self.name])
         self._etag = None
 
     def holder(self) -> str:
         return describe(self._seen.content if self._seen else None)
 
     def _take_over(self) -> str | None:
-        seen = self._seen = self._read()
-        if seen is None:  # gone meanwhile: the next try makes it anew
+        seen = self._seen = read_lease(self.location, self.name)
+        if seen is None or seen.age <= self.ttl:  # gone meanwhile: the next try makes it anew
             return None
-        if self._is_ours(seen):
-            return seen.etag
-        if seen.age <= self.ttl:
-            return None
-        get_logger().warning("%s: lease of %s has expired, and is taken over", self.key, self.holder())
-        return self._write(IfMatch=seen.etag)
+        etag = self.location.put_bytes(self.name, _content(), if_match=seen.etag)
+        if etag is not None:
+            get_logger().warning("%s: taken over from %s, which has not been heard of", self.name, self.holder())
+        return etag
 
     def _keep_alive(self, stop: threading.Event) -> None:
         while not stop.wait(self.ttl / BEATS):
             try:
-                etag = self._write(IfMatch=str(self._etag))
-                if etag is None and (seen := self._read()) is not None and self._is_ours(seen):
-                    etag = seen.etag
-            except (ClientError, BotoCoreError) as error:
-                get_logger().warning("%s: lease not renewed, trying again: %s", self.key, type(error).__name__)
+                self._etag = self.location.put_bytes(self.name, _content(), if_match=self._etag)
+            except StorageError as error:
+                get_logger().warning("%s: lease not renewed, trying again: %s", self.name, error)
                 continue
-            self._etag = etag
-            if etag is None:
-                get_logger().warning("%s: lease lost to another machine; both results are kept", self.key)
+            if self._etag is None:
+                get_logger().warning("%s: lease lost to another machine; both results are kept", self.name)
                 return
 
-    def _is_ours(self, seen: Seen) -> bool:
-        # A write whose answer was lost is sent again, and then meets itself.
-        return seen.content.get("owner") == self._owner
 
-    def _write(self, **condition: str) -> str | None:
-        """ETag of the object as written, or None where the condition did not hold."""
-        # `beat` makes every content, and with it every ETag, another one.
-        content = {**this_process(), "owner": self._owner, "beat": uuid.uuid4().hex}
-        body = json.dumps(content).encode()
+def read_lease(location: S3Location, name: str) -> Seen | None:
+    """The lease object, None where there is none."""
+    place = f"s3://{location.address.bucket}/{location.address.key(name)}"
+    with translated("reading a lock", place, location.endpoint):
         try:
-            answer = self.client.put_object(Bucket=self.bucket, Key=self.key, Body=body, **condition)
+            answer = location.client.get_object(Bucket=location.address.bucket, Key=location.address.key(name))
         except ClientError as error:
-            # 412: the condition does not hold; 409: another conditional write is under way; 404: the object is gone.
-            status = error.response["ResponseMetadata"].get("HTTPStatusCode")
-            missing = status == 404 and error.response["Error"]["Code"] == "NoSuchKey"
-            if status in (409, 412) or missing:
+            if error_code(error) in ("NoSuchKey", "404"):
                 return None
             raise
-        return str(answer["ETag"])
+        body = answer["Body"].read()
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+    content: object = None
+    with suppress(ValueError):
+        content = json.loads(body)
+    age = (now - answer["LastModified"]).total_seconds()
+    return Seen(str(answer["ETag"]), age, content if isinstance(content, dict) else {})
 
-    def _read(self) -> Seen | None:
-        try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self.key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "NoSuchKey":
-                return None
-            raise
-        headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        content: object = None
-        with suppress(ValueError):
-            content = json.loads(answer["Body"].read())
-        age = (now - answer["LastModified"]).total_seconds()
-        return Seen(str(answer["ETag"]), age, content if isinstance(content, dict) else {})
+
+def _content() -> bytes:
+    # The token makes every content, and with it every ETag, another one.
+    return json.dumps({**this_process(), "token": uuid.uuid4().hex}).encode()

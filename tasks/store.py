@@ -159,9 +159,13 @@ class Store:
         try:
             if self.place(artifact).is_dir():
                 return
-            with workspace(self.root, self._scratch) as work:
+            # Not a workspace: one that was broken off is taken up again. `flows.prune` removes forgotten ones.
+            work = self._scratch / f"download-{artifact.digest}"
+            with disk_faults(self.root):
+                work.mkdir(parents=True, exist_ok=True)
                 entries = shared.pull(artifact, work)
                 self._finish(work, artifact, entries)
+                shutil.rmtree(work, ignore_errors=True)  # where another process was faster
         finally:
             lock.release()
 

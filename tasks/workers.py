@@ -4,8 +4,8 @@ A runner calls the stage's function through a pool (`tasks.stage.Call.pool`); lo
 their concurrency limits stay with the runner, so that a worker needs the code and the store and no Prefect server. Each
 worker takes one call at a time and keeps its model loaded for the next (`tasks.resident`).
 
-Dask and Ray are used as they are, and not through prefect-dask and prefect-ray: `dvc repro` runs the same stages without
-Prefect, and a task run of theirs would need the server's address on every worker.
+Dask and Ray are used as they are, and not through prefect-dask and prefect-ray: `dvc repro` runs the same stages
+without Prefect, and a task run of theirs would need the server's address on every worker.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def _ray(workers: int, *, address: str | None) -> WorkerPool:
 
 def log_here(level: int) -> None:
     """Progress lines of a worker on its standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  worker %(process)d  %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s  worker %(process)d  %(message)s", datefmt="%H:%M:%S"
+    )
     logging.getLogger("coalora").setLevel(level)
 
 
