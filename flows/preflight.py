@@ -22,6 +22,7 @@ from tasks.corpus import input_files
 from tasks.costs import priced_tables
 from tasks.fingerprint import model_files
 from tasks.settings import Settings
+from tasks.workers import check_runner
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)
     _check_harness(settings)
+    check_runner(settings.evaluation.runner)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
             "DVC must be initialised where configuration sets are versioned",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coalora.files import digest
+from tasks.checkpoints import checkpoint_every
 from tasks.corpus import input_files
 from tasks.engine import PrefectRunner, Runner, Stage
 from tasks.fingerprint import files_digest, model_digest
 from tasks.settings import Settings
+from tasks.stage import Pool
 from tasks.store import Artifact
+from tasks.workers import WorkerPool, open_pool
 
 
 @dataclass
@@ -62,11 +66,31 @@ class PipelineRun:
 
     def run(self, stage: Stage, **inputs: Any) -> Artifact:
         """Run one stage."""
-        return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
+        with checkpoint_every(self.settings.stages.checkpoint_seconds):
+            return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
 
-    def run_many(self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int) -> list[Artifact]:
-        """Run one stage for each of `calls`, at most `workers` at a time."""
-        return self.runner.run_many(stage, calls, workers=workers, refresh=stage.name in self.refresh)
+    def run_many(
+        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int, pool: Pool | None = None
+    ) -> list[Artifact]:
+        """Run one stage for each of `calls`, at most `workers` at a time: in threads, or in the processes of a pool."""
+        with checkpoint_every(self.settings.stages.checkpoint_seconds):
+            refresh = stage.name in self.refresh
+            return self.runner.run_many(stage, calls, workers=workers, refresh=refresh, pool=pool)
+
+    @contextmanager
+    def workers(self) -> Iterator[WorkerPool | None]:
+        """Workers as `evaluation.runner` asks for them; None for threads. They start with the first call to compute."""
+        asked = self.settings.evaluation
+        pool = open_pool(asked.runner, asked.workers, address=asked.address)
+        try:
+            yield pool
+        finally:
+            if pool is not None:
+                pool.close()
+
+    def run_each(self, stage: Stage, calls: Sequence[Mapping[str, Any]], pool: Pool | None) -> list[Artifact]:
+        """As `run_many` for stages that only processes may share: in this process they run one after the other."""
+        return self.run_many(stage, calls, workers=1 if pool is None else self.settings.evaluation.workers, pool=pool)
 
     def identity(self, stages: list[Stage]) -> str:
         """Digest of all that decides the result: settings, input files and the stages' code."""

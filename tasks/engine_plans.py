@@ -14,6 +14,7 @@ from prefect.results import ResultStore
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import discard
 from tasks.engine_records import Plan, recorded_artifact, write_record
 from tasks.keys import artifacts_in
 from tasks.locks import FileLock, Lock, LockChain, wait_for
@@ -55,7 +56,9 @@ class Planner:
         if reuse is None:
             lock = self._claim(key, before_waiting)
             try:
-                if not refresh:  # another run may have finished it meanwhile
+                if refresh:
+                    discard(key)  # from the start, and not from where a killed run had come to
+                else:  # another run may have finished it meanwhile
                     reuse, again = self._recorded(key)
                     damaged = damaged or again
                 if reuse is None:

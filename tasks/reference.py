@@ -13,6 +13,7 @@ from coalora.evaluate.losses import score_configurations
 from coalora.files import write_json
 from coalora.train.loop import train
 from tasks.adapted import build_adapted
+from tasks.checkpoints import place, tell
 from tasks.engine import stage
 from tasks.loaders import BaseModel, load_benchmark, load_selected, load_tables
 from tasks.progress import Progress
@@ -54,6 +55,7 @@ def train_reference(
     if method == "lq-lora":
         adapted.start_from_compensation(configuration[0])
     bits = measured.average_bits(configuration)
+    scratch = place()
     train(
         adapted,
         data.train,
@@ -63,6 +65,7 @@ def train_reference(
         steps=steps,
         seed=seed,
         progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
+        checkpoints=None if scratch is None else scratch.checkpoints(tell),
     )
     losses, metrics = score_configurations(adapted, data.validation, configuration, batch_size=batch_size)
     content = {"method": method, "steps": steps, "loss": float(losses[0]), "metric": float(metrics[0])}

@@ -19,6 +19,7 @@ from coalora.search.propose import propose
 from coalora.search.segments import segment_filter
 from coalora.search.surrogate import Surrogate
 from tasks.adapted import build_adapted
+from tasks.checkpoints import Memo
 from tasks.engine import stage
 from tasks.loaders import SET, BaseModel, load_benchmark, load_set, load_tables
 from tasks.progress import Progress
@@ -57,7 +58,8 @@ def search_round(
         data.search,
         load_set(configurations, measured),
         search.batch_size,
-        f"search {round_index}, set",
+        round_index,
+        "set",
     )
     Y = members.objectives(measured)
     ref_point = _reference_point(configurations, Y, measured.cost_range()[1])
@@ -67,7 +69,7 @@ def search_round(
     candidates = ConfigurationSet(proposed, np.full(n, np.nan), np.full(n, round_index))
     if n:
         predicted, _ = surrogate.predict(proposed)
-        candidates = _measure(adapted, data.search, candidates, search.batch_size, f"search {round_index}, candidates")
+        candidates = _measure(adapted, data.search, candidates, search.batch_size, round_index, "candidates")
     merged = members.merge(candidates).sorted(measured)
     keep = segment_filter(merged.objectives(measured), search.segments, measured.cost_range())
     kept = merged if search.strategy == "frozen" else merged.take(np.flatnonzero(keep))
@@ -139,12 +141,19 @@ def _candidates(
 
 
 def _measure(
-    adapted: AdaptedModel, split: Split, members: ConfigurationSet, batch_size: int, label: str
+    adapted: AdaptedModel, split: Split, members: ConfigurationSet, batch_size: int, round_index: int, what: str
 ) -> ConfigurationSet:
-    losses, _ = score_configurations(
-        adapted, split, members.configurations, batch_size=batch_size, progress=Progress(label)
-    )
-    return ConfigurationSet(members.configurations, losses, members.joined)
+    """Losses of the members; those that a killed run of this stage has measured are taken as they are."""
+    progress = Progress(f"search {round_index}, {what}")
+    memo = Memo(what, len(members))
+    try:
+        for row in members.configurations[len(memo.values) :]:
+            losses, _ = score_configurations(adapted, split, row[None], batch_size=batch_size)
+            memo.add(losses[0])
+            progress(len(memo.values), len(members), loss=memo.values[-1])
+    finally:
+        memo.save()
+    return ConfigurationSet(members.configurations, np.array(memo.values, dtype=float), members.joined)
 
 
 def _reference_point(configurations: Artifact, Y: np.ndarray, max_cost: float) -> np.ndarray:

@@ -22,6 +22,7 @@ from prefect.context import TaskRunContext
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import scratch_of
 from tasks.keys import function_source_digest, stage_key
 
 _RESERVED = {"refresh", "return_state", "wait_for"}  # arguments of `run` and of Prefect's task call
@@ -126,7 +127,8 @@ class Stage:
     def measured(self, inputs: Mapping[str, Any]) -> Artifact:
         """Call the function and note what it cost. Raises TypeError where it returns no artifact."""
         started = time.perf_counter()
-        result = self.fn(**inputs)
+        with scratch_of(self.key(inputs)):
+            result = self.fn(**inputs)
         if not isinstance(result, Artifact):
             raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
         # Kept with the record, not with the content: a reused result still tells what it cost.

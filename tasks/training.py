@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from coalora.adapt.adapted import Method
 from coalora.files import write_json, write_tensors
 from coalora.train.loop import TrainingRecipe, train
 from coalora.train.objective import Objective
-from coalora.train.parallel import Parallel, spawn
+from coalora.train.parallel import Parallel, post, spawn
 from tasks.adapted import HISTORY, STATE, build_adapted, load_state
+from tasks.checkpoints import Place, place, tell
 from tasks.engine import stage
 from tasks.loaders import BaseModel, load_benchmark, load_set, load_tables
 from tasks.progress import Progress
@@ -49,10 +51,18 @@ def train_round(
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
     """
     inputs = (base, benchmark, tables, configurations, previous, method, adapter, training, rounds, round_index)
+    progress = Progress(f"training {method}, round {round_index}")
+
+    def listen(kind: str, content: Any) -> None:
+        if kind == "progress":
+            progress(content[0], content[1], **content[2])
+        else:
+            tell(content)
+
     if runtime.processes > 1:
-        found = dict(spawn(run_steps, runtime.processes, *inputs, runtime, seed))
+        found = dict(spawn(run_steps, runtime.processes, *inputs, runtime, seed, place(), on_message=listen))
     else:
-        found = run_steps(*inputs, runtime, seed)
+        found = run_steps(*inputs, runtime, seed, place(), progress)
     step, records = found.pop("step"), found.pop("records")
 
     def write(folder: Path) -> dict[str, Scalar]:
@@ -76,8 +86,10 @@ def run_steps(
     round_index: int,
     runtime: RuntimeSettings,
     seed: int,
+    scratch: Place | None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The steps of one round in this process, alone or as one of `runtime.processes`.
+    """The steps of one round in this process, alone or as one of `runtime.processes`, of which the first tells of them.
 
     Returns:
         The state's tensors by name, and `step` and `records`.
@@ -102,6 +114,16 @@ def run_steps(
         seed=seed,
         state=None if previous is None else load_state(previous),
         parallel=among,
-        progress=Progress(f"training {method}, round {round_index}") if among.rank == 0 else None,
+        progress=(progress or _post_progress) if among.rank == 0 else None,
+        checkpoints=None if scratch is None else scratch.checkpoints(tell if progress else _post_words(among.rank)),
     )
     return {**state.tensors, "step": state.step, "records": records}
+
+
+def _post_progress(done: int, total: int, **values: float) -> None:
+    post("progress", [done, total, values])
+
+
+def _post_words(rank: int) -> Callable[[str], None]:
+    """All processes read the checkpoint, one speaks of it."""
+    return lambda words: post("words", words) if rank == 0 else None

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
+from tasks.checkpoints import checkpoint_every, checkpoint_seconds
 from tasks.environment import STORE_VARIABLE
 from tasks.keys import artifacts_in
 from tasks.stage import Stage
@@ -29,13 +30,21 @@ RunnerKind = Literal["threads", "processes", "dask", "ray"]
 _verified: set[str] = set()  # digests that this worker has read whole
 
 
-def work(stage: Stage, key: str, inputs: dict[str, Any], environment: Mapping[str, str], threads: int) -> Artifact:
+def work(
+    stage: Stage,
+    key: str,
+    inputs: dict[str, Any],
+    environment: Mapping[str, str],
+    threads: int,
+    checkpoint_seconds: float | None,
+) -> Artifact:
     """What a worker does: one call of a stage's function; the artifact is in the store when it returns.
 
     Args:
         key: the runner's cache key of the call.
         environment: variables that the worker takes over.
         threads: of torch's operations.
+        checkpoint_seconds: between two checkpoints of training.
 
     Raises:
         CoaloraError: this worker's code or packages are others than the runner's, or an input cannot be read here.
@@ -61,7 +70,8 @@ def work(stage: Stage, key: str, inputs: dict[str, Any], environment: Mapping[st
 
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    made = stage.measured(inputs)
+    with checkpoint_every(checkpoint_seconds):
+        made = stage.measured(inputs)
     store.share(made)
     return made
 
@@ -90,7 +100,7 @@ class WorkerPool(ABC):
                 self._started = True
         names = (STORE_VARIABLE,) if self.address else (STORE_VARIABLE, "COALORA_HOME")
         environment = {name: os.environ[name] for name in names if name in os.environ}
-        made = self._call(stage, key, inputs, environment, self.threads)
+        made = self._call(stage, key, inputs, environment, self.threads, checkpoint_seconds())
         if problems := Store().problems(made):
             raise CoaloraError(
                 "what a worker has made is in a store that this run reads",

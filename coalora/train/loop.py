@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
+from coalora.train.checkpoint import Checkpoint, Checkpoints, uninterrupted
 from coalora.train.objective import Objective, ask_teacher, step_loss
-from coalora.train.parallel import Parallel
+from coalora.train.parallel import Parallel, Stopped, stop_asked
 from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
 
 _MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
@@ -77,6 +78,7 @@ def train(
     state: TrainingState | None = None,
     parallel: Parallel | None = None,
     progress: Callable[..., None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[TrainingState, list[dict[str, float]]]:
     """Train for `steps` more steps and return the new state with one record a step (step, loss, lr, bits).
 
@@ -85,6 +87,9 @@ def train(
         configurations: (n, N) the training set, `average_bits` (n,) its bits.
         parallel: this process among several; each calls `train` with the same arguments and gets the same state.
         state: where an earlier call stopped; None starts from the model as it is.
+        checkpoints: where the same call, if it broke off, goes on from. It is written as time goes by, and when an
+            interrupt, a termination signal or a time limit stops the call; who made it removes it. The steps that are
+            done again after a kill, and so the result, are those of an undisturbed call bit for bit.
 
     Afterwards the model is in eval mode and holds the last step's configuration, adjusted by theta as it is now.
 
@@ -97,15 +102,20 @@ def train(
             "training draws from a set of at least one configuration, each with its bits",
             got=f"{len(configurations)} configurations, {len(average_bits)} average bits",
         )
+    begin = state.step if state else 0
+    span = (begin, begin + steps)
+    resumed = checkpoints.load(span) if checkpoints else None
+    if resumed is not None:
+        state = TrainingState(resumed.step, resumed.tensors)
     if state is not None and state.tensors:
         adapted.load_state_dict({k: v for k, v in state.tensors.items() if not k.startswith(ASIDE)})
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
         raise CoaloraError("the method must have something to train", got=f"method {adapted.method!r}")
-    if start + steps > recipe.total_steps:
+    if span[1] > recipe.total_steps:
         raise CoaloraError(
-            "training stays inside its schedule", got=f"{start} + {steps} steps", expected=recipe.total_steps
+            "training stays inside its schedule", got=f"{begin} + {steps} steps", expected=recipe.total_steps
         )
     optimizer = _optimizer(parameters, recipe, state)
     sampler = Sampler(
@@ -116,30 +126,53 @@ def train(
         estimates=_read_estimates(state),
     )
     parallel = parallel or Parallel()
-    records: list[dict[str, float]] = []
-    pending: list[tuple[int, Tensor]] = []
+    records: list[dict[str, float]] = list(resumed.records) if resumed else []
+    pending: list[tuple[int, Tensor]] = [(n, v.to(adapted.device)) for n, v in resumed.pending] if resumed else []
+    done, whole = start, True  # whole: the state is that after `done` steps, and of no other
 
     def flush() -> None:
         """Bring the losses of the last steps to the host, in one transfer."""
+        nonlocal whole
         # (processes, steps, 3): every process observes the losses of all, so that all draw alike.
-        values = parallel.gather(torch.stack([v for _, v in pending])).transpose(0, 1)
-        for (step, _), rows in zip(pending, values.tolist(), strict=True):
-            _check_finite(step, rows, average_bits)
-            for loss, _, member in rows:
-                sampler.observe(int(member), loss)
-            loss = float(np.mean([row[0] for row in rows]))
-            bits = float(np.mean([average_bits[int(row[2])] for row in rows]))
-            records.append({"step": step, "loss": loss, "lr": recipe.lr * _schedule(step, recipe), "bits": bits})
-        pending.clear()
+        values = parallel.gather(torch.stack([v for _, v in pending])).transpose(0, 1).tolist()
+        with uninterrupted():
+            whole = False
+            for (step, _), rows in zip(pending, values, strict=True):
+                _check_finite(step, rows, average_bits)
+                for loss, _, member in rows:
+                    sampler.observe(int(member), loss)
+                loss = float(np.mean([row[0] for row in rows]))
+                bits = float(np.mean([average_bits[int(row[2])] for row in rows]))
+                records.append({"step": step, "loss": loss, "lr": recipe.lr * _schedule(step, recipe), "bits": bits})
+            pending.clear()
+            whole = True
         if progress:
             progress(len(records), steps, loss=float(np.mean([r["loss"] for r in records[-20:]])))
+
+    def save() -> None:
+        if checkpoints and parallel.rank == 0:
+            tensors = _tensors(parameters, optimizer) | _write_estimates(sampler)
+            checkpoints.save(span, Checkpoint(done, tensors, records, pending))
+
+    def pause(flushed: bool) -> None:
+        """Write a checkpoint where one is due. Processes agree on it, and on stopping, when they exchange losses."""
+        if parallel.world_size == 1:
+            if checkpoints and checkpoints.due(done):
+                save()
+        elif flushed:
+            stop, due = parallel.any(stop_asked(), checkpoints is not None and checkpoints.due(done))
+            if stop or due:
+                save()
+                parallel.any(False)  # none leaves before the checkpoint is whole
+            if stop:
+                raise Stopped(f"stopped at step {done}")
 
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
         model.activation_checkpointing_enable({"use_reentrant": False})
     adapted.peft_model.train()
     try:
-        for step in range(start, start + steps):
+        for step in range(start, span[1]):
             member = sampler.draw(parallel.draw_step(step))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * _schedule(step, recipe)
@@ -157,22 +190,36 @@ def train(
             # on the device, without asking the host.
             finite = torch.isfinite(norm) if parallel.world_size > 1 else torch.isfinite(norm + loss.detach())
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             # A member's number is exact in float32 up to 16 million members.
             number = torch.full((), float(member), device=adapted.device)
-            pending.append((step, torch.stack([task_loss.float(), torch.where(finite, norm, torch.nan), number])))
-            if (step + 1) % _FLUSH == 0:
+            values = torch.stack([task_loss.detach().float(), torch.where(finite, norm, torch.nan), number])
+            with uninterrupted():
+                whole = False
+                optimizer.step()
+                pending.append((step, values))
+                done, whole = step + 1, True
+            optimizer.zero_grad(set_to_none=True)
+            flushed = done % _FLUSH == 0
+            if flushed:
                 flush()
+            pause(flushed)
         if pending:
             flush()
+    except BaseException as error:
+        # Interrupted, cancelled or out of time, at whatever line: the parameters are still those of the last step.
+        interrupted = isinstance(error, TimeoutError) or not isinstance(error, Exception)
+        if interrupted and whole and done > start and parallel.world_size == 1 and checkpoints:
+            optimizer.zero_grad(set_to_none=True)
+            save()
+            checkpoints.notify(f"stopped at step {done - begin} of {steps}; a checkpoint is kept for the next run")
+        raise
     finally:
         optimizer.zero_grad(set_to_none=True)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_disable()
         adapted.peft_model.eval()
     adapted.refresh()
-    return TrainingState(start + steps, _tensors(parameters, optimizer) | _write_estimates(sampler)), records
+    return TrainingState(span[1], _tensors(parameters, optimizer) | _write_estimates(sampler)), records
 
 
 def _check_finite(step: int, rows: list[list[float]], average_bits: np.ndarray) -> None:

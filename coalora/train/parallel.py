@@ -13,8 +13,11 @@ Gradients travel in one flat tensor. An expert that no process used in a step ha
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,26 @@ from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
 
 Configurations = Literal["own", "same"]
+Message = tuple[str, Any]
+
+_PATIENCE = 20.0  # seconds for processes that were told to stop
+_stop = threading.Event()
+_messages: Any = None
+
+
+class Stopped(BaseException):
+    """Training that was told to stop has stopped, at a step's boundary."""
+
+
+def stop_asked() -> bool:
+    """Whether this process, one of `spawn`'s, was told to stop."""
+    return _stop.is_set()
+
+
+def post(kind: str, content: Any) -> None:
+    """Tell the process that called `spawn` something (JSON-able); nothing in any other process."""
+    if _messages is not None:
+        _messages.put((kind, content))
 
 
 @dataclass(frozen=True)
@@ -74,17 +97,32 @@ class Parallel:
         ):
             parameter.grad = mean.view_as(parameter).to(parameter.dtype) if share else None
 
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag whether it is true in any process."""
+        if self.world_size == 1:
+            return flags
+        mine = torch.tensor([float(flag) for flag in flags], device=PartialState().device)
+        return tuple(value > 0 for value in reduce(mine, "sum").tolist())
+
     def gather(self, values: Tensor) -> Tensor:
         """(W, ...) of every process's `values`, in the order of ranks."""
         return gather(values[None]) if self.world_size > 1 else values[None]
 
 
-def spawn(function: Callable[..., Mapping[str, Any]], processes: int, *arguments: Any) -> Mapping[str, Any]:
+def spawn(
+    function: Callable[..., Mapping[str, Any]],
+    processes: int,
+    *arguments: Any,
+    on_message: Callable[[str, Any], None] | None = None,
+) -> Mapping[str, Any]:
     """Run `function(*arguments)` in `processes` new processes that see each other, and return what rank 0 returns.
 
     Args:
         function: importable by name; returns tensors and JSON-able values by name, which come back from rank 0.
         processes: on a machine with GPUs at most as many as these; process p computes on GPU p.
+        on_message: called here with what a process tells by `post`.
+
+    An interrupt or a termination signal tells the processes to stop at their next boundary, and waits for that.
 
     Raises:
         CoaloraError: more processes than GPUs.
@@ -101,13 +139,59 @@ def spawn(function: Callable[..., Mapping[str, Any]], processes: int, *arguments
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="coalora-spawn-") as folder:
-        torch.multiprocessing.spawn(_process, (processes, port, folder, function, arguments), nprocs=processes)
+        messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        given = (processes, port, folder, function, arguments, messages)
+        context = torch.multiprocessing.spawn(_process, given, nprocs=processes, join=False)
+        try:
+            while not context.join(timeout=0.2):
+                _deliver(messages, on_message)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                _end(context.processes)
+            raise
+        finally:
+            _deliver(messages, on_message)
         return _read(Path(folder))
 
 
+def _deliver(messages: Any, on_message: Callable[[str, Any], None] | None) -> None:
+    while not messages.empty():
+        kind, content = messages.get()
+        if on_message is not None:
+            on_message(kind, content)
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _on_signal(*_: object) -> None:
+    if _stop.is_set():  # told twice: at once
+        raise Stopped("stopped at the second signal")
+    _stop.set()
+
+
 def _process(
-    rank: int, processes: int, port: int, folder: str, function: Callable[..., Mapping[str, Any]], arguments: Any
+    rank: int,
+    processes: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Mapping[str, Any]],
+    arguments: Any,
+    messages: Any,
 ) -> None:
+    global _messages
+    _messages = messages
+    # The parent passes a termination on; when it is killed itself, the kernel sends an interrupt.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -125,6 +209,8 @@ def _process(
         result = function(*arguments)
         if rank == 0:
             _write(Path(folder), result)
+    except Stopped:
+        raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         PartialState(cpu=not torch.cuda.is_available()).destroy_process_group()
 
