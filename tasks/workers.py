@@ -27,7 +27,9 @@ from tasks.stage import Stage
 from tasks.store import Store
 
 RunnerKind = Literal["threads", "processes", "dask", "ray"]
-_verified: set[str] = set()  # digests that this worker has read whole
+# Of this worker:
+_verified: set[str] = set()  # digests that it has read whole
+_last_stage: list[str] = []
 
 
 def work(
@@ -68,8 +70,13 @@ def work(
             _verified.add(artifact.digest)
     import torch
 
+    from tasks.resident import release_models
+
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    if _last_stage[:] != [stage.name]:
+        release_models()  # kept for the next call of the same stage, and not beside the model of another
+        _last_stage[:] = [stage.name]
     with checkpoint_every(checkpoint_seconds):
         made = stage.measured(inputs)
     store.share(made)

@@ -68,7 +68,7 @@ def shared(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     """`machine("a")` is a context on which everything local belongs to machine a."""
 
     class Machine:
@@ -84,7 +84,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
         def __exit__(self, *error: object) -> None:
             self.settings.__exit__(*error)
 
-    yield Machine
+    return Machine
 
 
 def names(shared: SharedStore) -> list[str]:
