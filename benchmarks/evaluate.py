@@ -1,8 +1,8 @@
 """Two worker processes against one, on the evaluation of one set: what `evaluation.runner: processes` is for.
 
-A decoder of the demo's shape with random weights, a set of configurations, one stage call a shard as in a pipeline. Each
-worker has one thread and keeps its model. The workers are started, and have loaded the model, before the clock runs; the
-two ways alternate, and medians are compared. Both must give the same scores, bit for bit.
+A decoder of the demo's shape with little training, a set of configurations, one stage call a shard as in a pipeline.
+Each worker has one thread and keeps its model. The workers are started, and have loaded the model, before the clock
+runs; the two ways alternate, and medians are compared. Both must give the same scores, bit for bit.
 
     python -m benchmarks.evaluate [--quick] [--runner processes|dask|ray]
 """
@@ -10,23 +10,12 @@ two ways alternate, and medians are compared. Both must give the same scores, bi
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the workers
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from tasks.environment import set_default_storage
-
-_HOME = tempfile.TemporaryDirectory(prefix="coalora-evaluate-")
-if __name__ == "__main__":  # in the workers it is inherited
-    os.environ["COALORA_HOME"] = _HOME.name
-set_default_storage()
-
+import benchmarks._one_thread  # noqa: F401 (before torch and Prefect)
 from benchmarks._report import report
 from coalora.files import read_json
 from flows.calibration import calibration_chain
@@ -77,21 +66,20 @@ def main() -> None:
     file = Path(__file__).parents[1] / "pipelines.yaml"
     runner = DirectRunner()
     calls = shard_calls(PipelineRun.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
-    pools = [open_pool(options.runner, workers) for workers in (1, 2)]
-    assert pools[0] is not None and pools[1] is not None
+    pools = [pool for workers in (1, 2) if (pool := open_pool(options.runner, workers)) is not None]
     times: dict[int, list[float]] = {1: [], 2: []}
     scores = []
     try:
         for pool in pools:
-            evaluate(runner, calls, pool)  # type: ignore[arg-type]
+            evaluate(runner, calls, pool)
         for _ in range(3 if options.quick else 7):
             for pool in pools:
-                elapsed, found = evaluate(runner, calls, pool)  # type: ignore[arg-type]
-                times[pool.workers].append(elapsed)  # type: ignore[union-attr]
+                elapsed, found = evaluate(runner, calls, pool)
+                times[pool.workers].append(elapsed)
                 scores.append(found)
     finally:
         for pool in pools:
-            pool.close()  # type: ignore[union-attr]
+            pool.close()
     if any(found != scores[0] for found in scores):
         raise SystemExit("one and two workers measured different scores")
     one, two = median(times[1]), median(times[2])

@@ -40,6 +40,7 @@ EXCLUDED = (
     "tasks.engine*",
     "tasks.environment",
     "tasks.faults",
+    "tasks.journal",
     "tasks.keys",
     "tasks.locks",
     "tasks.progress",

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,8 +138,10 @@ class Store:
     def problems(self, artifact: Artifact) -> list[str]:
         """Why the artifact cannot be read; empty = it can be, here or after a download from the shared store.
 
-        A copy here that is damaged goes where the shared store has a whole one.
+        A copy here that is damaged goes where the shared store has a whole one. Asking counts as use: what was used
+        lately is not pruned.
         """
+        self._touch(artifact)
         found = self.verify(artifact)
         if not found or (shared := self.shared) is None or shared.manifest(artifact) is None:
             return found
@@ -152,6 +155,24 @@ class Store:
         if shared is None or shared.manifest(artifact) is not None:
             return 0
         return shared.push(artifact, self.place(artifact), self.entries(artifact))
+
+    def remove(self, folder: Path, older_than: float) -> bool:
+        """Remove an artifact's folder unless it was made or used in the last `older_than` seconds; whether it went."""
+        with workspace(self.root, self._scratch) as work:
+            with self._committing():
+                try:
+                    if time.time() - folder.stat().st_mtime < older_than:
+                        return False
+                    folder.rename(work / "removed")
+                except FileNotFoundError:
+                    return False
+            return True
+
+    def _touch(self, artifact: Artifact) -> None:
+        # Under the lock of `remove`: what is touched first stays, what is removed first is missing.
+        with suppress(OSError), (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            os.utime(self.place(artifact))
 
     def _fetch(self, artifact: Artifact, shared: SharedStore) -> None:
         lock = FileLock(self.root / "locks" / f"download-{artifact.digest}.lock")
