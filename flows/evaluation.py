@@ -17,6 +17,7 @@ from tasks.reference import train_reference
 from tasks.resident import release_models
 from tasks.selection import select_budgets
 from tasks.settings import Settings
+from tasks.stage import Pool
 from tasks.store import Artifact
 
 STAGES = [select_budgets, evaluate_shard, evaluate_method, evaluate_harness, train_reference]
@@ -45,35 +46,37 @@ def evaluation_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained)
     )
     scores = {}
     try:
-        for method in trained.states:
-            shards = run.run_many(
-                evaluate_shard,
-                [
-                    {
-                        **common,
-                        "selection": selection,
-                        "state": trained.states[method][-1],
-                        "method": method,
-                        "batch_size": s.evaluation.batch_size,
-                        "start": start,
-                        "stop": stop,
-                    }
-                    for start, stop in shard_bounds(selection, s.evaluation.shard_size)
-                ],
-                workers=s.evaluation.workers,
-            )
-            scores[method] = run.run(
-                evaluate_method, tables=calibrated.tables, selection=selection, method=method, shards=shards
-            )
-        harness = _harness(run, common | {"selection": selection, "state": trained.states["coa"][-1]})
+        with run.workers() as pool:
+            for method in trained.states:
+                shards = run.run_many(
+                    evaluate_shard,
+                    [
+                        {
+                            **common,
+                            "selection": selection,
+                            "state": trained.states[method][-1],
+                            "method": method,
+                            "batch_size": s.evaluation.batch_size,
+                            "start": start,
+                            "stop": stop,
+                        }
+                        for start, stop in shard_bounds(selection, s.evaluation.shard_size)
+                    ],
+                    workers=s.evaluation.workers,
+                    pool=pool,
+                )
+                scores[method] = run.run(
+                    evaluate_method, tables=calibrated.tables, selection=selection, method=method, shards=shards
+                )
+            asked = common | {"selection": selection, "state": trained.states["coa"][-1]}
+            harness = _harness(run, asked, pool)
+            references = _references(run, calibrated, selection, pool)
     finally:
         release_models()
-    return Evaluated(
-        selection=selection, scores=scores, references=_references(run, calibrated, selection), harness=harness
-    )
+    return Evaluated(selection=selection, scores=scores, references=references, harness=harness)
 
 
-def _harness(run: PipelineRun, common: dict[str, Any]) -> list[Artifact]:
+def _harness(run: PipelineRun, common: dict[str, Any], pool: Pool | None) -> list[Artifact]:
     """CoA-LoRA's model of every budget on the harness's tasks."""
     asked = run.settings.evaluation
     if not asked.harness_tasks:
@@ -88,29 +91,29 @@ def _harness(run: PipelineRun, common: dict[str, Any]) -> list[Artifact]:
         "version": harness_version(),
     }
     calls = [{**common, "index": index} for index in range(len(asked.budgets))]
-    return run.run_many(evaluate_harness, calls, workers=asked.workers)
+    return run.run_many(evaluate_harness, calls, workers=asked.workers, pool=pool)
 
 
-def _references(run: PipelineRun, calibrated: Calibrated, selection: Artifact) -> dict[str, list[Artifact]]:
+def _references(
+    run: PipelineRun, calibrated: Calibrated, selection: Artifact, pool: Pool | None
+) -> dict[str, list[Artifact]]:
+    """The adapters that are trained for one budget alone; each in a process of its own where there are several."""
     s = run.settings
     steps = s.baselines.per_budget_steps or s.training.initial_steps + s.search.rounds * s.training.round_steps
+    release_models()  # of this process: training loads its own
+    common = {
+        **calibrated.inputs(),
+        "selection": selection,
+        "adapter": s.adapter,
+        "training": s.training,
+        "steps": steps,
+        "batch_size": s.evaluation.batch_size,
+        "runtime": s.runtime,
+        "seed": s.seed,
+    }
+    indices = range(len(s.evaluation.budgets))
     return {
-        method: [
-            run.run(
-                train_reference,
-                **calibrated.inputs(),
-                selection=selection,
-                index=index,
-                method=method,
-                adapter=s.adapter,
-                training=s.training,
-                steps=steps,
-                batch_size=s.evaluation.batch_size,
-                runtime=s.runtime,
-                seed=s.seed,
-            )
-            for index in range(len(s.evaluation.budgets))
-        ]
+        method: run.run_each(train_reference, [{**common, "method": method, "index": i} for i in indices], pool)
         for method in s.baselines.per_budget
     }
 

@@ -37,21 +37,18 @@ def export_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained, eva
         runtime=s.runtime,
         seed=s.seed,
     )
-    exports = [
-        run.run(
-            export_budget,
-            base=calibrated.base,
-            benchmark=calibrated.benchmark,
-            tables=calibrated.tables,
-            selection=evaluated.selection,
-            bundle=bundle,
-            index=index,
-            export=s.export,
-            runtime=s.runtime,
-            seed=s.seed,
-        )
-        for index in range(len(s.evaluation.budgets))
-    ]
+    common = {
+        "base": calibrated.base,
+        "benchmark": calibrated.benchmark,
+        "tables": calibrated.tables,
+        "selection": evaluated.selection,
+        "bundle": bundle,
+        "export": s.export,
+        "runtime": s.runtime,
+        "seed": s.seed,
+    }
+    with run.workers() as pool:
+        exports = run.run_each(export_budget, [{**common, "index": i} for i in range(len(s.evaluation.budgets))], pool)
     result = run.run(
         assemble,
         pipeline=run.name,

@@ -25,6 +25,7 @@ from tasks.given import read_set_file, start_members
 from tasks.settings import Settings
 from tasks.tracking_faults import require_server
 from tasks.tracking_place import default_place
+from tasks.workers import check_runner
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)
     _check_harness(settings)
+    check_runner(settings.evaluation.runner)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
             "DVC must be initialised where configuration sets are versioned",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from tasks.corpus import input_files
 from tasks.engine import PrefectRunner, Runner, Stage
 from tasks.fingerprint import files_digest, model_digest
 from tasks.given import read_set_file
+from tasks.journal import Journal
 from tasks.settings import Settings
+from tasks.stage import Pool
 from tasks.store import Artifact
+from tasks.workers import WorkerPool, open_pool
 
 
 @dataclass
@@ -67,13 +72,42 @@ class PipelineRun:
 
     def run(self, stage: Stage, **inputs: Any) -> Artifact:
         """Run one stage."""
-        with checkpoint_every(self.settings.stages.checkpoint_seconds):
-            return self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
+        with self._journal.in_use(), checkpoint_every(self.settings.stages.checkpoint_seconds):
+            artifact = self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
+            self._journal.note(stage.name, stage.key(inputs), artifact)
+        return artifact
 
-    def run_many(self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int) -> list[Artifact]:
-        """Run one stage for each of `calls`, at most `workers` at a time."""
-        with checkpoint_every(self.settings.stages.checkpoint_seconds):
-            return self.runner.run_many(stage, calls, workers=workers, refresh=stage.name in self.refresh)
+    def run_many(
+        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int, pool: Pool | None = None
+    ) -> list[Artifact]:
+        """Run one stage for each of `calls`, at most `workers` at a time: in threads, or in the processes of a pool."""
+        refresh = stage.name in self.refresh
+        with self._journal.in_use(), checkpoint_every(self.settings.stages.checkpoint_seconds):
+            artifacts = self.runner.run_many(stage, calls, workers=workers, refresh=refresh, pool=pool)
+            for inputs, artifact in zip(calls, artifacts, strict=True):
+                self._journal.note(stage.name, stage.key(inputs), artifact)
+        return artifacts
+
+    @cached_property
+    def _journal(self) -> Journal:
+        from flows.publishing import ALL_STAGES  # it imports this module
+
+        return Journal.of(self.name, self.identity(ALL_STAGES))
+
+    @contextmanager
+    def workers(self) -> Iterator[WorkerPool | None]:
+        """Workers as `evaluation.runner` asks for them; None for threads. They start with the first call to compute."""
+        asked = self.settings.evaluation
+        pool = open_pool(asked.runner, asked.workers, address=asked.address)
+        try:
+            yield pool
+        finally:
+            if pool is not None:
+                pool.close()
+
+    def run_each(self, stage: Stage, calls: Sequence[Mapping[str, Any]], pool: Pool | None) -> list[Artifact]:
+        """As `run_many` for stages that only processes may share: in this process they run one after the other."""
+        return self.run_many(stage, calls, workers=1 if pool is None else self.settings.evaluation.workers, pool=pool)
 
     def identity(self, stages: list[Stage]) -> str:
         """Digest of all that decides the result: settings, input files and the stages' code."""

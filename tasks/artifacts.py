@@ -31,6 +31,11 @@ class Artifact(BaseModel):
     nbytes: int
     meta: dict[str, Scalar] = {}
 
+    @property
+    def of_this_machine(self) -> bool:
+        """Whether it refers to a place on this machine (a local base model): other machines make their own."""
+        return "path" in self.meta
+
     @field_validator("meta")
     @classmethod
     def _finite(cls, meta: dict[str, Scalar]) -> dict[str, Scalar]:

@@ -56,6 +56,11 @@ def checkpoint_every(seconds: float | None) -> Iterator[None]:
         _seconds.reset(token)
 
 
+def checkpoint_seconds() -> float | None:
+    """What `checkpoint_every` says here."""
+    return _seconds.get()
+
+
 @contextmanager
 def scratch_of(key: str) -> Iterator[None]:
     """The block is the stage call of `key`: its scratch outlives an exception and is removed at the end."""

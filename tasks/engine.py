@@ -5,6 +5,10 @@ storage. `PrefectRunner` lets Prefect read and write the records; `DirectRunner`
 `prefect.results.ResultStore`, without the API: what a flow has computed is reused by `dvc repro`, and the
 other way round. A cache hit of Prefect's does not look at the files that the record refers to, so that both
 hash the stored files before they trust a record, and rebuild what is damaged.
+
+A runner computes a key while it holds the key's lock (`tasks.locks`), and looks again once it has it: of two runs that
+need a result at once one computes it, and the other waits and takes it. With a shared store (`tasks.shared`) records
+and artifacts are looked for there, too, and what was computed here is uploaded before the lock is given back.
 """
 
 from __future__ import annotations
@@ -28,12 +32,11 @@ from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
-from tasks.checkpoints import discard
-from tasks.engine_records import Plan, StageRecord, recorded_artifact, run_name, write_record
-from tasks.keys import artifacts_in
+from tasks.engine_plans import Planner
+from tasks.engine_records import Plan, StageRecord, run_name, write_record
 from tasks.progress import get_logger
 from tasks.slots import tags_of_call, told_of_waiting
-from tasks.stage import Stage, executions_of_call, stage
+from tasks.stage import Call, Pool, Stage, current_call, stage
 from tasks.store import Store
 
 T = TypeVar("T")
@@ -75,37 +78,55 @@ class Runner(ABC):
             CoaloraError: the stage has to run, and an artifact among its inputs is missing or damaged.
         """
         plan = self._plan(stage, inputs, refresh)
-        with _noting(plan.executions):
-            artifact = self._execute(plan)
-        return self._note(plan, artifact)
+        try:
+            with _calling(plan):
+                artifact = self._execute(plan)
+            return self._note(plan, artifact)
+        finally:
+            plan.release()
 
     def run_many(
-        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int = 1, refresh: bool = False
+        self,
+        stage: Stage,
+        calls: Sequence[Mapping[str, Any]],
+        *,
+        workers: int = 1,
+        refresh: bool = False,
+        pool: Pool | None = None,
     ) -> list[Artifact]:
         """`run` for each of `calls`, at most `workers` at a time; artifacts in the order of the calls.
 
         When one fails, none is begun any more, those under way are finished and recorded, and the error arrives
         unchanged: the next run goes on with what is missing.
+
+        Args:
+            pool: workers in other processes that the function runs in; threads of this process by default.
         """
-        if workers == 1:
+        if workers == 1 and pool is None:
             return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
         artifacts: list[Artifact] = []
         pending: deque[tuple[Plan, Callable[[], Artifact]]] = deque()
 
         def finish() -> None:
             plan, result = pending.popleft()
-            artifacts.append(self._note(plan, result()))
+            try:
+                artifacts.append(self._note(plan, result()))
+            finally:
+                plan.release()
+
+        def finish_all() -> None:
+            while pending:
+                finish()
 
         with self._workers(workers) as submit:
             try:
                 for inputs in calls:
                     if len(pending) == workers:
                         finish()
-                    plan = self._plan(stage, inputs, refresh)
-                    with _noting(plan.executions):  # what is submitted runs in a copy of this context
+                    plan = self._plan(stage, inputs, refresh, pool, before_waiting=finish_all)
+                    with _calling(plan):  # what is submitted runs in a copy of this context
                         pending.append((plan, submit(plan)))
-                while pending:
-                    finish()
+                finish_all()
             except BaseException:
                 while pending:
                     with suppress(Exception):  # the first failure is the one that is told
@@ -113,26 +134,28 @@ class Runner(ABC):
                 raise
         return artifacts
 
-    def _plan(self, stage: Stage, inputs: Mapping[str, Any], refresh: bool) -> Plan:
-        """Key of a call, and the record that answers it where there is one and its files are whole."""
-        started = time.perf_counter()
-        call = stage.bind(inputs)
-        key = stage.key(call)
-        results = self._result_store(stage)
+    def _plan(
+        self,
+        stage: Stage,
+        inputs: Mapping[str, Any],
+        refresh: bool,
+        pool: Pool | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> Plan:
         refresh = refresh or get_current_settings().tasks.refresh_cache
-        recorded = None if refresh else recorded_artifact(results, key)
-        problems = self.store.verify(recorded) if recorded is not None else []
-        if problems:
-            get_logger().warning("%s: stored result is rebuilt: %s", stage.name, "; ".join(problems))
-        reuse = recorded if not problems else None
-        if refresh:
-            discard(key)
-        if reuse is None:
-            self._require_inputs(stage, call)
-        return Plan(stage, key, call, results, reuse, bool(problems), started)
+        planner = Planner(self.store, stage, self._result_store(stage))
+        return planner.plan(inputs, refresh=refresh, pool=pool, before_waiting=before_waiting)
 
     def _note(self, plan: Plan, artifact: Artifact) -> Artifact:
-        """Add a finished call to the history."""
+        """Share what a finished call has made, and add the call to the history."""
+        shared = self.store.shared
+        if shared is not None:
+            sent = self.store.share(artifact)
+            # After its artifact, and also where a record was there: what a run without the shared store has made.
+            if not artifact.of_this_machine and (plan.executions or shared.record(plan.key) is None):
+                shared.write_record(plan.key, artifact)
+            if sent:
+                get_logger().info("%s: %.1f MB to %s", plan.stage.name, sent / 1e6, shared)
         record = StageRecord(
             stage=plan.stage.name,
             key=plan.key,
@@ -145,15 +168,6 @@ class Runner(ABC):
         how = "reused" if record.cached else "rebuilt" if record.rebuilt else "computed"
         get_logger().info("%s: %s %s (%.1f s)", plan.stage.name, how, artifact.digest[:12], record.seconds)
         return artifact
-
-    def _require_inputs(self, stage: Stage, call: Mapping[str, Any]) -> None:
-        for name, artifact in artifacts_in(call):
-            if problems := self.store.verify(artifact):
-                raise CoaloraError(
-                    f"artifacts that stage {stage.name!r} reads are whole in the store",
-                    got=f"{name}: {'; '.join(problems)}",
-                    remedy="run the pipeline again from the start, which rebuilds them, or with --refresh",
-                )
 
     @abstractmethod
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
@@ -241,9 +255,9 @@ class DirectRunner(Runner):
 
 
 @contextmanager
-def _noting(executions: list[str]) -> Iterator[None]:
-    token = executions_of_call.set(executions)
+def _calling(plan: Plan) -> Iterator[None]:
+    token = current_call.set(Call(plan.key, plan.executions, plan.pool))
     try:
         yield
     finally:
-        executions_of_call.reset(token)
+        current_call.reset(token)

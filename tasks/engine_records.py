@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 
 from tasks.artifacts import Artifact
-from tasks.stage import Stage
+from tasks.faults import disk_faults
+from tasks.locks import Lock
+from tasks.stage import Pool, Stage
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,15 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Plan:
-    """A call before it runs. `reuse`: the whole record that answers it; `damaged`: there was one that is not whole."""
+    """A call before it runs.
+
+    Attributes:
+        reuse: the record that answers it, its artifact whole.
+        damaged: there was one that is not whole.
+        lock: held while the function runs; None where a record answers.
+        pool: where the function runs; None for here.
+        executions: filled when the function really runs.
+    """
 
     stage: Stage
     key: str
@@ -38,7 +49,14 @@ class Plan:
     reuse: Artifact | None
     damaged: bool
     started: float
-    executions: list[str] = field(default_factory=list)  # filled when the function really runs
+    lock: Lock | None = None
+    pool: Pool | None = None
+    executions: list[str] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Let others have the key."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 # Stages and methods as people call them: what the UI shows.
@@ -95,11 +113,15 @@ def recorded_artifact(results: ResultStore, key: str) -> Artifact | None:
 def write_record(results: ResultStore, key: str, artifact: Artifact) -> None:
     """As `ResultStore.write`, but atomic: that one truncates the old record before it writes the new one."""
     record = results.create_result_record(artifact, key=key)
+    if not isinstance(results.result_storage, LocalFileSystem):  # a storage block of the user's
+        results.persist_result_record(record)
+        return
     target = Path(str(record.metadata.storage_key))
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(record.serialize())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with disk_faults(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(record.serialize())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)

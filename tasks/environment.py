@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 _RESULT_PATHS = ("PREFECT_LOCAL_STORAGE_PATH", "PREFECT_RESULTS_LOCAL_STORAGE_PATH")  # two names, one setting
+STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
 
 _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # first start runs migrations: over 30 s

@@ -39,13 +39,19 @@ EXCLUDED = (
     "tasks.checkpoints",
     "tasks.engine*",
     "tasks.environment",
+    "tasks.faults",
+    "tasks.journal",
     "tasks.keys",
+    "tasks.locks",
     "tasks.progress*",
+    "tasks.s3*",
     "tasks.settings*",  # fields and checks alone; their values are inputs of the stages
+    "tasks.shared*",
     "tasks.stage",
-    "tasks.store",
+    "tasks.store*",
     "tasks.tracking*",
     "tasks.versioning",
+    "tasks.workers*",
 )
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

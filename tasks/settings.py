@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.settings_choices import ChoiceSettings, CostSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
@@ -154,11 +154,26 @@ class EvaluationSettings(Section):
         16, ge=1, description="Configurations a shard; an evaluation that was killed goes on behind its last shard."
     )
     workers: int = Field(1, ge=1, le=64, description="Shards measured at a time; each worker holds a model of its own.")
+    runner: Literal["threads", "processes", "dask", "ray"] = Field(
+        "threads",
+        description="Where shards, references and exports run: threads of this process, processes of this machine, or "
+        "the workers of a Dask or Ray cluster (extras [dask], [ray]).",
+    )
+    address: str | None = Field(
+        None,
+        description="Of the Dask scheduler or the Ray cluster; without it one is started on this machine.",
+    )
     harness_tasks: list[str] = Field(
         [], description="Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval])."
     )
     harness_include: str | None = Field(None, description="Folder of own harness tasks (YAML).")
     harness_limit: int | None = Field(None, ge=1, description="At most so many examples of each harness task.")
+
+    @model_validator(mode="after")
+    def _address_of_a_cluster(self) -> EvaluationSettings:
+        if self.address is not None and self.runner not in ("dask", "ray"):
+            raise ValueError("an address is one of a cluster: set runner to dask or ray, or leave address out")
+        return self
 
     @field_validator("budgets")
     @classmethod
@@ -282,7 +297,8 @@ class Settings(Section):
     def of_the_result(self) -> Settings:
         """The same with defaults for what changes no number: where a run is kept, how its stages are cut and run."""
         default = EvaluationSettings()
-        whole = {"shard_size": default.shard_size, "workers": default.workers}
+        how = ("shard_size", "workers", "runner", "address")
+        whole = {name: getattr(default, name) for name in how}
         return self.model_copy(
             update={
                 "tracking": TrackingSettings(),

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from importlib import import_module
+from typing import Any, Protocol
 
 import prefect
 from prefect.cache_policies import CachePolicy
@@ -26,8 +27,25 @@ from tasks.keys import function_source_digest, stage_key
 
 _RESERVED = {"refresh", "return_state", "wait_for"}  # arguments of `run` and of Prefect's task call
 
-# Set by the runner around a task call, appended to when the function has really run.
-executions_of_call: ContextVar[list[str] | None] = ContextVar("coalora_executions", default=None)
+
+class Pool(Protocol):
+    """Workers in other processes (`tasks.workers`)."""
+
+    def run(self, stage: Stage, key: str, inputs: dict[str, Any]) -> Artifact:
+        """Run a stage's function there, and wait for it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a runner tells the function of a stage: note that it has run in `executions`; run it in `pool`, if any."""
+
+    key: str
+    executions: list[str]
+    pool: Pool | None = None
+
+
+# Set by the runner around a task call.
+current_call: ContextVar[Call | None] = ContextVar("coalora_call", default=None)
 
 
 @dataclass
@@ -106,24 +124,40 @@ class Stage:
         """Cache key for these inputs. Raises TypeError as `tasks.keys.stage_key` does."""
         return stage_key(self.name, self.fn, self.bind(inputs), source=self.source)
 
+    def measured(self, inputs: Mapping[str, Any]) -> Artifact:
+        """Call the function and note what it cost. Raises TypeError where it returns no artifact."""
+        started = time.perf_counter()
+        with scratch_of(self.key(inputs)):
+            result = self.fn(**inputs)
+        if not isinstance(result, Artifact):
+            raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
+        # Kept with the record, not with the content: a reused result still tells what it cost.
+        facts = {"stage": self.name, "seconds": round(time.perf_counter() - started, 3)}
+        return result.model_copy(update={"meta": {**result.meta, **facts}})
+
     def _checked(self) -> Callable[..., Artifact]:
-        """The function as runners call it: notes that it ran and for how long; lets only an `Artifact` be recorded."""
+        """The function as runners call it: here, or in the pool that the runner has opened."""
 
         @wraps(self.fn)
         def run(**inputs: Any) -> Artifact:
-            executions = executions_of_call.get()
-            if executions is not None:
-                executions.append(self.name)
-            started = time.perf_counter()
-            with scratch_of(self.key(inputs)):
-                result = self.fn(**inputs)
-            if not isinstance(result, Artifact):
-                raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
-            # Kept with the record, not with the content: a reused result still tells what it cost.
-            facts = {"stage": self.name, "seconds": round(time.perf_counter() - started, 3)}
-            return result.model_copy(update={"meta": {**result.meta, **facts}})
+            call = current_call.get()
+            if call is None:
+                return self.measured(inputs)
+            call.executions.append(self.name)
+            return self.measured(inputs) if call.pool is None else call.pool.run(self, call.key, inputs)
 
         return run
+
+    def __reduce__(self) -> tuple[Callable[..., Stage], tuple[str, str]]:
+        """By name: another process has the code, and compares the key (`tasks.workers.work`)."""
+        return _stage_named, (self.fn.__module__, self.fn.__qualname__)
+
+
+def _stage_named(module: str, name: str) -> Stage:
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def stage(

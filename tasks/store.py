@@ -3,6 +3,9 @@
 `<home>/store/<digest[:2]>/<digest>/` holds the files and `manifest.json`, which is written last, before one
 atomic rename: a folder that has its final name is complete. Prefect keeps only the small `Artifact`
 reference, and a cache hit says nothing about the bytes: `Store.verify` hashes them again each time.
+
+With `COALORA_STORE` (`tasks.shared`) the folder is a cache of a store that machines share: `path` downloads what is not
+here, `share` uploads what is new.
 """
 
 from __future__ import annotations
@@ -12,23 +15,27 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact, FileEntry, Scalar, content_digest, file_sha256, files_below
-from tasks.environment import coalora_home
+from tasks.environment import STORE_VARIABLE, coalora_home
+from tasks.faults import disk_faults
+from tasks.locks import FileLock, wait_for
+from tasks.store_materialize import MARKER, copy_out, damaged, write_json
+from tasks.store_workspace import workspace
+
+if TYPE_CHECKING:
+    from tasks.shared import SharedStore
 
 __all__ = ["MANIFEST", "MARKER", "Artifact", "FileEntry", "Scalar", "Store"]
 
 MANIFEST = "manifest.json"
-MARKER = ".coalora-artifact"
-_STALE_SECONDS = 24 * 3600.0
 
 
 class Store:
@@ -43,9 +50,31 @@ class Store:
         self.folder = self.root / "store"
         self._scratch = self.folder / ".tmp"
 
-    def path(self, artifact: Artifact) -> Path:
-        """Folder of the artifact's files (read only), whether or not it is there."""
+    @property
+    def shared(self) -> SharedStore | None:
+        """The store that this one is a cache of, where `COALORA_STORE` names one."""
+        if not os.environ.get(STORE_VARIABLE):
+            return None  # without the import of boto3
+        from tasks.shared import shared_store
+
+        return shared_store()
+
+    def place(self, artifact: Artifact) -> Path:
+        """Folder of the artifact's files, whether or not it is there."""
         return self.folder / artifact.digest[:2] / artifact.digest
+
+    def path(self, artifact: Artifact) -> Path:
+        """Folder of the artifact's files (read only); downloaded from the shared store where it is not here.
+
+        Without a shared store: whether or not it is there.
+
+        Raises:
+            CoaloraError: the shared store does not have it either, or does not answer.
+        """
+        folder = self.place(artifact)
+        if not folder.is_dir() and (shared := self.shared) is not None:
+            self._fetch(artifact, shared)
+        return folder
 
     def put(self, kind: str, build: Callable[[Path], Mapping[str, Scalar] | None]) -> Artifact:
         """Keep what `build` writes into the empty folder it is given; its return value becomes `meta`.
@@ -56,7 +85,7 @@ class Store:
             CoaloraError: no file was written, one is no regular file or has the manifest's name, or
                 `meta` holds something else than finite JSON scalars.
         """
-        with self._workspace() as work:
+        with workspace(self.root, self._scratch) as work:
             meta = build(work)
             files = files_below(work)
             if not files or MANIFEST in files:
@@ -64,7 +93,6 @@ class Store:
             for name, file in files.items():
                 if file.is_symlink() or not file.is_file():
                     raise CoaloraError("an artifact holds regular files only", got=name, remedy="copy it")
-                file.chmod(0o444)
             entries = [FileEntry(n, f.stat().st_size, file_sha256(f)) for n, f in sorted(files.items())]
             try:
                 artifact = Artifact(
@@ -75,9 +103,7 @@ class Store:
                 )
             except ValidationError as error:
                 raise CoaloraError(f"meta of artifact {kind!r} holds finite JSON scalars", got=str(error)) from error
-            _write_json(work / MANIFEST, {"digest": artifact.digest, "files": entries})
-            (work / MANIFEST).chmod(0o444)
-            self._commit(work, artifact)
+            self._finish(work, artifact, entries)
         return artifact
 
     def entries(self, artifact: Artifact) -> list[FileEntry]:
@@ -88,7 +114,7 @@ class Store:
         """
         entries, problem = self._manifest(artifact)
         if problem:
-            raise _damaged(artifact, [problem])
+            raise damaged(artifact, [problem])
         return entries
 
     def verify(self, artifact: Artifact) -> list[str]:
@@ -96,7 +122,7 @@ class Store:
         entries, problem = self._manifest(artifact)
         if problem:
             return [problem]
-        found = files_below(self.path(artifact))
+        found = files_below(self.place(artifact))
         found.pop(MANIFEST, None)
         problems: list[str] = []
         for entry in entries:
@@ -108,6 +134,65 @@ class Store:
             elif found_problem := entry.problem(file):
                 problems.append(found_problem)
         return problems + [f"{name}: extra" for name in sorted(found)]
+
+    def problems(self, artifact: Artifact) -> list[str]:
+        """Why the artifact cannot be read; empty = it can be, here or after a download from the shared store.
+
+        A copy here that is damaged goes where the shared store has a whole one. Asking counts as use: what was used
+        lately is not pruned.
+        """
+        self._touch(artifact)
+        found = self.verify(artifact)
+        if not found or (shared := self.shared) is None or shared.manifest(artifact) is None:
+            return found
+        if self.place(artifact).exists():
+            self._discard(artifact)
+        return []
+
+    def share(self, artifact: Artifact) -> int:
+        """Upload the artifact where there is a shared store that lacks it; returns the bytes that were sent."""
+        shared = self.shared
+        if shared is None or shared.manifest(artifact) is not None:
+            return 0
+        return shared.push(artifact, self.place(artifact), self.entries(artifact))
+
+    def remove(self, folder: Path, older_than: float) -> bool:
+        """Remove an artifact's folder unless it was made or used in the last `older_than` seconds; whether it went."""
+        with workspace(self.root, self._scratch) as work:
+            with self._committing():
+                try:
+                    if time.time() - folder.stat().st_mtime < older_than:
+                        return False
+                    folder.rename(work / "removed")
+                except FileNotFoundError:
+                    return False
+            return True
+
+    def _touch(self, artifact: Artifact) -> None:
+        # Under the lock of `remove`: what is touched first stays, what is removed first is missing.
+        with suppress(OSError), (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            os.utime(self.place(artifact))
+
+    def _fetch(self, artifact: Artifact, shared: SharedStore) -> None:
+        lock = FileLock(self.root / "locks" / f"download-{artifact.digest}.lock")
+        wait_for(lock, lambda holder, seconds: None)  # one download for all processes of this machine
+        try:
+            if self.place(artifact).is_dir():
+                return
+            # Not a workspace: one that was broken off is taken up again. `flows.prune` removes forgotten ones.
+            work = self._scratch / f"download-{artifact.digest}"
+            with disk_faults(self.root):
+                work.mkdir(parents=True, exist_ok=True)
+                entries = shared.pull(artifact, work)
+                self._finish(work, artifact, entries)
+                shutil.rmtree(work, ignore_errors=True)  # where another process was faster
+        finally:
+            lock.release()
+
+    def _discard(self, artifact: Artifact) -> None:
+        with workspace(self.root, self._scratch) as work, self._committing(), suppress(FileNotFoundError):
+            self.place(artifact).rename(work / "damaged")
 
     def materialize(self, artifact: Artifact, destination: str | Path, *, subset: Sequence[str] | None = None) -> Path:
         """Copy the files to a folder outside the store, which then holds exactly these files and a marker.
@@ -122,54 +207,15 @@ class Store:
             CoaloraError: the destination is a file, lies in the store, or is a folder with files but without
                 our marker; a pattern matches nothing; the artifact is damaged.
         """
-        target = Path(os.path.abspath(destination))
-        wanted = {entry.path: entry for entry in _select(self.entries(artifact), subset)}
-        marker, present = self._inspect(target)
-        state = {"digest": artifact.digest, "files": sorted(wanted), "complete": True}
-        whole = {name for name, entry in wanted.items() if name in present and not entry.problem(present[name])}
-        if marker == state and whole == set(wanted) == set(present):
-            return target
-        target.mkdir(parents=True, exist_ok=True)
-        # Ours from here on: a copy that is killed can be taken up again.
-        _write_json(target / MARKER, {**state, "complete": False})
-        for name in set(present) - whole:
-            present[name].unlink()
-        for folder, _, _ in os.walk(target, topdown=False):
-            with suppress(OSError):  # not empty
-                Path(folder).rmdir()
-        for name in sorted(set(wanted) - whole):
-            _copy(self.path(artifact) / name, target / name, wanted[name], artifact)
-        _write_json(target / MARKER, state)
-        return target
-
-    def _inspect(self, target: Path) -> tuple[object, dict[str, Path]]:
-        """(content of the marker or None, files of the destination); refuses what must not be overwritten."""
-        real = target.resolve()
-        if real == self.folder or self.folder in real.parents or real in self.folder.parents:
-            raise CoaloraError("the destination lies outside the store", got=target)
-        if not target.exists():
-            return None, {}
-        if not target.is_dir():
-            raise CoaloraError("the destination is a folder", got=target, remedy="remove the file")
-        present = files_below(target)
-        marker = present.pop(MARKER, None)
-        content: object = None
-        if marker is not None:
-            with suppress(ValueError, OSError):
-                content = json.loads(marker.read_text(encoding="utf-8"))
-        if content is None and present:
-            raise CoaloraError(
-                f"only an empty folder, or one with our {MARKER}, is written to",
-                got=f"{target} with {len(present)} other files",
-                remedy="name another folder, or empty this one",
-            )
-        return content, present
+        source = self.path(artifact)
+        with disk_faults(Path(os.path.abspath(destination))):
+            return copy_out(source, self.folder, artifact, self.entries(artifact), Path(destination), subset)
 
     def _manifest(self, artifact: Artifact) -> tuple[list[FileEntry], str | None]:
         """(entries, problem): exactly one of the two says something."""
         name = f"{artifact.kind} {artifact.digest[:12]}"
         try:
-            content = json.loads((self.path(artifact) / MANIFEST).read_text(encoding="utf-8"))
+            content = json.loads((self.place(artifact) / MANIFEST).read_text(encoding="utf-8"))
             entries = [FileEntry(str(path), int(size), str(sha)) for path, size, sha in content["files"]]
         except (FileNotFoundError, NotADirectoryError):
             return [], f"{name}: not in the store {self.folder}"
@@ -179,12 +225,14 @@ class Store:
             return [], f"{name}: {MANIFEST} is altered"
         return entries, None
 
-    def _commit(self, work: Path, artifact: Artifact) -> None:
-        final = self.path(artifact)
+    def _finish(self, work: Path, artifact: Artifact, entries: list[FileEntry]) -> None:
+        """Write the manifest of a workspace's files and give the folder its name."""
+        write_json(work / MANIFEST, {"digest": artifact.digest, "files": entries})
+        for name in [MANIFEST, *(entry.path for entry in entries)]:
+            (work / name).chmod(0o444)
+        final = self.place(artifact)
         final.parent.mkdir(parents=True, exist_ok=True)
-        # The lock makes "look, then replace" one step; the kernel frees it when its holder is killed.
-        with (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._committing():
             if final.exists():
                 if not self.verify(artifact):
                     return
@@ -196,65 +244,8 @@ class Store:
                 work.rename(final)
 
     @contextmanager
-    def _workspace(self) -> Iterator[Path]:
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        work = self._scratch / uuid.uuid4().hex
-        lock_file = work.with_name(work.name + ".lock")
-        with lock_file.open("w") as lock:
+    def _committing(self) -> Iterator[None]:
+        """Makes "look, then replace" one step; the kernel frees the lock when its holder is killed."""
+        with (self.folder / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                work.mkdir()
-                yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-                lock_file.unlink(missing_ok=True)
-
-    def _sweep(self) -> None:
-        """Remove workspaces of killed processes: older than a day, and their lock held by nobody."""
-        for lock_file in self._scratch.glob("*.lock"):
-            with suppress(OSError), lock_file.open("r+") as lock:  # gone meanwhile, or still held
-                if time.time() - lock_file.stat().st_mtime < _STALE_SECONDS:
-                    continue
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for folder in (lock_file.with_suffix(""), lock_file.with_suffix(".damaged")):
-                    shutil.rmtree(folder, ignore_errors=True)
-                lock_file.unlink()
-
-
-def _select(entries: list[FileEntry], subset: Sequence[str] | None) -> list[FileEntry]:
-    if subset is None:
-        return entries
-    names = [entry.path for entry in entries]
-    for pattern in subset:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise CoaloraError("every name of a subset is a file of the artifact", got=pattern, expected=names)
-    return [entry for entry in entries if any(fnmatchcase(entry.path, pattern) for pattern in subset)]
-
-
-def _copy(source: Path, target: Path, entry: FileEntry, artifact: Artifact) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Never written in place: DVC may have linked the old file to its cache.
-    part = target.with_name(f".{target.name}.part")
-    try:
-        shutil.copyfile(source, part)
-    except FileNotFoundError as error:
-        raise _damaged(artifact, [f"{entry.path}: missing"]) from error
-    if problem := entry.problem(part):
-        part.unlink()
-        raise _damaged(artifact, [problem])
-    os.replace(part, target)
-
-
-def _damaged(artifact: Artifact, problems: list[str]) -> CoaloraError:
-    return CoaloraError(
-        "an artifact is read only while its files are whole",
-        got=f"{artifact.kind} {artifact.digest[:12]}: {'; '.join(problems)}",
-        remedy="run the pipeline again: the stage that made it rebuilds it",
-    )
-
-
-def _write_json(path: Path, content: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)
+            yield

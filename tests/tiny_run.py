@@ -42,7 +42,7 @@ class _Plain:
     def run(self, stage: Stage, /, *, refresh: bool = False, **inputs: Any) -> Artifact:
         return stage.task.fn(**stage.bind(inputs))
 
-    def run_many(self, stage: Stage, calls: Any, *, workers: int, refresh: bool = False) -> list[Artifact]:
+    def run_many(self, stage: Stage, calls: Any, **_: Any) -> list[Artifact]:
         return [self.run(stage, **inputs) for inputs in calls]
 
 

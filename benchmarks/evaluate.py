@@ -1,0 +1,98 @@
+"""Two worker processes against one, on the evaluation of one set: what `evaluation.runner: processes` is for.
+
+A decoder of the demo's shape with little training, a set of configurations, one stage call a shard as in a pipeline.
+Each worker has one thread and keeps its model. The workers are started, and have loaded the model, before the clock
+runs; the two ways alternate, and medians are compared. Both must give the same scores, bit for bit.
+
+    python -m benchmarks.evaluate [--quick] [--runner processes|dask|ray]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import benchmarks._one_thread  # noqa: F401 (before torch and Prefect)
+from benchmarks._report import report
+from coalora.files import read_json
+from flows.calibration import calibration_chain
+from flows.definitions import load_settings
+from flows.run import PipelineRun
+from flows.training import training_chain
+from tasks.engine import DirectRunner
+from tasks.evaluation import SHARD, evaluate_shard, shard_bounds
+from tasks.selection import select_budgets
+from tasks.store import Store
+from tasks.workers import WorkerPool, open_pool
+
+SHARD_SIZE = 2
+CHANGES = [
+    "model.pretrain.steps=30", "training.initial_steps=2", "training.warmup_steps=1", "search.rounds=0",
+    "baselines.methods=[shared]", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=24",
+    "evaluation.budgets=[2.5,3.5]",
+]  # fmt: skip
+
+
+def shard_calls(run: PipelineRun) -> list[dict[str, Any]]:
+    """The calls that evaluate CoA-LoRA on the set of a run which is made here."""
+    settings = run.settings
+    calibrated = calibration_chain(run)
+    trained = training_chain(run, calibrated)
+    common = {**calibrated.inputs(), "adapter": settings.adapter, "runtime": settings.runtime, "seed": settings.seed}
+    common["state"] = trained.states["coa"][-1]
+    selection = run.run(
+        select_budgets, **common, configurations=trained.sets[-1], batch_size=32, budgets=settings.evaluation.budgets
+    )
+    common |= {"selection": selection, "method": "coa", "batch_size": settings.evaluation.batch_size}
+    return [{**common, "start": start, "stop": stop} for start, stop in shard_bounds(selection, SHARD_SIZE)]
+
+
+def evaluate(runner: DirectRunner, calls: list[dict[str, Any]], pool: WorkerPool) -> tuple[float, list[Any]]:
+    """(seconds, scores) of all shards, computed whatever is recorded."""
+    started = time.perf_counter()
+    shards = runner.run_many(evaluate_shard, calls, workers=pool.workers, pool=pool, refresh=True)
+    elapsed = time.perf_counter() - started
+    return elapsed, [read_json(Store().path(shard) / SHARD) for shard in shards]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--runner", choices=("processes", "dask", "ray"), default="processes")
+    options = parser.parse_args()
+    file = Path(__file__).parents[1] / "pipelines.yaml"
+    runner = DirectRunner()
+    calls = shard_calls(PipelineRun.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
+    pools = [pool for workers in (1, 2) if (pool := open_pool(options.runner, workers)) is not None]
+    times: dict[int, list[float]] = {1: [], 2: []}
+    scores = []
+    try:
+        for pool in pools:
+            evaluate(runner, calls, pool)
+        for _ in range(3 if options.quick else 7):
+            for pool in pools:
+                elapsed, found = evaluate(runner, calls, pool)
+                times[pool.workers].append(elapsed)
+                scores.append(found)
+    finally:
+        for pool in pools:
+            pool.close()
+    if any(found != scores[0] for found in scores):
+        raise SystemExit("one and two workers measured different scores")
+    one, two = median(times[1]), median(times[2])
+    row = {
+        "what": f"evaluation of {calls[-1]['stop']} configurations, 2 {options.runner} / 1",
+        "measured": two / one,
+        "limit": 0.55,
+        "unit": "x",
+        "note": f"{two:.2f} and {one:.2f} s; best {min(times[2]):.2f} and {min(times[1]):.2f} s",
+    }
+    name = "evaluate" if options.runner == "processes" else f"evaluate-{options.runner}"
+    report(name, [row], notes="One thread a process; the same scores, bit for bit.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Faults of a disk said so that a reader can mend them; everything else passes through."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coalora.errors import CoaloraError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What libraries make of the same faults in errors of their own (safetensors, Arrow).
+_FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded")
+
+
+@contextmanager
+def disk_faults(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a folder without permission into errors that say what to do.
+
+    Args:
+        folder: where is written; named in the message with what is free there.
+
+    Raises:
+        CoaloraError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        yield
+    except CoaloraError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(folder) from error
+        if error.errno in _REFUSED and _inside(error.filename, folder):
+            raise CoaloraError(
+                "this user may write to the folder of results",
+                got=f"{error.filename}: {error.strerror}",
+                remedy="mend its owner or permissions, or set COALORA_HOME to another folder",
+            ) from error
+        raise
+    except Exception as error:
+        if any(words in str(error) for words in _FULL_WORDS):
+            raise _full(folder) from error
+        raise
+
+
+def _inside(name: object, folder: Path) -> bool:
+    """Whether a file is below the folder, or one of the folders above it that would have to be made."""
+    if not isinstance(name, str | Path):
+        return False
+    return Path(name).is_relative_to(folder) or folder.is_relative_to(name)
+
+
+def _full(folder: Path) -> CoaloraError:
+    there = folder
+    while not there.exists():
+        there = there.parent
+    return CoaloraError(
+        "the disk of the results has room for what is written",
+        got=f"{folder}: full ({shutil.disk_usage(there).free / 1e6:.1f} MB free); what was finished before is kept",
+        remedy="free some room (python -m flows.prune lists what nothing refers to), and run again: "
+        "it goes on behind its last finished stage",
+    )
