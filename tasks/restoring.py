@@ -11,9 +11,12 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from coalora.errors import CoaloraError
 from tasks.dvc_repository import initialised, with_repository
@@ -121,7 +124,8 @@ def from_dvc(
             content = fs.read_bytes(path)
         except FileNotFoundError as error:
             raise _not_in_dvc(f"{path} at {at}") from error
-        return _checked(content, fs.info(path).get("md5"), found, f"DVC, {path} at {at}")
+        (recorded,) = yaml.safe_load(fs.read_text(f"{path}.dvc"))["outs"]
+        return _checked(content, recorded.get("md5"), found, f"DVC, {path} at {at}")
 
     return _asking_remotes(root, "dvc pull", read)
 
@@ -148,11 +152,13 @@ def _pick(rounds: dict[int, Any], wanted: int | None, where: str) -> int:
 
 def _by_md5(md5: str, root: Path) -> bytes:
     """Bytes that DVC keeps under an md5, from its cache or its default remote."""
+    from dvc.config import NoRemoteError
 
     def read(repo: Any) -> bytes:
-        stores = [lambda: repo.cache.local, lambda: repo.cloud.get_remote_odb(hash_name="md5")]
-        for opened in stores:
-            odb = opened()
+        stores = [repo.cache.local]
+        with suppress(NoRemoteError):
+            stores.append(repo.cloud.get_remote_odb(hash_name="md5"))
+        for odb in stores:
             path = odb.oid_to_path(md5)
             if odb.fs.exists(path):
                 return bytes(odb.fs.cat_file(path))
@@ -186,7 +192,12 @@ def _not_in_dvc(what: str) -> CoaloraError:
 def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> RestoredSet:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
-        raise CoaloraError("a set has the md5 that is recorded", got=f"{found} from {source}", expected=md5)
+        raise CoaloraError(
+            "a set has the md5 that is recorded",
+            got=f"{found} from {source}",
+            expected=md5,
+            remedy="the copy was edited or damaged: `dvc checkout --force` brings a working file back",
+        )
     try:
         form = json.loads(content)["format"]
     except (ValueError, KeyError, TypeError) as error:

@@ -246,7 +246,7 @@ def test_a_set_travels_to_a_remote_in_s3_and_into_another_clone(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_credentials(monkeypatch.setenv)
-    path = write_set("demo", 0, {"a": 1}, repository)
+    path = write_set("demo", 0, {"format": "coalora-configurations/1", "members": []}, repository)
     with s3_server() as (host, port):
         url = f"http://{host}:{port}"
         create_bucket(url, "sets")
