@@ -28,9 +28,17 @@ def test_a_run_that_ends_by_an_error_says_so_and_goes_on_the_next_time(
     settings: Settings, error: BaseException, status: str
 ) -> None:
     identity = status.lower()
-    with pytest.raises(type(error)), followed("tiny", settings, identity) as run:
-        assert run.status == "RUNNING"
-        raise error
+    seen: list[TrackedRun] = []
+
+    def fail() -> None:
+        with followed("tiny", settings, identity) as run:
+            assert run.status == "RUNNING"
+            seen.append(run)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    (run,) = seen
     assert run.status == status
     with followed("tiny", settings, identity) as again:
         assert (again.run_id, again.status) == (run.run_id, "RUNNING")
