@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from tasks.git import git_commit
-from tasks.publish import remove_stale, track_round, version_set, write_run_folder
+from tasks.loaders import load_set, load_tables
+from tasks.publish import remove_stale, track_round, track_run, version_set, write_run_folder
+from tasks.report.round import round_rows
 from tasks.store import Artifact
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -149,6 +151,47 @@ def test_a_round_is_one_nested_mlflow_run_however_often_it_is_logged(run: TinyRu
     assert child.data.tags["dvc_md5"] == "abc"
     assert child.data.metrics["search/n_members"] == run.trained.sets[1].meta["n_members"]
     assert child.data.metrics["search/hypervolume_after"] >= child.data.metrics["search/hypervolume_before"]
+
+
+def test_what_was_not_logged_during_a_run_is_logged_at_its_end_and_only_once(run: TinyRun, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = run.settings.model_copy(
+        update={"tracking": run.settings.tracking.model_copy(update={"tracking_uri": uri})}
+    )
+    ids = {
+        track_run.fn(
+            pipeline="tiny", settings=settings, identity="1" * 64, benchmark=run.calibrated.benchmark,
+            tables=run.calibrated.tables, sets=run.trained.sets, versions=["abc", None], states=run.trained.states,
+            report=run.report,
+        )
+        for _ in range(2)
+    }  # fmt: skip
+    (run_id,) = ids
+    client = MlflowClient(uri)
+    found = client.get_run(run_id)
+    children = client.search_runs([found.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert {c.info.run_name: c.info.status for c in children} == {"initial set": "FINISHED", "round 1": "FINISHED"}
+    steps = [point.step for point in client.get_metric_history(run_id, "train/loss/coa")]
+    assert sorted(steps) == [1, 2, 3]
+    (second,) = (c for c in children if c.info.run_name == "round 1")
+    assert [p.step for p in client.get_metric_history(second.info.run_id, "train/loss/coa")] == [3]
+    assert {a.path for a in client.list_artifacts(second.info.run_id, "configurations")} == {
+        f"configurations/{name}.json" for name in ("configurations", "round", "table")
+    }
+    assert found.data.tags["mlflow.note.content"].startswith("| budget |")
+
+
+def test_the_table_of_a_set_counts_the_layers_at_their_stored_bits(run: TinyRun) -> None:
+    measured = load_tables(run.calibrated.tables)
+    rows = round_rows(load_set(run.trained.sets[1], measured), measured)
+    assert [row["average bits"] for row in rows] == sorted(row["average bits"] for row in rows)
+    for row in rows:
+        counts = [part.split(" at ") for part in row["layers by bits"].split(", ")]
+        assert sum(int(n) for n, _ in counts) == len(measured.layers)
+        assert min(float(b) for _, b in counts) <= row["average bits"] + 0.05
+        assert max(float(b) for _, b in counts) >= row["average bits"] - 0.05
 
 
 def _path() -> dict[str, str]:
