@@ -34,6 +34,7 @@ from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
 from tasks.engine_plans import Planner
 from tasks.engine_records import Plan, StageRecord, run_name, write_record
+from tasks.faults import database_faults
 from tasks.progress import get_logger
 from tasks.stage import Call, Pool, Stage, current_call, stage
 from tasks.store import Store
@@ -217,7 +218,8 @@ class PrefectRunner(Runner):
         )
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        return task(**inputs)
+        with database_faults():
+            return task(**inputs)
 
 
 class DirectRunner(Runner):
@@ -247,7 +249,8 @@ class DirectRunner(Runner):
             yield lambda plan: pool.submit(copy_context().run, self._execute, plan).result
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        return task.fn(**inputs)
+        with database_faults():
+            return task.fn(**inputs)
 
 
 @contextmanager
