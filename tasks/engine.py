@@ -34,6 +34,7 @@ from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
 from tasks.engine_plans import Planner
 from tasks.engine_records import Plan, StageRecord, run_name, write_record
+from tasks.faults import database_faults
 from tasks.progress import get_logger
 from tasks.slots import tags_of_call, told_of_waiting
 from tasks.stage import Call, Pool, Stage, current_call, stage
@@ -221,7 +222,8 @@ class PrefectRunner(Runner):
         )
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
+        with database_faults():
+            return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
 
 
 class DirectRunner(Runner):
@@ -251,7 +253,8 @@ class DirectRunner(Runner):
             yield lambda plan: pool.submit(copy_context().run, self._execute, plan).result
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        return task.fn(**inputs)
+        with database_faults():
+            return task.fn(**inputs)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Faults of a disk said so that a reader can mend them; everything else passes through."""
+"""Faults of a disk or a database said so that a reader can mend them; everything else passes through."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What libraries make of the same faults in errors of their own (safetensors, Arrow).
 _FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded")
+_LOCKED_WORDS = ("database is locked", "database table is locked")
 
 
 @contextmanager
@@ -44,6 +45,28 @@ def disk_faults(folder: Path) -> Iterator[None]:
         if any(words in str(error) for words in _FULL_WORDS):
             raise _full(folder) from error
         raise
+
+
+@contextmanager
+def database_faults() -> Iterator[None]:
+    """Turn a database that another process keeps locked into an error that says what to do.
+
+    Raises:
+        CoaloraError: MLflow's or Prefect's SQLite file was locked for longer than its clients wait.
+    """
+    try:
+        yield
+    except CoaloraError:
+        raise
+    except Exception as error:
+        if not any(words in str(error) for words in _LOCKED_WORDS):
+            raise
+        raise CoaloraError(
+            "the database of runs is free within the time that its clients wait for it",
+            got=str(error).splitlines()[0],
+            remedy="see which process keeps it locked (fuser FILE.db), end that or wait, and run again: every stage is "
+            "kept. Several runs at once want servers: `mlflow server`, `prefect server start`",
+        ) from error
 
 
 def _inside(name: object, folder: Path) -> bool:
