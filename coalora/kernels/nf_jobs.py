@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coalora.kernels.nf_triton import Job, dequantize, quantize
-from coalora.quant.nf import NFChoice
+from coalora.quant.nf_choice import NFChoice
 from coalora.quant.nf_scales import SCALE_DTYPES
 from coalora.quant.packing import packed_size
 

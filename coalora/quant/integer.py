@@ -25,40 +25,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
+from coalora.kernels.available import contiguous, use_triton
+from coalora.quant.int_choice import FIELD_VALUES, IntChoice
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
 from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
 
 _CHUNK = 2**17  # weights
-_FIELD_VALUES: dict[str, tuple[FieldValue, ...]] = {
-    "bits": (2, 3, 4, 8),
-    "group_size": (32, 64, 128),
-    "mode": ("sym", "asym"),
-}
-
-
-@dataclass(frozen=True)
-class IntChoice(Choice):
-    """One choice: b, g, and whether the groups have zero points (``asym``) or not (``sym``).
-
-    Raises:
-        CoaloraError: a value that the scheme does not have.
-    """
-
-    bits: int
-    group_size: int
-    mode: str
-
-    def __post_init__(self) -> None:
-        for name, value in self.as_dict().items():
-            allowed = _FIELD_VALUES[name]
-            if value not in allowed:
-                raise CoaloraError(f"no such value of int field {name!r}", got=value, expected=allowed)
-            # NumPy integers and whole floats become the plain value, or as_dict would not be JSON-able.
-            object.__setattr__(self, name, allowed[allowed.index(value)])
-
-    def __str__(self) -> str:
-        """For example ``int4 g64 asym``."""
-        return f"int{self.bits} g{self.group_size} {self.mode}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +53,7 @@ class IntScheme(Scheme):
 
     name: ClassVar[str] = "int"
     choice_type: ClassVar[type[Choice]] = IntChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = _FIELD_VALUES
+    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = FIELD_VALUES
 
     def nominal_bits(self, choice: Choice) -> float:
         c = _int(choice)
@@ -134,6 +106,55 @@ class IntScheme(Scheme):
         counts = {"codes": count, "zero_points": n_groups}
         return {k: unpack_codes(v, c.bits, counts[k]) if k in counts else v for k, v in tensors.items()}
 
+    def quantize_packed(
+        self,
+        weight: Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None = None,
+        measured: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if not _kernels_take(weight):
+            return super().quantize_packed(weight, choice, statistics, measured)
+        from coalora.kernels.int_jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
+
+        return quantize_packed_many([(weight, _int(choice), None)])[0]
+
+    def dequantize_packed(
+        self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
+    ) -> None:
+        if use_triton(out):
+            self.dequantize_packed_many([(packed, choice, out)])
+        else:
+            super().dequantize_packed(packed, choice, shape, out)
+
+    def dequantize_packed_many(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> None:
+        if not all(use_triton(out) for _, _, out in layers):
+            super().dequantize_packed_many(layers)
+            return
+        from coalora.kernels.int_jobs import dequantize_packed_many
+
+        for packed, choice, out in layers:
+            _check(packed, _int(choice), out.shape, packed=True)
+        with contiguous([out for _, _, out in layers]) as written:
+            dequantize_packed_many([(dict(p), _int(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
+
+    def requantize(
+        self,
+        weight: Tensor,
+        choice: Choice,
+        statistics: InputStatistics | None = None,
+        *,
+        out: Tensor,
+        measured: Tensor | None = None,
+    ) -> None:
+        if not (_kernels_take(weight) and use_triton(out)):
+            super().requantize(weight, choice, statistics, out=out, measured=measured)
+            return
+        from coalora.kernels.int_jobs import quantize_packed_many
+
+        with contiguous([out]) as (written,):
+            quantize_packed_many([(weight, _int(choice), written)])
+
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """About 1.2 ms for a million weights on one core, without large temporaries."""
         return next(self.fake_quantize_many(weight, [choice]))
@@ -159,6 +180,11 @@ def _int(choice: Choice) -> IntChoice:
     if not isinstance(choice, IntChoice):
         raise CoaloraError("the int scheme takes its own choices", got=repr(choice), expected="an IntChoice")
     return choice
+
+
+def _kernels_take(weight: Tensor) -> bool:
+    """Whether the weight is quantized by kernels; one that is none is left to the plain path, which says so."""
+    return use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
@@ -190,8 +216,10 @@ def _ends(groups: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(ends: tuple[Tensor, Tensor], choice: IntChoice) -> _Grid:
     low, high = ends
     levels = 2**choice.bits - 1
+    # A number would be multiplied by: on a GPU torch takes its inverse, which is off by a bit.
+    divisor = low.new_full((), levels)
     # Divided before they are added: the width of a group may exceed the largest float32.
-    width = high / levels - low / levels if choice.mode == "asym" else torch.maximum(high, -low) / levels * 2
+    width = high / divisor - low / divisor if choice.mode == "asym" else torch.maximum(high, -low) / divisor * 2
     scale = width.clamp_(max=torch.finfo(torch.float16).max).to(torch.float16).to(torch.float32)
     inverse = torch.where(scale == 0, 0, scale.reciprocal())
     if choice.mode == "asym":

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
-from coalora.kernels.available import use_triton
+from coalora.kernels.available import contiguous, use_triton
 from coalora.quant import nf_cpu
 from coalora.quant.nearest import IntervalTable
 from coalora.quant.nf_book import nf_lookup
@@ -147,7 +147,7 @@ class NFScheme(Scheme):
         statistics: InputStatistics | None = None,
         measured: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        if not (use_triton(weight) and weight.is_floating_point() and weight.numel()):
+        if not (use_triton(weight) and weight.numel()):
             return super().quantize_packed(weight, choice, statistics, measured)
         from coalora.kernels.nf_jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
 
@@ -174,12 +174,8 @@ class NFScheme(Scheme):
 
         for packed, choice, out in layers:
             _check_packed(packed, _nf(choice), out.shape)
-        # A kernel writes along the flattened weight: a transposed one (Conv1D) gets it by way of a copy.
-        written = [out if out.is_contiguous() else torch.empty_like(out).contiguous() for _, _, out in layers]
-        dequantize_packed_many([(dict(p), _nf(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
-        for (_, _, out), w in zip(layers, written, strict=True):
-            if w is not out:
-                out.copy_(w)
+        with contiguous([out for _, _, out in layers]) as written:
+            dequantize_packed_many([(dict(p), _nf(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """2 to 4 ms for a million weights on one core, without large temporaries."""
@@ -204,7 +200,7 @@ class NFScheme(Scheme):
         measured: Tensor | None = None,
     ) -> None:
         c = _nf(choice)
-        if use_triton(weight) and out.is_contiguous() and measured is None and weight.is_floating_point():
+        if use_triton(weight) and use_triton(out) and out.is_contiguous() and measured is None and weight.numel():
             from coalora.kernels.nf_jobs import quantize_packed_many
 
             quantize_packed_many([(weight, c, out)])

@@ -67,7 +67,9 @@ def dequantize_scales(state: Mapping[str, Tensor], choice: NFChoice) -> Tensor:
     codes = state["scale_codes"].to(torch.float32)
     count = len(codes)
     blocks = _rows(codes, choice.scale_block_size)
-    scales = blocks.div_(2**choice.scale_bits - 1).mul_(state["scale_absmax"].to(torch.float32)[:, None])
+    # A number would be multiplied by: on a GPU torch takes its inverse, which is off by a bit.
+    levels = blocks.new_full((), 2**choice.scale_bits - 1)
+    scales = blocks.div_(levels).mul_(state["scale_absmax"].to(torch.float32)[:, None])
     # Rounding a up to b1 can carry s^ past the largest float32.
     return scales.add_(state["offset"]).clamp_(max=torch.finfo(torch.float32).max).view(-1)[:count]
 

@@ -1,4 +1,4 @@
-"""Run by test_nf_triton.py: on a GPU as it is, elsewhere in a process of its own under Triton's interpreter."""
+"""Run by test_triton.py: on a GPU as it is, elsewhere in a process of its own under Triton's interpreter."""
 
 from __future__ import annotations
 
