@@ -32,6 +32,7 @@ from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterKey,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
     FlowRunFilterParentFlowRunId,
     LogFilter,
     LogFilterFlowRunId,
@@ -102,6 +103,17 @@ class Server:
         """A run of a deployment as from the form: `changes` of its parameters, nested."""
         found = self.client.read_deployment_by_name(deployment)
         return self.client.create_flow_run_from_deployment(found.id, parameters=merged(found.parameters, changes or {}))
+
+    def scheduled(self, deployment: str, *, timeout: float = 120.0) -> FlowRun:
+        """The next run that a schedule of the deployment has made, as soon as a worker has begun it."""
+        of_it = FlowRunFilterDeploymentId(any_=[self.deployment_id(deployment)])
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            for run in self.client.read_flow_runs(flow_run_filter=FlowRunFilter(deployment_id=of_it)):
+                if run.auto_scheduled and run.start_time is not None:
+                    return run
+            time.sleep(0.3)
+        raise AssertionError(f"no scheduled run of {deployment} began in {timeout} s")
 
     def cancel(self, run: FlowRun) -> None:
         """What the button in the UI does."""
