@@ -22,9 +22,9 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Callable[[str], Checkout]:
-    def make(name: str, *more: str) -> Checkout:
+    def make(name: str) -> Checkout:
         root = tmp_path_factory.mktemp(name)
-        for item in (*CODE, *more):
+        for item in CODE:
             source = PROJECT / item
             if source.is_dir():
                 shutil.copytree(source, root / item, ignore=shutil.ignore_patterns("__pycache__"))
