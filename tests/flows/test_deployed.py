@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,17 +12,18 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder, FlowRun
 
 from infra.limits import set_limits
-from tests.flows.checkout import PROJECT, Checkout
+from tasks.store import MARKER
+from tests.flows.checkout import PROJECT, Checkout, computed
 from tests.servers import Server, free_port, prefect_server
 
-STEPS = 250
-TRAINING = {
-    "settings": {"training": {"initial_steps": STEPS}, "search": {"rounds": 1}, "versioning": {"enabled": False}}
+STEPS = 600  # seconds, in which the cancellation arrives
+CHANGES = {
+    "settings": {"training": {"initial_steps": STEPS}, "search": {"rounds": 1}, "evaluation": {"budgets": [2.75]}}
 }
-TRAINING_SET = (f"training.initial_steps={STEPS}", "search.rounds=1", "versioning.enabled=false")
+SAME_BY_HAND = (f"training.initial_steps={STEPS}", "search.rounds=1", "evaluation.budgets=[2.75]")
 DEPLOYMENT = "pipeline/tiny"
 
 
@@ -73,52 +75,56 @@ def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(server: Serv
         server.start(DEPLOYMENT, {"settings": {"search": {"rounds": -1}}})
 
 
-def test_a_cancelled_run_stops_at_a_step_and_the_next_one_ends_as_an_undisturbed_one(
-    server: Server, checkout: Checkout, make_checkout: Callable[[str], Checkout]
-) -> None:
-    changes = TRAINING | {"settings": TRAINING["settings"] | {"evaluation": {"budgets": [2.75]}}}
-    first = server.start(DEPLOYMENT, changes)
-    server.wait_for_log(first, "training coa, round 0: ")
+@pytest.fixture(scope="module")
+def resumed(server: Server, checkout: Checkout) -> tuple[str, FlowRun]:
+    """What a run that was cancelled in mid-training said last, and the run after it."""
+    first = server.start(DEPLOYMENT, CHANGES)
+    server.wait_for_worker(checkout.root, "training coa, round 0: ")
     server.cancel(first)
-    kept = server.wait_for_log(first, "a checkpoint is kept for the next run", timeout=60)
+    kept = server.wait_for_log(first, "a checkpoint is kept for the next run")
     assert server.wait(first) == "Cancelled"
-    second = server.start(DEPLOYMENT, changes)
+    second = server.start(DEPLOYMENT, CHANGES)
     assert server.wait(second) == "Completed"
-    resumed = server.wait_for_log(second, "resumed from the checkpoint")
-    # "stopped at step 40 of 250; ..." and "resumed from the checkpoint at step 40 of 250"
-    assert kept.split(" at ")[1].split(";")[0] == resumed.split(" at ")[1]
+    return kept, second
+
+
+def test_a_run_goes_on_at_the_step_where_the_one_before_it_was_cancelled(
+    server: Server, checkout: Checkout, resumed: tuple[str, FlowRun]
+) -> None:
+    kept, run = resumed
+    words = server.wait_for_log(run, "resumed from the checkpoint")
+    # "stopped at step 40 of 600; ..." and "resumed from the checkpoint at step 40 of 600"
+    assert kept.split(" at ")[1].split(";")[0] == words.split(" at ")[1]
     assert not list(checkout.root.glob(".coalora/checkpoints/*"))
     assert (checkout.latest / "export" / "2.75-bits" / "adapter").is_dir()  # the budget that the form was given
 
-    undisturbed = make_checkout("undisturbed-by-cancelling")
-    undisturbed.stage("training", *TRAINING_SET)
-    assert "computed" not in checkout.stage("training", *TRAINING_SET)
+
+def test_its_states_are_those_of_an_undisturbed_run(checkout: Checkout, resumed: tuple[str, FlowRun]) -> None:
+    undisturbed = Checkout(checkout.root, checkout.environment | {"COALORA_HOME": str(checkout.root / "another")})
+    assert "train" in computed(undisturbed.stage("training", *SAME_BY_HAND))
     for method in ("coa", "shared"):
-        ours, theirs = (c.root / "outputs" / "training" / method for c in (checkout, undisturbed))
-        for name in ("state.safetensors", "history.json"):
-            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+        digest = json.loads((checkout.root / "outputs" / "training" / method / MARKER).read_text())["digest"]
+        for home in (".coalora", "another"):
+            assert (checkout.root / home / "store" / digest[:2] / digest).is_dir()
 
 
 def test_a_person_finds_stages_in_words_the_front_of_every_round_and_the_result(
-    server: Server, checkout: Checkout
+    server: Server, resumed: tuple[str, FlowRun]
 ) -> None:
-    run = server.start(DEPLOYMENT, TRAINING | {"settings": TRAINING["settings"] | {"evaluation": {"budgets": [2.75]}}})
-    assert server.wait(run) == "Completed"
-    names = {task.name for task in server.task_runs(run)}
-    assert {"train CoA-LoRA, round 0", "Pareto search, round 1", "evaluate Shared-LoRA, configurations 1 to"} <= {
-        name[: len("evaluate Shared-LoRA, configurations 1 to")] if name.startswith("evaluate Sh") else name
-        for name in names
-    }
-    assert {task.state_name for task in server.task_runs(run) if task.name.startswith("train ")} == {"Cached"}
+    names = {task.name for task in server.task_runs(resumed[1])}
+    assert {"train CoA-LoRA, round 0", "Pareto search, round 1", "version the set with DVC, round 1"} <= names
+    assert any(name.startswith("evaluate Shared-LoRA, configurations 1 to") for name in names)
     history = sorted(server.artifacts("tiny-pareto-front"), key=lambda artifact: artifact.created)
-    assert [a.description for a in history[-2:]] == [f"tiny: Pareto front, round {i}" for i in (0, 1)]
+    assert [a.description for a in history] == [
+        f"tiny: Pareto front, round {i}" for i in (0, 0, 1)
+    ]  # one was cancelled
     page = str(history[-1].data)
     assert "![Fronts up to round 1](data:image/png;base64,iVBOR" in page
     assert "| average bits per weight | loss, nats per token ↓ |" in page
     assert server.artifacts("tiny-pareto-front-table")
-    result = str(server.artifacts("tiny-result")[-1].data)
-    for words in ("hypervolume", "report.html", "mlflow ui --backend-store-uri", "coalora-tiny, version 1"):
-        assert words in result.replace("Hypervolume", "hypervolume")
+    (result,) = server.artifacts("tiny-result")
+    for words in ("Hypervolume", "report.html", "mlflow ui --backend-store-uri", "coalora-tiny, version 1"):
+        assert words in str(result.data)
 
 
 def test_a_gpu_task_without_a_free_slot_waits_and_says_so(server: Server, checkout: Checkout) -> None:
