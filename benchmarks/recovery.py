@@ -57,6 +57,7 @@ ARMS: dict[str, Arm] = {
     "shared + distillation": Arm("shared", objective=_HALF),
     "paper": Arm("paper", training={"sampling": "uniform"}),
     "theta": Arm("coa"),
+    "theta at ten times its learning rate": Arm("coa", training={"theta_lr": 3e-3}),
     "theta + compensation": Arm("coa", {"compensation_rank": 8}),
     "experts": Arm("coa", {"expert_bits": 3}),
     "experts + compensation": Arm("coa", {"expert_bits": 3, "compensation_rank": 8}),

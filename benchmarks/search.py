@@ -1,66 +1,29 @@
 """Hypervolume for evaluations spent: ours against a frozen set, random extension, NSGA-II and qLogEHVI.
 
-    python -m benchmarks.search [--quick] [--seeds 5]
+    python -m benchmarks.search [synthetic | kinds | layers] [--quick] [--seeds 5]
 
-The problem is small enough for every configuration to be evaluated (K^N = 4,096), so that the true front is known.
-Every method starts from the same allocations and gets the same number of evaluations. What the search is told is each
-layer's relative error e[l, k]; the loss weighs them by sensitivities s_l that it is not told, and couples neighbours:
-
-    loss(C) = 1 + sum_l a_l + 2 sum_l a_l a_{l+1} + 0.3 sum_l sqrt(a_l a_{l+2}),   a_l = s_l e[l, C_l],
-    s_l = 2 exp(0.7 n_l), n_l standard normal, drawn anew for each seed.
+The problems are those of `benchmarks._search_problems`; of `synthetic` and `kinds` all configurations are known, hence
+the true front. Every method starts from the same allocations and gets the same number of evaluations. Where the true
+front is not known, hypervolumes are relative to that of all that any method found.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks._report import report
-from coalora.search.allocation import allocate
+from benchmarks._search_problems import BITS, NEIGHBOURS, Problem, kinds, layers, synthetic
 from coalora.search.extend import extend_at_random
 from coalora.search.hypervolume import hypervolume
 from coalora.search.propose import propose
 from coalora.search.surrogate import Surrogate
 
-N, K = 6, 4
-BITS = np.array([2.0, 3.0, 4.0, 8.0])
-NEIGHBOURS = np.array([[1, -1], [0, 2], [1, 3], [2, -1]])
 INITIAL, BATCH, ROUNDS = 8, 4, 6
-
-
-@dataclass(frozen=True)
-class Problem:
-    """err, cost (N, K); loss (K,) * N, of every configuration; ref_point (loss, cost); best: the true hypervolume."""
-
-    err: np.ndarray
-    cost: np.ndarray
-    loss: np.ndarray
-    ref_point: np.ndarray
-    best: float
-
-    def evaluate(self, C: np.ndarray) -> np.ndarray:
-        """Loss and cost (n, 2) of configurations (n, N)."""
-        return np.stack([self.loss[tuple(C.T)], self.cost[np.arange(N), C].sum(axis=1)], axis=1)
-
-
-def synthetic(seed: int) -> Problem:
-    """The problem of the module's docstring."""
-    rng = np.random.default_rng(seed)
-    err = 4.0 ** (2.0 - BITS) * 0.3 * np.exp(0.2 * rng.normal(size=(N, 1)))
-    size = np.array([1.0, 1.0, 1.0, 1.0, 4.0, 4.0])[:, None]
-    cost = size * BITS / size.sum()
-    everything = np.array(list(itertools.product(range(K), repeat=N)))
-    a = (2.0 * np.exp(0.7 * rng.normal(size=(N, 1))) * err)[np.arange(N), everything]
-    loss = 1.0 + a.sum(1) + 2.0 * (a[:, :-1] * a[:, 1:]).sum(1) + 0.3 * np.sqrt(a[:, :-2] * a[:, 2:]).sum(1)
-    ref_point = np.array([loss.max() * 1.01, cost.max(axis=1).sum() * 1.01])
-    Y = np.stack([loss, cost[np.arange(N), everything].sum(axis=1)], axis=1)
-    return Problem(err, cost, loss.reshape((K,) * N), ref_point, hypervolume(Y, ref_point))
-
+K = len(BITS)
 
 Method = Callable[[Problem, np.ndarray, np.ndarray, int], np.ndarray]
 
@@ -82,7 +45,7 @@ def ours(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.ndarra
 
 
 def random(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.ndarray:
-    return extend_at_random(C, NEIGHBOURS, N, n_candidates=BATCH, seed=seed)
+    return extend_at_random(C, NEIGHBOURS, len(problem.err), n_candidates=BATCH, seed=seed)
 
 
 def qlogehvi(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.ndarray:
@@ -109,7 +72,7 @@ def qlogehvi(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.nd
         partitioning=FastNondominatedPartitioning(reference, scaled),  # type: ignore[arg-type]
         sampler=SobolQMCNormalSampler(torch.Size([32]), seed=seed),
     )
-    bounds = torch.stack([torch.zeros(N), torch.ones(N)]).double()
+    bounds = torch.stack([torch.zeros(C.shape[1]), torch.ones(C.shape[1])]).double()
     found, _ = optimize_acqf(
         acquisition, bounds, q=BATCH, num_restarts=3, raw_samples=32, sequential=True, options={"maxiter": 40}
     )
@@ -129,7 +92,7 @@ def evolve(problem: Problem, start: np.ndarray, evaluations: int, seed: int) -> 
 
     class Counted(Pymoo):
         def __init__(self) -> None:
-            super().__init__(n_var=N, n_obj=2, xl=0, xu=K - 1, vtype=int)
+            super().__init__(n_var=start.shape[1], n_obj=2, xl=0, xu=K - 1, vtype=int)
 
         def _evaluate(self, x: np.ndarray, out: dict, *args: object, **kwargs: object) -> None:
             C = np.asarray(x).astype(np.int64)
@@ -149,25 +112,23 @@ def evolve(problem: Problem, start: np.ndarray, evaluations: int, seed: int) -> 
     return np.concatenate(asked)[:evaluations]
 
 
-def trace(problem: Problem, method: Method | None, seed: int, rounds: int) -> list[float]:
-    """Hypervolume over the true one after the initial set and after every round of `BATCH` evaluations."""
-    low, high = problem.cost.min(axis=1).sum(), problem.cost.max(axis=1).sum()
-    start = np.unique(allocate(problem.err, problem.cost, np.linspace(low, high, INITIAL)), axis=0)
+def trace(problem: Problem, method: Method | None, seed: int, rounds: int) -> list[np.ndarray]:
+    """Loss and cost (n, 2) of all that is evaluated after the initial set and after every round of `BATCH`."""
+    C = problem.start(INITIAL)
     if method is None:
-        C = evolve(problem, start, len(start) + BATCH * rounds, seed)
-        counts = [len(start) + BATCH * i for i in range(rounds + 1)]
-        return [hypervolume(problem.evaluate(C[:n]), problem.ref_point) / problem.best for n in counts]
-    C = start
-    out = [hypervolume(problem.evaluate(C), problem.ref_point) / problem.best]
+        n = len(C)
+        Y = problem.evaluate(evolve(problem, C, n + BATCH * rounds, seed))
+        return [Y[: n + BATCH * i] for i in range(rounds + 1)]
+    out = [problem.evaluate(C)]
     for i in range(rounds):
-        found = method(problem, C, problem.evaluate(C), seed * 1000 + i)
-        C = np.concatenate([C, found])
-        out.append(hypervolume(problem.evaluate(C), problem.ref_point) / problem.best)
+        C = np.concatenate([C, method(problem, C, out[-1], seed * 1000 + i)])
+        out.append(problem.evaluate(C))
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("problem", nargs="?", default="synthetic", choices=["synthetic", "kinds", "layers"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two seeds, without BoTorch")
     arguments = parser.parse_args()
@@ -180,19 +141,36 @@ def main() -> None:
     }
     if not arguments.quick:
         methods["qLogEHVI (BoTorch)"] = qlogehvi
-    problems = [synthetic(seed) for seed in range(seeds)]
-    rows: list[dict] = []
+    makers: dict[str, Callable[[int], Problem]] = {
+        "synthetic": synthetic,
+        "kinds": lambda _: kinds(),
+        "layers": lambda _: layers(),
+    }
+    problems = [makers[arguments.problem](seed) for seed in range(seeds)]
+    found: dict[str, list[list[np.ndarray]]] = {}
     for name, method in methods.items():
-        traces = np.array([trace(problem, method, seed, ROUNDS) for seed, problem in enumerate(problems)])
+        found[name] = [trace(problem, method, seed, ROUNDS) for seed, problem in enumerate(problems)]
+        print(f"{name}: done", flush=True)
+    every = np.concatenate([traces[-1] for runs in found.values() for traces in runs])
+    rows: list[dict] = []
+    for name, runs in found.items():
+        volumes = np.array(
+            [
+                [hypervolume(Y, p.ref_point) / (p.best or hypervolume(every, p.ref_point)) for Y in traces]
+                for traces, p in zip(runs, problems, strict=True)
+            ]
+        )
         if not rows:
-            rows.append(_row("frozen set", np.repeat(traces[:, :1], ROUNDS + 1, axis=1)))
-        rows.append(_row(name, traces))
+            rows.append(_row("frozen set", np.repeat(volumes[:, :1], ROUNDS + 1, axis=1)))
+        rows.append(_row(name, volumes))
+    n_layers = len(problems[0].err)
+    of = "the true front" if problems[0].best else "all that any method found"
     notes = (
-        f"{N} layers, {K} choices: {K**N} configurations; {seeds} seeds; at most {INITIAL} initial evaluations, then "
-        f"{ROUNDS} rounds of {BATCH}.\nHypervolume over that of the true front, in percent: mean (standard "
+        f"{n_layers} layers, {K} choices: {K}^{n_layers} configurations; {seeds} seeds; at most {INITIAL} initial "
+        f"evaluations, then {ROUNDS} rounds of {BATCH}.\nHypervolume over that of {of}, in percent: mean (standard "
         "deviation) after so much of the further evaluations."
     )
-    report("search", rows, notes=notes)
+    report("search" if arguments.problem == "synthetic" else f"search-{arguments.problem}", rows, notes=notes)
 
 
 def _row(name: str, traces: np.ndarray) -> dict:

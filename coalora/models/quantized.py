@@ -2,7 +2,8 @@
 
 The full-precision weights of the target layers stay as *masters* (`coalora.models.masters` says where). Switching
 quantizes the layers whose choice changed; a byte-limited cache keeps their packed tensors, 4 to 16 times smaller than
-float32 weights, so that a training set whose members share choices pays for quantization once.
+float32 weights, so that a training set whose members share choices pays for quantization once. On a CPU, what the limit
+leaves is spent on whole weights (`coalora.models.slots`).
 
 Memory of the target layers, in bytes; P weights of w bytes each (4 in float32, 2 in bfloat16), the largest layer
 L weights, C = cache_bytes, b = average bits of the configuration held now:
@@ -35,11 +36,13 @@ from torch import Tensor, nn
 from coalora.errors import CoaloraError
 from coalora.models.masters import MasterMode, Masters
 from coalora.models.packed import move_rest, pack_layer
+from coalora.models.slots import WeightSlots
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme
 from coalora.quant.space import ChoiceSpace
 
 FULL_PRECISION = -1
+_UNFINISHED = -2  # a switch that failed has left the layer in between
 WeightMode = Literal["dequantized", "packed"]
 Packed = dict[str, Tensor]
 
@@ -52,7 +55,7 @@ class QuantizedBase:
         layers: its N target layers.
         space: the K choices; a configuration is an int array (N,) of indices into it.
         statistics: of the layers' inputs, for calibrated schemes.
-        cache_bytes: limit of the cache of packed layers; 0 turns it off.
+        cache_bytes: limit of the cache of packed layers and, on a CPU, of weights that wait; 0 turns it off.
         master: where the full-precision weights live.
         weights: `dequantized` writes weights into the model; `packed` makes its layers dequantize on the fly, forward
             and backward, bit for bit alike.
@@ -97,14 +100,12 @@ class QuantizedBase:
         packed = weights == "packed"
         self._masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
         self._held: list[Packed] | None = [{} for _ in layers] if packed else None
-        self._weights: list[Tensor] = []
         if packed:
             del stored
             for index, module in enumerate(modules):
                 pack_layer(module, _Source(self, index), self._device)
             move_rest(model, {id(module) for module in modules}, self._device)
-        else:
-            self._weights = [layer.matrix(weight) for layer, weight in zip(self.layers, stored, strict=True)]
+        self._slots = None if packed else WeightSlots(modules, self.layers, [FULL_PRECISION] * len(layers))
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
     @property
@@ -124,20 +125,25 @@ class QuantizedBase:
             for index in changed:  # released before the next one is made
                 self._held[index] = {}
                 self.configuration[index] = FULL_PRECISION
-        parts = [self._lookup(index, int(target[index])) for index in changed]
-        made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(changed, parts, strict=True)])
-        self._write_together(changed, target, made)
-        for index, packed in zip(changed, made, strict=True):
+        else:
+            self.configuration[changed] = _UNFINISHED
+        written = [index for index in changed if not self._taken(index, int(target[index]))]
+        parts = [self._lookup(index, int(target[index])) for index in written]
+        made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)])
+        self._write_together(written, target, made)
+        for index, packed in zip(written, made, strict=True):
             self._remember(index, int(target[index]), packed)
+            self._written(index, int(target[index]))
         self.configuration = target.copy()
 
     def restore(self) -> None:
         """Make the model hold the full-precision weights."""
-        for index in np.flatnonzero(self.configuration != FULL_PRECISION):
-            if self._held is None:
-                self._weights[index].copy_(self._masters[index])
-            else:
+        for index in map(int, np.flatnonzero(self.configuration != FULL_PRECISION)):
+            if self._held is not None:
                 self._held[index] = {}
+            elif not self._taken(index, FULL_PRECISION):
+                self._weights[index].copy_(self._masters[index])
+                self._written(index, FULL_PRECISION)
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
 
     def residual(self, index: int, choice: int) -> Tensor:
@@ -162,7 +168,23 @@ class QuantizedBase:
         """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers, scales."""
         packed = [*self._cache.values(), *(self._held or [])]
         measured = [tensor for tensor in self._measured.values() if tensor is not None]
-        return [*self._masters.held(), *(t for tensors in packed for t in tensors.values()), *measured]
+        parked = [] if self._slots is None else self._slots.parked()
+        return [*self._masters.held(), *(t for tensors in packed for t in tensors.values()), *measured, *parked]
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        assert self._slots is not None
+        return self._slots.weights
+
+    def _taken(self, index: int, choice: int) -> bool:
+        """Whether layer `index` computes with `choice` from now on, because its weight was waiting."""
+        if self._slots is None or self._device.type != "cpu":
+            return False
+        return self._slots.take(index, choice, self.cache_bytes - self._cached_bytes)
+
+    def _written(self, index: int, choice: int) -> None:
+        if self._slots is not None:
+            self._slots.holds(index, choice)
 
     def _scheme(self, choice: int) -> Scheme:
         return self.space.scheme_of(choice)
@@ -241,6 +263,8 @@ class QuantizedBase:
         while self._cached_bytes > self.cache_bytes:
             _, dropped = self._cache.popitem(last=False)
             self._cached_bytes -= nbytes(dropped.values())
+        if self._slots is not None:
+            self._slots.shrink(self.cache_bytes - self._cached_bytes)
 
 
 class _Source:

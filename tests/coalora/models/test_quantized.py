@@ -79,7 +79,7 @@ def test_only_layers_that_change_are_written(tiny_llama, small_space, configurat
     layers = find_target_layers(model)
     base = QuantizedBase(model, layers, small_space)
     base.switch(configuration)
-    versions = [model.get_submodule(layer.name).weight.data.data_ptr() for layer in layers]
+    storages = [model.get_submodule(layer.name).weight.data.data_ptr() for layer in layers]
     for layer in layers:  # a mark that any writing removes
         model.get_submodule(layer.name).weight.data[0, 0] = 77.0
     target = configuration.copy()
@@ -87,7 +87,8 @@ def test_only_layers_that_change_are_written(tiny_llama, small_space, configurat
     base.switch(target)
     marks = [bool(model.get_submodule(layer.name).weight[0, 0] == 77.0) for layer in layers]
     assert [i for i, kept in enumerate(marks) if not kept] == [2, 9]
-    assert versions == [model.get_submodule(layer.name).weight.data.data_ptr() for layer in layers]
+    after = [model.get_submodule(layer.name).weight.data.data_ptr() for layer in layers]
+    assert [i for i, (old, new) in enumerate(zip(storages, after, strict=True)) if old != new and i not in (2, 9)] == []
 
 
 def test_a_switch_keeps_its_own_copy_of_the_configuration(tiny_llama, small_space, configuration) -> None:
@@ -137,7 +138,49 @@ def test_the_cache_does_not_change_the_weights(tiny_llama, small_space, random_c
     QuantizedBase(plain, find_target_layers(plain), small_space).switch(sequence[0])
     expected = _copy(plain)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _copy(model).items())
-    assert base._cached_bytes <= cache_bytes
+    assert base._cached_bytes + base._slots.nbytes <= cache_bytes
+
+
+def test_on_a_cpu_a_switch_back_writes_nothing(tiny_llama, small_space, configuration, monkeypatch) -> None:
+    model = tiny_llama()
+    base = QuantizedBase(model, find_target_layers(model), small_space)
+    base.switch(configuration)
+    expected = _copy(model)
+    base.switch((configuration + 1) % len(small_space))
+    base.restore()
+    monkeypatch.setattr(type(small_space.scheme), "dequantize_packed", None)  # would fail if it were called
+    base.switch(configuration)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _copy(model).items())
+
+
+def test_weights_that_an_evaluation_has_parked_serve_training(tiny_llama, small_space, configuration) -> None:
+    model = tiny_llama()
+    base = QuantizedBase(model, find_target_layers(model), small_space)
+    with torch.inference_mode():
+        for step in (0, 1, 0):
+            base.switch((configuration + step) % len(small_space))
+    ids = torch.arange(8)[None]
+    model(inputs_embeds=model.get_input_embeddings()(ids).detach().requires_grad_(), labels=ids).loss.backward()
+
+
+def test_a_switch_that_fails_leaves_no_layer_that_is_taken_for_whole(
+    tiny_llama, small_space, configuration, monkeypatch
+) -> None:
+    model = tiny_llama()
+    base = QuantizedBase(model, find_target_layers(model), small_space)
+    base.switch(configuration)
+    expected = _copy(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(small_space.scheme), "dequantize_packed", _fails)
+        with pytest.raises(MemoryError):
+            base.switch((configuration + 1) % len(small_space))
+    base.switch(configuration)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in _copy(model).items())
+
+
+def _fails(self, packed, choice, shape, out) -> None:
+    out.fill_(7.0)
+    raise MemoryError("no memory")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
