@@ -21,6 +21,7 @@ from tasks.choices import choices_of
 from tasks.corpus import input_files
 from tasks.costs import priced_tables
 from tasks.fingerprint import model_files
+from tasks.given import read_set_file, start_members
 from tasks.settings import Settings
 from tasks.tracking_faults import require_server
 from tasks.tracking_place import default_place
@@ -60,6 +61,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         scheme.require_packages()
     # All but the errors, which take the weights.
     tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
+    if settings.initial_set.file is not None:
+        start_members(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)

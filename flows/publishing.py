@@ -167,7 +167,13 @@ def _version(run: PipelineRun, round_index: int, configurations: Artifact, root:
     if not run.settings.versioning.enabled:
         return None
     return run.runner.call(
-        version_set, pipeline=run.name, round_index=round_index, configurations=configurations, root=root
+        version_set,
+        pipeline=run.name,
+        identity=run.identity(ALL_STAGES),
+        round_index=round_index,
+        configurations=configurations,
+        root=root,
+        push=run.settings.versioning.push,
     )
 
 

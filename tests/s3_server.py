@@ -194,7 +194,8 @@ def set_credentials(set_variable: Callable[[str, str], None]) -> None:
     """The test's credentials in the environment, and nothing of the person who runs it."""
     variables = {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_SESSION_TOKEN": SESSION_TOKEN,
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/aws", "AWS_CONFIG_FILE": "/nonexistent/aws",
+        "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
     for name, value in variables.items():
         set_variable(name, value)
