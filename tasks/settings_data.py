@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import reported_metrics
-from tasks.settings_titles import field_title, model_title
+from tasks.settings_titles import describe_ranges, field_title, model_title
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -23,6 +23,7 @@ class Section(BaseModel):
         protected_namespaces=(),
         field_title_generator=field_title,
         model_title_generator=model_title,
+        json_schema_extra=describe_ranges,
     )
 
     @field_validator("*", mode="before")

@@ -64,3 +64,26 @@ def model_title(model: type) -> str:
     """`InitialSetSettings` as `Initial set`."""
     name = model.__name__.removesuffix("Settings") or "Settings"
     return "".join(f" {c.lower()}" if c.isupper() and i else c for i, c in enumerate(name))
+
+
+def describe_ranges(schema: dict[str, Any]) -> None:
+    """Say the range of each number in its description: the form shows no other sign of it."""
+    for field in schema.get("properties", {}).values():
+        words = _range(field) or next(filter(None, map(_range, field.get("anyOf", []))), None) or _items(field)
+        if words and "description" in field:
+            field["description"] += f" [{words}]"
+
+
+def _range(schema: dict[str, Any]) -> str:
+    bounds = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    return ", ".join(f"{words} {schema[key]:g}" for key, words in bounds.items() if key in schema)
+
+
+def _items(schema: dict[str, Any]) -> str:
+    words = _range(schema["items"]) if isinstance(schema.get("items"), dict) else ""
+    return f"each {words}" if words else ""

@@ -117,7 +117,7 @@ def round_markdown(
     unit = UNITS[settings.cost.kind]
     bits = [member["average_bits"] for member in members]
     spread = f"{len(members)} configurations from {min(bits):.2f} to {max(bits):.2f} average bits"
-    see = ["", f"MLflow: {_link('round', url)}"] if url else []
+    see = ["", f"In MLflow: {_link(f'round {round_index}', url)}"] if url else []
     lines = [f"# {pipeline}: configuration set of round {round_index}", ""]
     if not rounds:
         return "\n".join([*lines, f"The initial set: {spread}.", *see])
@@ -172,4 +172,4 @@ def _picture(png: bytes, alt: str) -> str:
 
 
 def _link(words: str, url: str) -> str:
-    return f"[{words}]({url})" if url.startswith("http") else f"{words}: `{url}`"
+    return f"[{words}]({url})" if url.startswith("http") else f"{words}, `{url}`"

@@ -26,13 +26,17 @@ def machine_tag(host: str | None = None) -> str:
 
 
 def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool) -> set[str]:
-    """Tags of a stage's task run: a call that computes nothing, or on the CPU, takes no GPU from another."""
+    """Tags of a stage's task run: a call that computes nothing, or on the CPU, takes no GPU from another.
+
+    Never empty where `tags` is not: Prefect then keeps the task's own.
+    """
     found = set(tags)
     if GPU not in found:
         return found
-    device = getattr(call.get("runtime"), "device", None)
-    if reused or device == "cpu":
-        return found - {GPU}
+    if reused:
+        return found - {GPU} | {"reused"}
+    if getattr(call.get("runtime"), "device", None) == "cpu":
+        return found - {GPU} | {"cpu"}
     return found | {machine_tag()}
 
 

@@ -112,7 +112,7 @@ class Server:
         found = self.client.read_flow_run(run.id).state
         return found.name if found and found.name else "none"
 
-    def wait(self, run: FlowRun, *, timeout: float = 180.0) -> str:
+    def wait(self, run: FlowRun, *, timeout: float = 300.0) -> str:
         """Wait for a final state and return its name."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -137,7 +137,7 @@ class Server:
             found += [line.message for line in page]
         return found
 
-    def wait_for_log(self, run: FlowRun, words: str, *, timeout: float = 180.0) -> str:
+    def wait_for_log(self, run: FlowRun, words: str, *, timeout: float = 300.0) -> str:
         """The first message with these words, waited for."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -153,6 +153,13 @@ class Server:
                 break
             time.sleep(0.3)
         raise AssertionError(f"{self.state(run)} without {words!r}:\n" + "\n".join(self.logs(run)[-60:]))
+
+    def wait_for_worker(self, cwd: Path, words: str, *, timeout: float = 300.0) -> None:
+        """Wait until the worker of `cwd` has printed these words: seconds before they come out of the server."""
+        deadline = time.monotonic() + timeout
+        while words not in (cwd / "worker.log").read_text():
+            assert time.monotonic() < deadline, (cwd / "worker.log").read_text()[-6000:]
+            time.sleep(0.05)
 
     def task_runs(self, run: FlowRun) -> list[TaskRun]:
         """Task runs of a run and its subflow runs."""
