@@ -79,6 +79,7 @@ _STAGES = {
     "remove-stale-sets": "remove sets of rounds that are no more",
     "track-round": "log the set to MLflow",
     "track-run": "log results to MLflow",
+    "track-training": "log the curve of",
     "register": "register in MLflow",
     "write-run-folder": "write the run folder",
     "show-round": "show the Pareto front",

@@ -20,7 +20,7 @@ from tasks.tracking_values import scrub_text
 
 T = TypeVar("T")
 AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"
-DELAYS = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds; SQLite itself waits 5 each time
+DELAYS = (1.0, 2.0, 4.0)  # seconds; MLflow lets SQLite wait 20 at each try
 
 _LOCKED = re.compile(r"database (table )?is locked", re.IGNORECASE)
 _FULL = re.compile(r"database or disk is full|No space left on device", re.IGNORECASE)

@@ -100,9 +100,10 @@ def _user() -> str:
 
 
 def _prefect_url() -> str | None:
-    """The flow run's page on the Prefect server; None outside of one."""
+    """The page of the pipeline's flow run on the Prefect server, from any of its subflows; None outside of one."""
     from prefect.runtime import flow_run
 
     with suppress(Exception):
-        return str(flow_run.ui_url) if flow_run.id else None
+        if flow_run.id:
+            return f"{str(flow_run.ui_url).rsplit('/', 1)[0]}/{flow_run.root_flow_run_id}"
     return None

@@ -40,13 +40,13 @@ def round_figure(members: ConfigurationSet, measured: CalibrationTables, record:
         )
         front = non_dominated([(float(loss), float(cost)) for loss, cost in zip(losses, costs, strict=True)])
         x, y = [cost for _, cost in front], [loss for loss, _ in front]
-        axes.step(x, y, where="post", color=COLOR, lw=1.6, zorder=2)
+        axes.step([*x, float(costs.max())], [*y, y[-1]], where="post", color=COLOR, lw=1.6, zorder=2)
         axes.plot(costs[~new], losses[~new], "o", color=COLOR, ms=5, alpha=0.45, mew=0, zorder=3, label="kept")
         axes.plot(costs[new], losses[new], "D", color=COLOR, ms=6, mec="white", mew=0.7, zorder=4, label="new")
         axes.set_xlabel(measured.cost_unit.label)
         axes.set_ylabel("loss on the search split (lower is better ↓)")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-        axes.legend(loc="upper right", frameon=False, labelcolor=MUTED)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=MUTED)
     return figure
 
 

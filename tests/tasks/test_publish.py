@@ -174,9 +174,9 @@ def test_what_was_not_logged_during_a_run_is_logged_at_its_end_and_only_once(run
     children = client.search_runs([found.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert {c.info.run_name: c.info.status for c in children} == {"initial set": "FINISHED", "round 1": "FINISHED"}
     steps = [point.step for point in client.get_metric_history(run_id, "train/loss/coa")]
-    assert sorted(steps) == [1, 2, 3]
+    assert sorted(steps) == [0, 1, 2]
     (second,) = (c for c in children if c.info.run_name == "round 1")
-    assert [p.step for p in client.get_metric_history(second.info.run_id, "train/loss/coa")] == [3]
+    assert [p.step for p in client.get_metric_history(second.info.run_id, "train/loss/coa")] == [2]
     assert {a.path for a in client.list_artifacts(second.info.run_id, "configurations")} == {
         f"configurations/{name}.json" for name in ("configurations", "round", "table")
     }

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 
 from coalora.errors import CoaloraError
@@ -27,13 +28,17 @@ NOWHERE = "http://127.0.0.1:9"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     folder = tmp_path_factory.mktemp("mlflow")
-    # A short wait of SQLite's own, so that the lock is met at once.
-    return Tracker(f"sqlite:///{folder}/mlflow.db?timeout=0.2", "faults", folder / "files").open_run("a", "a run")
+    run = Tracker(f"sqlite:///{folder}/mlflow.db", "faults", folder / "files").open_run("a", "a run")
+    engine = run.client._tracking_client.store.engine
+    # MLflow has SQLite wait 20 seconds for a lock; here it is met at once.
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 200"))
+    engine.dispose()
+    return run
 
 
 @contextmanager
 def locked(run: TrackedRun) -> Iterator[None]:
-    file = run.tracker.tracking_uri.removeprefix("sqlite:///").split("?")[0]
+    file = run.tracker.tracking_uri.removeprefix("sqlite:///")
     holder = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     holder.execute("BEGIN EXCLUSIVE")
     try:
