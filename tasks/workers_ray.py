@@ -38,6 +38,7 @@ class RayWorkers(WorkerPool):
             # What is imported from this checkout is found by actors of this machine; a cluster's has its own checkout.
             local = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default; the run waits for nothing else
             try:
                 ray.init(address=self.address or "local", log_to_driver=True, logging_level=logging.ERROR, **local)
             except (ConnectionError, ValueError) as error:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-ORCHESTRATION = ("prefect", "mlflow", "dvc", "boto3", "botocore", "s3fs", "moto")
+ORCHESTRATION = ("prefect", "mlflow", "dvc", "boto3", "botocore", "s3fs", "moto", "distributed", "ray")
 # The wheel names none of these either.
 PIPELINE_ONLY = ("pydantic", "yaml", "pandas", "datasets", "matplotlib", "jinja2", "rich", "fastapi")
 OURS = ("coalora", "tasks", "flows", "tests", "benchmarks")

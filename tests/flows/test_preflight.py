@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
@@ -249,3 +250,13 @@ def test_harness_tasks_without_the_extra_are_refused_before_anything_runs(monkey
 def test_harness_tasks_are_for_language_models(tmp_path: Path) -> None:
     settings = classifier(tmp_path, "evaluation.harness_tasks=[hellaswag]")
     assert "harness tasks are for language models" in refused(settings)
+
+
+@pytest.mark.parametrize(("runner", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_runner_without_its_extra_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, runner: str, package: str
+) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else original(name, *a))
+    assert f"pip install 'coalora[{runner}]'" in refused(tiny(f"evaluation.runner={runner}"))
+    preflight(tiny("evaluation.runner=processes"))

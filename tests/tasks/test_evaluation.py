@@ -146,7 +146,7 @@ def test_how_an_evaluation_is_cut_changes_neither_result_nor_run_folder(run: Tin
         settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
         return PipelineRun("tiny", settings, DirectRunner(), None, None)
 
-    plain, cut = run_of(), run_of(shard_size=3, workers=2)
+    plain, cut = run_of(), run_of(shard_size=3, workers=2, runner="dask", address="tcp://scheduler:8786")
     assert plain.settings != cut.settings
     assert plain.settings.of_the_result() == cut.settings.of_the_result()
     both = [evaluate_shard, evaluate_method]
