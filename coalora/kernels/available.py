@@ -27,7 +27,7 @@ def use_triton(weight: Tensor) -> bool:
 def contiguous(outs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors to write instead of ``outs``, copied there on leaving.
 
-    A kernel writes along the flattened weight: a transposed one (Conv1D) gets it by way of a copy, others are themselves.
+    A kernel writes along the flattened weight: a transposed one (Conv1D) gets it by way of a copy.
     """
     written = [
         out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in outs
