@@ -4,7 +4,7 @@ A training set of 50 members, as the initial set is: every member takes for each
 from 2.25 to 7.25 bits. Each round takes one step and one switch to a random member, alternately, so that noise hits
 both alike; medians are compared.
 
-    python -m benchmarks.switch [--quick]
+    python -m benchmarks.switch [--quick] [--scheme int]
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def training_set(space: ChoiceSpace, n_layers: int, size: int = 50, per_layer: i
     return np.stack([order[ladder[steps[:, i]]] for i, ladder in enumerate(ladders)], axis=1)
 
 
-def measure(name: str, device: torch.device, rounds: int, cache_mib: int) -> dict:
-    space = ChoiceSpace("nf")
+def measure(name: str, scheme: str, device: torch.device, rounds: int, cache_mib: int) -> dict:
+    space = ChoiceSpace(scheme)
     model = adapt(build(name, device), space, "shared", 16, cache_bytes=cache_mib << 20)
     members = training_set(space, len(model.layers))
     inputs = batch(name, device)
@@ -53,7 +53,8 @@ def measure(name: str, device: torch.device, rounds: int, cache_mib: int) -> dic
     times = [(seconds(step, device), seconds(partial(model.base.switch, members[k]), device)) for k in draws]
     of_step, of_switch = (median(column) for column in zip(*times, strict=True))
     weights = sum(layer.n_weights for layer in model.layers)
-    row = {"model": name, "device": device.type, "cache MiB": cache_mib, "cached MiB": model.base._cached_bytes / 2**20}
+    row = {"model": name, "scheme": scheme, "device": device.type}
+    row |= {"cache MiB": cache_mib, "cached MiB": model.base._cached_bytes / 2**20}
     row |= {"switch ms": of_switch * 1e3, "step ms": of_step * 1e3, "switch / step": of_switch / of_step, "limit": 0.05}
     if device.type == "cuda":
         bound = weights * (3.25 / 8 + 2) / COPY_BYTES_PER_SECOND
@@ -64,11 +65,14 @@ def measure(name: str, device: torch.device, rounds: int, cache_mib: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 9 if parser.parse_args().quick else 60
+    parser.add_argument("--scheme", choices=["nf", "int"], default="nf")
+    given = parser.parse_args()
+    rounds = 9 if given.quick else 60
     device = default_device()
     names = ["MiniLM-L6"] if device.type == "cpu" else ["MiniLM-L6", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
-    rows = [measure(name, device, rounds, cache) for name in names for cache in (0, 256)]
-    report("switch", rows, notes="" if device.type == "cuda" else "Rows of larger models await a GPU.")
+    rows = [measure(name, given.scheme, device, rounds, cache) for name in names for cache in (0, 256)]
+    title = "switch" if given.scheme == "nf" else f"switch-{given.scheme}"
+    report(title, rows, notes="" if device.type == "cuda" else "Rows of larger models await a GPU.")
 
 
 if __name__ == "__main__":

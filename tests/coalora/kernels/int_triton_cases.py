@@ -42,8 +42,8 @@ def check(given: torch.Tensor, choice: IntChoice, packed: dict[str, torch.Tensor
 
 def layers() -> list[tuple[torch.Tensor, IntChoice, torch.Tensor]]:
     """Every shape with every choice, one dtype or another: (weight, choice, out)."""
-    pairs = [(shape, choice) for shape in SHAPES for choice in CHOICES]
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+    pairs = itertools.product(SHAPES, CHOICES)
     weights = [(weight(shape, dtype), choice) for (shape, choice), dtype in zip(pairs, dtypes, strict=False)]
     return [(w, choice, torch.full_like(w, 9.0)) for w, choice in weights]
 
