@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo up down status test test-gptq lint bench lock clean help
+.PHONY: demo up down status test test-e2e test-gptq lint bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -28,7 +28,10 @@ status: $(READY) ## show how the stack is
 	$(BIN)/python -m infra.local status
 
 test: $(READY)   ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/e2e --numprocesses 2 --dist loadfile
+
+test-e2e: $(READY)   ## the real servers: scheduled, killed, resumed, registered, restored elsewhere (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e
 
 # Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.
 $(VENV)/gptq/.ready: $(READY) requirements-gptq.lock
