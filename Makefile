@@ -30,7 +30,7 @@ status: $(READY) ## show how the stack is
 test: $(READY)   ## run the whole test suite
 	$(BIN)/python -m pytest --ignore tests/e2e --numprocesses 2 --dist loadfile
 
-test-e2e: $(READY)   ## the real servers: scheduled, killed, resumed, registered, restored elsewhere (4 minutes)
+test-e2e: $(READY)   ## the real servers - scheduled, killed, resumed, registered, restored elsewhere (4 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e
 
 # Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.

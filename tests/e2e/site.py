@@ -65,6 +65,7 @@ def write_pipelines(root: Path, initial_steps: int) -> None:
     settings["versioning"] = {"push": True}
     (deployment,) = content["deployments"]
     deployment["parameters"]["settings"] = settings
+    deployment["schedules"] = [{"interval": 20.0, "active": True}]
     (root / "pipelines.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.states import Crashed
 
 from coalora.files import read_json
@@ -31,9 +29,10 @@ def stack(make_checkout: Callable[[str], Checkout], tmp_path_factory: pytest.Tem
 def killed(stack: Site) -> FlowRun:
     """The run that a schedule began, and whose worker was killed in mid-training."""
     server = stack.server
-    soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC) + timedelta(seconds=8))
-    server.client.create_deployment_schedules(server.deployment_id(DEPLOYMENT), [(soon, True)])
     run = server.scheduled(DEPLOYMENT)
+    deployment = server.client.read_deployment_by_name(DEPLOYMENT)
+    for schedule in deployment.schedules:  # one run is enough
+        server.client.update_deployment_schedule(deployment.id, schedule.id, active=False)
     wait_for_files(stack.checkout.root / ".coalora" / "checkpoints", "train-*/*")
     server.wait_for_log(run, "training coa, round 0: ")
     stack.kill_worker()
