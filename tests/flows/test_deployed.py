@@ -7,19 +7,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder, FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
 
+import infra.deployments
+from flows.cli import run_command
 from infra.limits import set_limits
 from tasks.store import MARKER
 from tests.flows.checkout import PROJECT, Checkout, computed
 from tests.servers import Server, free_port, prefect_server
 
-STEPS = 600  # seconds, in which the cancellation arrives
+STEPS = 300  # seconds, in which the cancellation arrives
 CHANGES = {
     "settings": {"training": {"initial_steps": STEPS}, "search": {"rounds": 1}, "evaluation": {"budgets": [2.75]}}
 }
@@ -37,7 +43,8 @@ def server(prefect_home: Path) -> Iterator[Server]:
 def checkout(make_checkout: Callable[[str], Checkout], server: Server) -> Iterator[Checkout]:
     """A checkout that is deployed, with a worker."""
     made = make_checkout("deployed")
-    server.run(made.root, "work-pool", "create", "coalora", "--type", "process")
+    template = ProcessWorker.get_default_base_job_template()
+    server.client.create_work_pool(WorkPoolCreate(name="coalora", type="process", base_job_template=template))
     server.deploy(made.root)
     with server.worker(made.root):
         yield made
@@ -93,7 +100,7 @@ def test_a_run_goes_on_at_the_step_where_the_one_before_it_was_cancelled(
 ) -> None:
     kept, run = resumed
     words = server.wait_for_log(run, "resumed from the checkpoint")
-    # "stopped at step 40 of 600; ..." and "resumed from the checkpoint at step 40 of 600"
+    # "stopped at step 40 of 300; ..." and "resumed from the checkpoint at step 40 of 300"
     assert kept.split(" at ")[1].split(";")[0] == words.split(" at ")[1]
     assert not list(checkout.root.glob(".coalora/checkpoints/*"))
     assert (checkout.latest / "export" / "2.75-bits" / "adapter").is_dir()  # the budget that the form was given
@@ -160,7 +167,9 @@ def test_a_gpu_task_without_a_free_slot_waits_and_says_so(server: Server, checko
     assert str(shown.description).startswith("training coa, round 0: 30/30, loss 0.03333")
 
 
-def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(server: Server, checkout: Checkout) -> None:
+def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(
+    server: Server, checkout: Checkout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = checkout.root / "pipelines.yaml"
     file.write_text(file.read_text().replace("    tiny: &tiny", "    renamed: &tiny"))
     run = server.start(DEPLOYMENT)
@@ -168,19 +177,31 @@ def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(server: 
     message = server.client.read_flow_run(run.id).state.message or ""
     assert "deployment 'pipeline/tiny', and pipelines.yaml defines no 'tiny' any more" in message
     assert "python -m infra.deployments --file pipelines.yaml --remove" in message
-    listed = server.python(checkout.root, "-m", "infra.deployments")
-    assert "pipeline/tiny: its pipeline is not in pipelines.yaml" in listed
-    server.python(checkout.root, "-m", "infra.deployments", "--remove")
-    assert "every deployment" in server.python(checkout.root, "-m", "infra.deployments")
+    monkeypatch.chdir(checkout.root)
+    with temporary_settings({PREFECT_API_URL: server.api}):
+        for arguments in ([], ["--remove"], []):
+            assert infra.deployments.main(arguments) == 0
+    first, remark, removed, last = capsys.readouterr().out.splitlines()
+    assert first == "pipeline/tiny: its pipeline is not in pipelines.yaml"
+    assert "--remove" in remark
+    assert removed == "pipeline/tiny: removed"
+    assert last.startswith("every deployment")
 
 
-@pytest.mark.parametrize("module", ["flows.pipeline tiny", "infra.limits --gpus 1", "infra.deployments"])
+@pytest.mark.parametrize("command", ["flows.pipeline", "infra.limits", "infra.deployments"])
 def test_a_server_that_is_not_running_is_named_with_what_to_do(
-    make_checkout: Callable[[str], Checkout], module: str
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = make_checkout("absent")
-    absent.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{free_port()}/api"
-    output = absent.run("-m", *module.split(), expect=2)
-    assert "Prefect's server must answer" in output
-    assert "prefect server start" in output
-    assert "Traceback" not in output
+    file = str(PROJECT / "tests/flows/tiny.yaml")
+    arguments = {
+        "flows.pipeline": ["tiny", "--file", file, "--set", "versioning.enabled=false"],
+        "infra.limits": ["--gpus", "1"],
+        "infra.deployments": ["--file", file],
+    }[command]
+    address = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: address}), pytest.raises(SystemExit) as ended:
+        run_command(import_module(command).main, arguments)
+    words = capsys.readouterr().err
+    assert ended.value.code == 2
+    for part in ("Prefect's server must answer", address, "prefect server start"):
+        assert part in words
