@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from coalora.errors import CoaloraError
 from tasks.settings import Settings
+from tasks.tracking_values import scrub_text
 
 DEFAULT_FILE = "pipelines.yaml"
 
@@ -155,7 +156,7 @@ def _problem(problem: Any) -> str:
     else:
         message = problem["msg"][0].lower() + problem["msg"][1:].split(" or instance of ")[0]
     value = problem["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+    shown = "" if isinstance(value, dict | BaseModel) else f" (got {scrub_text(repr(value))})"
     return f"{key}: {message}{shown}"
 
 

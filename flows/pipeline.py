@@ -92,6 +92,8 @@ def show(published: Published, settings: Settings) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if published.s3_address:
+        console.print(f"Published in S3: {published.s3_address}", markup=False, highlight=False, soft_wrap=True)
     console.print("\nNext:", style="bold")
     latest = folder.parent / "latest"
     commands = [

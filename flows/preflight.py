@@ -21,6 +21,7 @@ from tasks.choices import choices_of
 from tasks.corpus import input_files
 from tasks.costs import priced_tables
 from tasks.fingerprint import model_files
+from tasks.given import read_set_file, start_members
 from tasks.settings import Settings
 from tasks.workers import check_runner
 
@@ -41,10 +42,10 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space and its packages, lengths, target layers, budgets and DVC.
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC and S3.
 
     Args:
-        root: where DVC must be initialised; None leaves that out.
+        root: where DVC must be initialised, and S3 be reachable where a run is published; None leaves both out.
 
     Raises:
         CoaloraError: the first thing that is wrong.
@@ -58,6 +59,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         scheme.require_packages()
     # All but the errors, which take the weights.
     tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
+    if settings.initial_set.file is not None:
+        start_members(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
     AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
     _check_objective(settings)
@@ -69,6 +72,10 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
             got=f"no .dvc in {root}",
             remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
+    if root is not None and settings.storage.publish:
+        from tasks.s3.client import S3Location  # boto3 is imported where it is wanted alone
+
+        S3Location.of(settings.storage).check()
     return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 

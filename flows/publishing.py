@@ -1,4 +1,4 @@
-"""Flow `publication`: report, run folder, MLflow run and registered version. Also what happens to every round's set."""
+"""Flow `publication`: report, run folder, MLflow run, registered version, S3; and what happens to every round's set."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from tasks.publish import (
     version_set,
     write_run_folder,
 )
+from tasks.publish_s3 import publish_run
 from tasks.reporting import make_report
 from tasks.settings import Settings
 from tasks.store import Artifact
+from tasks.tracking_values import scrub
 
 ALL_STAGES = [*CALIBRATION, *TRAINING, *EVALUATION, *EXPORT, make_report]
 
@@ -40,6 +42,7 @@ class Published(BaseModel):
     report: Artifact
     mlflow_run_id: str
     registered: dict[str, Any]
+    s3_address: str | None = None
 
 
 def track_sets(run: PipelineRun) -> Callable[[int, Artifact], None]:
@@ -95,7 +98,8 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
         record={
             "pipeline": run.name,
             "identity": identity,
-            "settings": run.settings.model_dump(mode="json"),
+            # It is copied, sent and shown to others: without a password in a server's address.
+            "settings": scrub(run.settings.model_dump(mode="json")),
             "base": calibrated.base.model_dump(mode="json"),
             "benchmark": calibrated.benchmark.model_dump(mode="json"),
             "tables": calibrated.tables.model_dump(mode="json"),
@@ -103,14 +107,29 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
             "mlflow_run_id": run_id,
         },
     )
-    return Published(folder=folder, report=report, mlflow_run_id=run_id, registered=registered)
+    address = None
+    if run.settings.storage.publish:
+        address = run.runner.call(
+            publish_run,
+            folder=folder,
+            storage=run.settings.storage,
+            tracking=run.settings.tracking,
+            run_id=run_id,
+        )
+    return Published(folder=folder, report=report, mlflow_run_id=run_id, registered=registered, s3_address=address)
 
 
 def _version(run: PipelineRun, round_index: int, configurations: Artifact, root: str) -> str | None:
     if not run.settings.versioning.enabled:
         return None
     return run.runner.call(
-        version_set, pipeline=run.name, round_index=round_index, configurations=configurations, root=root
+        version_set,
+        pipeline=run.name,
+        identity=run.identity(ALL_STAGES),
+        round_index=round_index,
+        configurations=configurations,
+        root=root,
+        push=run.settings.versioning.push,
     )
 
 

@@ -14,6 +14,7 @@ from tasks.checkpoints import checkpoint_every
 from tasks.corpus import input_files
 from tasks.engine import PrefectRunner, Runner, Stage
 from tasks.fingerprint import files_digest, model_digest
+from tasks.given import read_set_file
 from tasks.journal import Journal
 from tasks.settings import Settings
 from tasks.stage import Pool
@@ -30,6 +31,7 @@ class PipelineRun:
         settings: its settings, with `runtime` resolved for this machine.
         runner: runs stages, under Prefect or without a server.
         model_content, benchmark_content, cost_content: digests of local input files; None where there are none.
+        given: content of initial_set.file; None where the initial set is allocated.
         refresh: names of stages that are computed again whatever is recorded.
     """
 
@@ -40,6 +42,7 @@ class PipelineRun:
     benchmark_content: str | None
     refresh: frozenset[str] = frozenset()
     cost_content: str | None = None
+    given: dict[str, Any] | None = None
 
     @classmethod
     def start(
@@ -57,6 +60,7 @@ class PipelineRun:
             files_digest(files) if files else None,
             refresh,
             files_digest([Path(settings.cost.table)]) if settings.cost.table else None,
+            read_set_file(settings.initial_set.file) if settings.initial_set.file else None,
         )
 
     @classmethod
@@ -115,6 +119,7 @@ class PipelineRun:
                 self.model_content,
                 self.benchmark_content,
                 self.cost_content,
+                None if self.given is None else digest(self.given),
                 sorted(s.source for s in stages),
             ]
         )

@@ -1,4 +1,4 @@
-"""Flow `training`: the initial set, then rounds of training and Pareto search. `python -m flows.training NAME` for DVC.
+"""Flow `training`: the initial set (allocated, or given by a file), then rounds of training and Pareto search.
 
 CoA-LoRA and the methods that it is compared with train on the same sets, step by step: the sets come from CoA's search.
 """
@@ -13,13 +13,14 @@ from pydantic import BaseModel
 from coalora.adapt.adapted import Method
 from flows.calibration import Calibrated
 from flows.run import PipelineRun
+from tasks.given import given_set
 from tasks.initial import initial_set
 from tasks.search import search_round
 from tasks.settings import Settings
 from tasks.store import Artifact
 from tasks.training import train_round
 
-STAGES = [initial_set, train_round, search_round]
+STAGES = [initial_set, given_set, train_round, search_round]
 
 
 class Trained(BaseModel):
@@ -39,7 +40,10 @@ def training_chain(
 ) -> Trained:
     """Run the stages of this flow; `on_set` is told of every round's set as soon as it exists."""
     s = run.settings
-    sets = [run.run(initial_set, tables=calibrated.tables, initial=s.initial_set)]
+    if run.given is not None:
+        sets = [run.run(given_set, tables=calibrated.tables, content=run.given)]
+    else:
+        sets = [run.run(initial_set, tables=calibrated.tables, initial=s.initial_set)]
     coa: list[Artifact] = []
     for round_index in range(s.search.rounds + 1):
         if round_index:

@@ -25,13 +25,18 @@ ROUND = "round.json"
 
 
 @task(name="version-set", cache_policy=NO_CACHE)
-def version_set(*, pipeline: str, round_index: int, configurations: Artifact, root: str) -> str:
-    """Write a round's set into the checkout and add it to DVC; returns its md5."""
-    from tasks.versioning import version_file, write_set
+def version_set(
+    *, pipeline: str, identity: str, round_index: int, configurations: Artifact, root: str, push: bool = False
+) -> str:
+    """Write a round's set into the checkout and add it to DVC, tagged with run and round; returns its md5."""
+    from tasks.versioning import push_file, version_file, write_set
 
     payload = read_json(Store().path(configurations) / SET)
-    record = version_file(write_set(pipeline, round_index, payload, Path(root)), Path(root))
+    tags: dict[str, str | int] = {"pipeline": pipeline, "run": identity[:8], "round": round_index}
+    record = version_file(write_set(pipeline, round_index, payload, Path(root)), Path(root), tags)
     get_logger().info("%s: %s %s", record.path, "added to DVC," if record.added else "in DVC already,", record.md5)
+    if push:
+        push_file(record, Path(root))
     return record.md5
 
 

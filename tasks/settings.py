@@ -119,6 +119,9 @@ class InitialSetSettings(Section):
     size: int = Field(50, ge=2, description="Number of budgets.")
     min_budget: float | None = Field(None, gt=0, description="Smallest budget, in units of cost; else the space's.")
     max_budget: float | None = Field(None, gt=0, description="Largest budget, in units of cost; else the space's.")
+    file: str | None = Field(
+        None, min_length=1, description="Start with this set, as flows.restore writes it, instead of allocations."
+    )
 
 
 class SearchSettings(Section):
@@ -216,6 +219,7 @@ class VersioningSettings(Section):
     """DVC."""
 
     enabled: bool = Field(True, description="Add every round's configuration set to DVC.")
+    push: bool = Field(False, description="Push every set to DVC's default remote as soon as it is added.")
 
 
 class StageSettings(Section):

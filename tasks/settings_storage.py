@@ -6,10 +6,13 @@ What is left out is taken from the usual variables and files of AWS: `AWS_ENDPOI
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from coalora.errors import CoaloraError
 from tasks.settings_data import Section
 
 
@@ -57,3 +60,17 @@ class StorageSettings(Section):
         if self.publish and self.bucket is None:
             raise ValueError("storage.publish needs storage.bucket")
         return self
+
+
+def storage_settings(base: StorageSettings | None, changes: Mapping[str, Any]) -> StorageSettings:
+    """`base` (or the defaults) with `changes`, checked.
+
+    Raises:
+        CoaloraError: a value that does not fit; the value is not repeated, since it may hold a password.
+    """
+    start = base.model_dump() if base is not None else {}
+    try:
+        return StorageSettings.model_validate({**start, **changes})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False))
+        raise CoaloraError("settings of S3 must fit", got=problems, remedy="correct the option") from error

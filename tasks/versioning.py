@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from typing import Any
 import yaml
 
 from coalora.errors import CoaloraError
+from tasks.dvc_repository import initialised, with_repository
+from tasks.tracking_values import scrub_text
 
 FOLDER = "configurations"
 
@@ -64,17 +64,11 @@ def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root:
     if path.is_file() and path.read_bytes() == content:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Replaced, never written through: with DVC's link types the file can be a link into the cache.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    _replace(path, content)
     return path
 
 
-def version_file(path: Path, repo_root: Path) -> DvcRecord:
+def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | None = None) -> DvcRecord:
     """`dvc add` of a file, unless DVC has this content of it already (DVC is not even imported then).
 
     Waits for another DVC command to end instead of failing. Nothing is committed to git; where DVC's
@@ -83,11 +77,12 @@ def version_file(path: Path, repo_root: Path) -> DvcRecord:
     Args:
         path: inside `repo_root` and outside every stage's outputs.
         repo_root: folder that holds `.dvc`.
+        tags: facts to keep in the .dvc file, under `meta` of the output: run, round.
 
     Raises:
         CoaloraError: DVC is not initialised there, the file is missing or outside, or DVC refuses it.
     """
-    root = _initialised(repo_root)
+    root = initialised(repo_root)
     absolute = path if path.is_absolute() else root / path
     # The file itself stays unresolved: it may be a link into DVC's cache.
     absolute = absolute.parent.resolve() / absolute.name
@@ -101,11 +96,33 @@ def version_file(path: Path, repo_root: Path) -> DvcRecord:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     added = _recorded_md5(dvc_file) != md5
     if added:
-        with _repo(root, f"dvc add {relative.as_posix()}") as repo:
-            repo.add([str(absolute)])
+        with_repository(root, f"dvc add {relative.as_posix()}", lambda repo: repo.add([str(absolute)]))
         if _recorded_md5(dvc_file) != md5:
             raise CoaloraError("a file stays as it is while DVC adds it", got=relative, remedy="run again")
+    if tags is not None:
+        _tag(dvc_file, tags)
     return DvcRecord(relative, md5, dvc_file.relative_to(root), added)
+
+
+def push_file(record: DvcRecord, repo_root: Path) -> None:
+    """`dvc push` of a versioned file to the default remote; does nothing where the remote has it.
+
+    Raises:
+        CoaloraError: there is no default remote, it cannot be reached, or DVC refuses.
+    """
+    root = initialised(repo_root)
+    target = str(root / record.dvc_file)
+    try:
+        with_repository(root, f"dvc push {record.dvc_file}", lambda repo: repo.push([target]))
+    except CoaloraError:
+        raise
+    except Exception as error:  # file systems of remotes raise errors of their own libraries
+        raise CoaloraError(
+            "DVC's remote must take what is pushed",
+            got=scrub_text(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300],
+            remedy=f"see what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
+            "versioning.push=false",
+        ) from error
 
 
 def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
@@ -130,9 +147,10 @@ def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
     )
     tracked = [dvc for p in stale if (dvc := p.with_name(p.name + ".dvc")).is_file()]
     if tracked:
-        with _repo(_initialised(root), "dvc remove --outs") as repo:
-            for dvc_file in tracked:
-                repo.remove(str(dvc_file.resolve()), outs=True)
+        targets = [str(dvc_file.resolve()) for dvc_file in tracked]
+        with_repository(
+            initialised(root), "dvc remove --outs", lambda repo: [repo.remove(t, outs=True) for t in targets]
+        )
     for path in stale:
         path.unlink(missing_ok=True)
     return [p.relative_to(root) for p in stale]
@@ -144,49 +162,47 @@ def _folder(pipeline: str, root: Path) -> Path:
     return root / FOLDER / pipeline
 
 
-def _initialised(repo_root: Path) -> Path:
-    root = repo_root.resolve()
-    if not (root / ".dvc").is_dir():
-        raise CoaloraError(
-            "versioning needs an initialised DVC repository",
-            got=f"no .dvc in {root}",
-            remedy="run `dvc init` there (`--subdir` inside a larger git repository, `--no-scm` without git), "
-            "or set versioning.enabled=false",
-        )
-    return root
+def _record(dvc_file: Path) -> dict[str, Any]:
+    """What a .dvc file says of its output.
 
-
-def _recorded_md5(dvc_file: Path) -> str | None:
+    Raises:
+        FileNotFoundError: there is no such file.
+        CoaloraError: it is none of `dvc add`.
+    """
     try:
         (out,) = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))["outs"]
+        return dict(out)
     except FileNotFoundError:
-        return None
+        raise
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CoaloraError(
             "a .dvc file names one output", got=dvc_file, remedy="restore it with git, or delete it"
         ) from error
+
+
+def _recorded_md5(dvc_file: Path) -> str | None:
+    try:
+        out = _record(dvc_file)
+    except FileNotFoundError:
+        return None
     # Without `hash: md5` it is of DVC 2, which hashed text with line ends rewritten.
     return out.get("md5") if out.get("hash") == "md5" else None
 
 
-@contextmanager
-def _repo(root: Path, command: str) -> Iterator[Any]:
-    """An open DVC repository, silent, that waits for its lock; DVC's errors become ours."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+def _tag(dvc_file: Path, tags: Mapping[str, str | int]) -> None:
+    """Set `meta` of the output, DVC's place for facts of the user's; `dvc add` keeps it."""
+    if _record(dvc_file).get("meta") == dict(tags):
+        return
+    content = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))
+    content["outs"][0]["meta"] = dict(tags)
+    _replace(dvc_file, yaml.safe_dump(content, sort_keys=False).encode())
 
-    # DVC shows progress bars and git advice whenever its logger would show errors; ours are raised.
-    logger = logging.getLogger("dvc")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replaced, never written through: with DVC's link types a file can be a link into the cache."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with Repo(str(root), _wait_for_lock=True) as repo:
-            yield repo
-    except DvcException as error:
-        raise CoaloraError(
-            "DVC refused",
-            got=" ".join(str(error).split()),
-            remedy=f"see what `{command}` says in {root}, or set versioning.enabled=false",
-        ) from error
+        part.write_bytes(content)
+        os.replace(part, path)
     finally:
-        logger.setLevel(level)
+        part.unlink(missing_ok=True)

@@ -123,8 +123,7 @@ class S3Location:
 
     def put_json(self, name: str, content: object) -> str:
         """Put canonical JSON: sorted keys, a newline at the end."""
-        text = json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n"
-        return str(self.put_bytes(name, text.encode()))
+        return str(self.put_bytes(name, json_bytes(content)))
 
     def put_file(self, path: Path, name: str, *, sha256: str | None = None) -> None:
         """Put a file; above `part_mib` in parts, several at a time. The object appears when its last byte has arrived.
@@ -136,7 +135,6 @@ class S3Location:
             CoaloraError: S3 fails (`StorageError`), or the file changes while it is read.
         """
         digest = sha256 or file_sha256(path)
-        before = path.stat()
         part = self.settings.part_mib * _MIB
         config = TransferConfig(
             multipart_threshold=part,
@@ -147,10 +145,9 @@ class S3Location:
         extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {SHA256: digest}}
         with self._asking(f"upload of {path.name}", name):
             self.client.upload_file(str(path), self.address.bucket, self.address.key(name), extra, Config=config)
-        after = path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        if file_sha256(path) != digest:
             self.delete([name])
-            raise CoaloraError("a file stays as it is while it is uploaded", got=path, remedy="run the command again")
+            raise CoaloraError("a file stays as it is until it is uploaded", got=path, remedy="run the command again")
 
     def get_bytes(self, name: str) -> bytes | None:
         """The content of a small object, or None if there is none."""
@@ -243,6 +240,11 @@ class S3Location:
 
     def __str__(self) -> str:
         return str(self.address)
+
+
+def json_bytes(content: object) -> bytes:
+    """Canonical JSON."""
+    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _etag(answer: dict[str, Any]) -> str:

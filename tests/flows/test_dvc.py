@@ -50,3 +50,4 @@ def test_metrics_and_plots_are_declared(cold: tuple[Checkout, str]) -> None:
     assert set(shown["data"]["hypervolume"]) == {"none", "shared", "coa"}
     plots = cold[0].run("-m", "dvc", "plots", "show", "--show-vega", "outputs/report/front.csv")
     assert "average_bits" in plots
+    assert '"field": "method"' in plots  # a line for each method, not one through all of them

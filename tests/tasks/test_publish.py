@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tasks.publish import git_commit, remove_stale, track_round, version_set, write_run_folder
 from tasks.store import Artifact
@@ -110,15 +111,16 @@ def test_a_rounds_set_is_versioned_once_and_a_stale_one_removed(
     (tmp_path / ".dvc").mkdir()
     subprocess.run(["dvc", "init", "--no-scm", "--force", "--quiet"], cwd=tmp_path, check=True, env=_path())
     sets = run.trained.sets
-    added = [
-        version_set.fn(pipeline="tiny", round_index=i, configurations=s, root=str(tmp_path)) for i, s in enumerate(sets)
-    ]
+    common = {"pipeline": "tiny", "identity": "0123abcd" * 8, "root": str(tmp_path)}
+    added = [version_set.fn(**common, round_index=i, configurations=s) for i, s in enumerate(sets)]
     assert len(set(added)) == len(sets) == 2
     folder = tmp_path / "configurations" / "tiny"
     before = files(folder)
-    again = version_set.fn(pipeline="tiny", round_index=1, configurations=sets[1], root=str(tmp_path))
+    again = version_set.fn(**common, round_index=1, configurations=sets[1])
     assert again == added[1]
     assert files(folder) == before
+    (out,) = yaml.safe_load((folder / "round-01.json.dvc").read_text())["outs"]
+    assert out["meta"] == {"pipeline": "tiny", "run": "0123abcd", "round": 1}
     remove_stale.fn(pipeline="tiny", last_round=0, root=str(tmp_path))
     assert sorted(p.name for p in folder.glob("round-*")) == ["round-00.json", "round-00.json.dvc"]
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
+from coalora.errors import CoaloraError
 from tasks.settings import EvaluationSettings, RuntimeSettings, Settings
 from tasks.settings_data import BenchmarkSettings, ModelSettings
+from tasks.settings_storage import StorageSettings, storage_settings
 
 MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "m"},
@@ -186,3 +188,30 @@ def test_metrics_are_no_input_of_what_reads_examples() -> None:
     asked = BenchmarkSettings.model_validate(MINIMAL["benchmark"] | {"metric": "perplexity", "metrics": []})
     assert asked != plain
     assert asked.data_only() == plain.data_only() == plain
+
+
+def test_storage_settings_hold_no_credentials_and_are_complete_where_a_run_is_published() -> None:
+    assert not StorageSettings().publish
+    assert StorageSettings(prefix="/team/models/").prefix == "team/models"
+    for wrong in (
+        {"publish": True},
+        {"endpoint_url": "minio:9000"},
+        {"endpoint_url": "https://key:hunter22@s3.example.com"},
+        {"endpoint_url": "https://s3.example.com/?X-Amz-Credential=hunter22"},
+        {"prefix": "a//b"},
+        {"prefix": "../up"},
+        {"bucket": "Upper_Case"},
+        {"part_mib": 4},
+        {"access_key": "hunter22"},
+    ):
+        with pytest.raises(ValidationError):
+            StorageSettings.model_validate(wrong)
+        with pytest.raises(CoaloraError) as caught:
+            storage_settings(None, wrong)
+        assert "hunter22" not in str(caught.value)
+
+
+def test_where_a_run_is_kept_is_no_part_of_its_result() -> None:
+    plain = Settings(**MINIMAL)
+    kept = Settings(**MINIMAL, storage={"publish": True, "bucket": "models"}, versioning={"push": True})
+    assert kept.of_the_result() == plain.of_the_result()

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
+import zc.lockfile
 
 from coalora.errors import CoaloraError
-from tasks.versioning import remove_stale_sets, version_file, write_set
+from tasks.dvc_repository import with_repository
+from tasks.restoring import from_dvc
+from tasks.versioning import push_file, remove_stale_sets, version_file, write_set
+from tests.s3_server import SECRET_KEY, create_bucket, s3_server, set_credentials
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +174,105 @@ def test_adding_works_inside_a_running_stage(repository: Path) -> None:
     (out,) = yaml.safe_load(path.with_name("round-01.json.dvc").read_text())["outs"]
     assert out["md5"] == _md5(path)
     assert not list(path.parent.glob("round-05*"))
+
+
+def test_a_set_carries_its_run_and_round_and_dvc_keeps_them(repository: Path) -> None:
+    path = write_set("demo", 0, {"a": 1}, repository)
+    tags: dict[str, str | int] = {"pipeline": "demo", "run": "0123abcd", "round": 0}
+    record = version_file(path, repository, tags)
+    dvc_file = repository / record.dvc_file
+    assert yaml.safe_load(dvc_file.read_text())["outs"][0]["meta"] == tags
+    before = dvc_file.stat().st_mtime_ns
+    assert not version_file(path, repository, tags).added
+    assert dvc_file.stat().st_mtime_ns == before
+    # The same set, made by another run; then another set, added by hand.
+    version_file(path, repository, {**tags, "run": "89abcdef"})
+    assert yaml.safe_load(dvc_file.read_text())["outs"][0]["meta"]["run"] == "89abcdef"
+    path = write_set("demo", 0, {"a": 2}, repository)
+    _dvc(repository, "add", str(path))
+    (out,) = yaml.safe_load(dvc_file.read_text())["outs"]
+    assert (out["md5"], out["meta"]["run"]) == (_md5(path), "89abcdef")
+    assert "up to date" in _dvc(repository, "status")
+
+
+def test_a_lock_that_stays_taken_is_named_and_one_that_is_freed_is_waited_for(
+    repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_set("demo", 0, {"a": 1}, repository)
+    held = zc.lockfile.LockFile(str(repository / ".dvc" / "tmp" / "lock"))
+    with pytest.raises(CoaloraError, match=r"one DVC command works.*\.dvc/tmp/lock"):
+        with_repository(repository, "dvc add", lambda repo: repo.add([str(path)]), timeout_seconds=0.1)
+    threading.Timer(4.0, held.close).start()  # DVC itself gives up after three seconds
+    with caplog.at_level(logging.INFO, logger="coalora"):
+        assert version_file(path, repository).added
+    assert caplog.text.count("waiting for another DVC command") == 1
+
+
+def test_a_lock_of_a_killed_command_blocks_nobody(repository: Path) -> None:
+    script = (
+        "import sys, time, zc.lockfile as z; lock = z.LockFile(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(repository / ".dvc" / "tmp" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        holder.kill()
+    assert version_file(write_set("demo", 0, {"a": 1}, repository), repository).added
+
+
+def test_a_dirty_lock_file_is_named_with_the_way_out(repository: Path) -> None:
+    path = write_set("demo", 0, {"a": 1}, repository)
+    stage = {"cmd": "true", "outs": ["out.txt"]}
+    (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"s": stage}}))
+    (repository / "dvc.lock").write_text("<<<<<<< ours\nschema: '2.0'\n=======\n>>>>>>> theirs\n")
+    with pytest.raises(CoaloraError, match=r"dvc\.lock.*whole.*git could not merge"):
+        version_file(path, repository)
+    (repository / "dvc.lock").unlink()
+    rwlock = repository / ".dvc" / "tmp" / "rwlock"
+    rwlock.write_text('{"write": {')
+    with pytest.raises(CoaloraError, match=r"record of running commands.*delete .*rwlock"):
+        version_file(path, repository)
+    rwlock.unlink()
+    assert version_file(path, repository).added
+
+
+def test_without_a_remote_a_push_says_what_is_missing(repository: Path) -> None:
+    record = version_file(write_set("demo", 0, {"a": 1}, repository), repository)
+    with pytest.raises(CoaloraError, match=r"DVC refused.*remote.*dvc push configurations/demo/round-00\.json\.dvc"):
+        push_file(record, repository)
+
+
+def test_a_set_travels_to_a_remote_in_s3_and_into_another_clone(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_credentials(monkeypatch.setenv)
+    path = write_set("demo", 0, {"format": "coalora-configurations/1", "members": []}, repository)
+    with s3_server() as (host, port):
+        url = f"http://{host}:{port}"
+        create_bucket(url, "sets")
+        _dvc(repository, "remote", "add", "--default", "store", "s3://sets/dvc")
+        _dvc(repository, "remote", "modify", "store", "endpointurl", url)
+        record = version_file(path, repository, {"run": "0123abcd", "round": 0})
+        push_file(record, repository)
+        push_file(record, repository)
+        for name in ("user.name", "user.email"):
+            _git(repository, "config", name, "test")
+        _git(repository, "add", "--all")
+        _git(repository, "commit", "--quiet", "--message", "round 0")
+        clone = tmp_path / "clone"
+        _git(tmp_path, "clone", "--quiet", str(repository), str(clone))
+        found = from_dvc(clone, rev="HEAD")
+        assert (found.content, found.round_index) == (path.read_bytes(), 0)
+        assert not (clone / record.path).exists()
+        assert "1 file fetched and 1 file added" in _dvc(clone, "pull")
+        assert (clone / record.path).read_bytes() == path.read_bytes()
+        for file in (repository / ".dvc").rglob("*"):
+            assert not file.is_file() or SECRET_KEY.encode() not in file.read_bytes()
+    # The server is gone.
+    moved = write_set("demo", 1, {"a": 2}, repository)
+    record = version_file(moved, repository)
+    with pytest.raises(CoaloraError, match=r"DVC.*versioning\.(push|enabled)=false"):
+        push_file(record, repository)
 
 
 def test_adding_works_without_git(tmp_path: Path) -> None:

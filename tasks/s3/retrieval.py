@@ -1,0 +1,142 @@
+"""Downloading a published run, or a part of it: verified file by file, and taken up again where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import Lock
+
+from coalora.errors import CoaloraError
+from tasks.artifacts import files_below
+from tasks.progress import Progress
+from tasks.s3.address import S3Address
+from tasks.s3.client import S3Location
+from tasks.s3.download import part_path
+from tasks.s3.manifest import Manifest, PublishedFile, object_name, read_manifest, split_run_address
+from tasks.settings_storage import StorageSettings
+
+DOWNLOAD = ".coalora-download.json"
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a download brought.
+
+    Attributes:
+        run: name of the run; tells what `latest` was.
+        n_files, nbytes: of the wanted files.
+        fetched_files: that were not there already.
+    """
+
+    run: str
+    n_files: int
+    nbytes: int
+    fetched_files: int
+
+
+def retrieve(address: S3Address, folder: Path, settings: StorageSettings, *, only: Sequence[str] = ()) -> Retrieval:
+    """Bring `folder` to the files of a published run.
+
+    The folder is new, empty, or one that an earlier call has filled: that is brought up to date, and keeps none of the
+    files of another run.
+
+    Args:
+        address: `s3://BUCKET/PREFIX/runs/PIPELINE/RUN`; RUN may be `latest`.
+        only: shell patterns of the paths to fetch; all by default.
+
+    Raises:
+        CoaloraError: no such run, a folder with other files, no room, or S3 fails.
+    """
+    prefix, pipeline, run = split_run_address(address)
+    root = S3Location(prefix, settings)
+    manifest = read_manifest(root, pipeline, run)
+    wanted = _select(manifest, only)
+    state = {"address": str(root.address), "run": manifest.run, "digest": manifest.digest, "only": sorted(only)}
+    present = _open(folder)
+    _write(folder / DOWNLOAD, {**state, "complete": False})
+    kept = {file.path for file in wanted}
+    parts = {part_path(folder / f.path, f.sha256) for f in wanted}
+    for name, path in present.items():
+        if name not in kept and path not in parts:
+            path.unlink()
+    _check_room(folder, wanted)
+    fetched = _fetch(wanted, folder, root)
+    _write(folder / DOWNLOAD, {**state, "complete": True})
+    return Retrieval(manifest.run, len(wanted), sum(f.size for f in wanted), fetched)
+
+
+def _select(manifest: Manifest, only: Sequence[str]) -> list[PublishedFile]:
+    for pattern in only:
+        if not any(fnmatchcase(file.path, pattern) for file in manifest.files):
+            folders = sorted({file.path.rpartition("/")[0] or file.path for file in manifest.files})
+            raise CoaloraError(
+                "a pattern of --only matches files of the run",
+                got=pattern,
+                expected=f"something like {folders[0]}/*; folders: {', '.join(folders)}",
+            )
+    return [f for f in manifest.files if not only or any(fnmatchcase(f.path, pattern) for pattern in only)]
+
+
+def _open(folder: Path) -> dict[str, Path]:
+    """Files of the destination; refuses what an earlier download has not made."""
+    if folder.exists() and not folder.is_dir():
+        raise CoaloraError("the destination is a folder", got=folder, remedy="name another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    present = files_below(folder)
+    if present and present.pop(DOWNLOAD, None) is None:
+        raise CoaloraError(
+            "the destination is new, empty, or an earlier download",
+            got=f"{folder} with {len(present)} other files",
+            remedy="name another folder",
+        )
+    return present
+
+
+def _check_room(folder: Path, wanted: Sequence[PublishedFile]) -> None:
+    there = 0
+    for file in wanted:
+        path = folder / file.path
+        for candidate in (path, part_path(path, file.sha256)):
+            there += min(candidate.stat().st_size, file.size) if candidate.is_file() else 0
+    needed, free = sum(file.size for file in wanted) - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CoaloraError(
+            "there must be room on the disk",
+            got=f"{free:,} bytes free at {folder}",
+            expected=f"{needed:,} bytes",
+            remedy="free some space, name another folder, or fetch a part with --only 'export/3-bits/*'",
+        )
+
+
+def _fetch(wanted: Sequence[PublishedFile], folder: Path, root: S3Location) -> int:
+    """Fetch what is missing, several files at a time; returns how many were fetched."""
+    progress, total, lock = Progress("downloading (MB)"), sum(f.size for f in wanted), Lock()
+    done, fetched = 0, 0
+
+    def fetch(file: PublishedFile) -> None:
+        nonlocal done, fetched
+        new = root.get_file(object_name(file.sha256), folder / file.path, sha256=file.sha256, size=file.size)
+        with lock:
+            done, fetched = done + file.size, fetched + new
+            progress(round(done / 1e6), round(total / 1e6), file=file.path)
+
+    with ThreadPoolExecutor(root.settings.workers) as pool:
+        futures = [pool.submit(fetch, file) for file in sorted(wanted, key=lambda f: -f.size)]
+        finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in finished:
+            future.result()
+    return fetched
+
+
+def _write(path: Path, content: object) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)
