@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow
+from prefect.runtime import deployment
+from pydantic import Field
 
 from coalora.errors import CoaloraError
 from flows.calibration import calibration
 from flows.definitions import check_name
+from flows.deployed import check_deployment, check_server
 from flows.evaluation import evaluation
 from flows.export import export
 from flows.preflight import preflight
@@ -23,9 +27,14 @@ from flows.training import training
 from tasks.progress import get_logger
 from tasks.settings import Settings
 
+STAGE_NAMES = sorted({stage.name for stage in ALL_STAGES})
+
+# Choices for the form in Prefect's UI; `check_refresh` says the same in better words.
+Refresh = Annotated[list[str], Field(json_schema_extra={"items": {"type": "string", "enum": STAGE_NAMES}})]
+
 
 @flow(name="pipeline", flow_run_name="{name}")
-def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Published:  # noqa: B006 (a form's default)
+def pipeline(name: str, settings: Settings, refresh: Refresh = []) -> Published:  # noqa: B006 (a form's default)
     """Calibrate, train and search, evaluate, export, publish.
 
     Args:
@@ -34,6 +43,7 @@ def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Publishe
         refresh: Stages to compute again whatever is cached.
     """
     check_name(name)  # a run started from a form has not been read from a file
+    check_deployment(deployment.name, name)
     check_refresh(refresh)
     found = preflight(settings, root=Path.cwd())
     low, high = found.cost_range
@@ -50,10 +60,9 @@ def pipeline(name: str, settings: Settings, refresh: list[str] = []) -> Publishe
 
 def check_refresh(refresh: Sequence[str]) -> None:
     """Refuse names of stages that do not exist: a misspelt one would silently refresh nothing."""
-    known = sorted({stage.name for stage in ALL_STAGES})
-    unknown = sorted(set(refresh) - set(known))
+    unknown = sorted(set(refresh) - set(STAGE_NAMES))
     if unknown:
-        raise CoaloraError("a stage to refresh must exist", got=", ".join(unknown), expected=", ".join(known))
+        raise CoaloraError("a stage to refresh must exist", got=", ".join(unknown), expected=", ".join(STAGE_NAMES))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = load_settings(options.name, file=options.file, changes=options.changes)
     check_refresh(options.refresh)
     preflight(settings, root=Path.cwd())
+    check_server()
     published = pipeline(name=options.name, settings=settings, refresh=options.refresh)
     show(published, settings)
     return 0

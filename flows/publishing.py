@@ -29,6 +29,7 @@ from tasks.publish import (
 from tasks.publish_s3 import publish_run
 from tasks.reporting import make_report
 from tasks.settings import Settings
+from tasks.showing import show_result, show_round
 from tasks.store import Artifact
 from tasks.tracking_values import scrub
 
@@ -46,12 +47,14 @@ class Published(BaseModel):
 
 
 def track_sets(run: PipelineRun) -> Callable[[int, Artifact], None]:
-    """What to do with every round's set as soon as it exists: version it with DVC, log it to MLflow."""
+    """What to do with every round's set as soon as it exists: version it with DVC, log it to MLflow, show it."""
     root = str(Path.cwd())
     identity = run.identity(ALL_STAGES)
+    sets: list[Artifact] = []
 
     def on_set(round_index: int, configurations: Artifact) -> None:
-        run.runner.call(
+        sets.append(configurations)
+        run_id = run.runner.call(
             track_round,
             pipeline=run.name,
             settings=run.settings,
@@ -59,6 +62,14 @@ def track_sets(run: PipelineRun) -> Callable[[int, Artifact], None]:
             round_index=round_index,
             configurations=configurations,
             md5=_version(run, round_index, configurations, root),
+        )
+        run.runner.call(
+            show_round,
+            pipeline=run.name,
+            settings=run.settings,
+            round_index=round_index,
+            sets=list(sets),
+            mlflow_run_id=run_id,
         )
         if round_index == run.settings.search.rounds and run.settings.versioning.enabled:
             run.runner.call(remove_stale, pipeline=run.name, last_round=round_index, root=root)
@@ -106,6 +117,15 @@ def publication_chain(run: PipelineRun, calibrated: Calibrated, trained: Trained
             "bundle": exported.bundle.model_dump(mode="json"),
             "mlflow_run_id": run_id,
         },
+    )
+    run.runner.call(
+        show_result,
+        pipeline=run.name,
+        settings=run.settings,
+        report=report,
+        folder=folder,
+        mlflow_run_id=run_id,
+        registered=registered,
     )
     address = None
     if run.settings.storage.publish:

@@ -36,6 +36,7 @@ from tasks.engine_plans import Planner
 from tasks.engine_records import Plan, StageRecord, run_name, write_record
 from tasks.faults import database_faults
 from tasks.progress import get_logger
+from tasks.slots import tags_of_call, told_of_waiting
 from tasks.stage import Call, Pool, Stage, current_call, stage
 from tasks.store import Store
 
@@ -197,7 +198,9 @@ class PrefectRunner(Runner):
         return cast(ResultStore, get_result_store().update_for_task(task, _sync=True))  # type: ignore[call-arg]
 
     def _execute(self, plan: Plan) -> Artifact:
-        return self._task(plan)(**plan.call)
+        task = self._task(plan)
+        with told_of_waiting(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
+            return task(**plan.call)
 
     @contextmanager
     def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
@@ -214,12 +217,13 @@ class PrefectRunner(Runner):
             cache_policy=replace(plan.stage.policy, key=plan.key),
             refresh_cache=plan.reuse is None,
             task_run_name=run_name(plan.stage.name, plan.call),
+            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None, elsewhere=plan.elsewhere),
             **self.task_options,
         )
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         with database_faults():
-            return task(**inputs)
+            return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
 
 
 class DirectRunner(Runner):

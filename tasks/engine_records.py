@@ -53,24 +53,58 @@ class Plan:
     pool: Pool | None = None
     executions: list[str] = field(default_factory=list)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the function runs on a cluster, whose workers have GPUs of their own."""
+        return getattr(self.pool, "address", None) is not None
+
     def release(self) -> None:
         """Let others have the key."""
         if self.lock is not None:
             self.lock.release()
 
 
+# Stages and methods as people call them: what the UI shows.
+_STAGES = {
+    "base": "prepare base model",
+    "benchmark": "prepare benchmark",
+    "calibrate": "calibrate layers",
+    "cost": "price choices",
+    "initial-set": "initial configuration set",
+    "search": "Pareto search",
+    "select": "choose configurations for the budgets",
+    "evaluate-shard": "evaluate",
+    "evaluate": "collect scores of",
+    "reference": "train for one budget alone:",
+    "harness": "evaluate on harness tasks:",
+    "bundle": "bundle",
+    "result": "put results together",
+    # Tasks for their effect outside, `Runner.call`.
+    "version-set": "version the set with DVC",
+    "remove-stale-sets": "remove sets of rounds that are no more",
+    "track-round": "log the set to MLflow",
+    "track-run": "log results to MLflow",
+    "register": "register in MLflow",
+    "write-run-folder": "write the run folder",
+    "show-round": "show the Pareto front",
+    "show-result": "show the result",
+}
+_METHODS = {"coa": "CoA-LoRA", "shared": "Shared-LoRA", "none": "no adapter", "paper": "CoA-LoRA as in the paper"}
+
+
 def run_name(stage: str, call: Mapping[str, Any]) -> str:
-    """What the run page calls a task run: the stage, and what tells its runs apart."""
-    words = [stage]
+    """What the run page calls a task run: the stage in words, and what tells its runs apart."""
+    name = _STAGES.get(stage, stage)
     if "method" in call:
-        words.append(str(call["method"]))
+        name += f" {_METHODS.get(call['method'], call['method'])}"
+    details = []
     if "round_index" in call:
-        words.append(f"round {call['round_index']}")
+        details.append(f"round {call['round_index']}")
     if "start" in call:
-        words.append(f"{call['start'] + 1} to {call['stop']}")
+        details.append(f"configurations {call['start'] + 1} to {call['stop']}")
     if "index" in call:
-        words.append(f"budget {call['index'] + 1}")
-    return " ".join(words)
+        details.append(f"budget {call['index'] + 1}")
+    return ", ".join([name, *details])
 
 
 def recorded_artifact(results: ResultStore, key: str) -> Artifact | None:

@@ -1,11 +1,17 @@
-"""Progress of long loops as a few log lines, readable in a terminal and in the Prefect UI alike."""
+"""Progress of long loops as a few log lines, readable in a terminal and in the Prefect UI alike.
+
+Inside a Prefect task run, a loop that takes longer than the time between two lines has a progress artifact as well.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.progress_artifact import ProgressArtifact
 
 LoggerLike = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -50,10 +56,16 @@ class Progress:
         self.interval = interval
         self._first: tuple[float, int] | None = None
         self._last_line = 0.0
+        self._artifact: ProgressArtifact | None = None
+        if "prefect" in sys.modules:
+            from tasks.progress_artifact import ProgressArtifact
+
+            self._artifact = ProgressArtifact(label)
 
     def __call__(self, done: int, total: int, **values: float | int | str) -> None:
         """`done` of `total` steps are finished; `values` (losses, bits) are shown with the line."""
         now = time.monotonic()
+        first = self._first is None
         if self._first is None:
             self._first = (now, done)
         elif done < total and now - self._last_line < self.interval:
@@ -62,7 +74,10 @@ class Progress:
         parts = [f"{self.label}: {done}/{total}"]
         parts += [f"{name} {_format(value)}" for name, value in values.items()]
         parts += self._timing(now, done, total)
-        self.logger.info("%s", ", ".join(parts))
+        line = ", ".join(parts)
+        self.logger.info("%s", line)
+        if self._artifact is not None and not first:
+            self._artifact.show(100.0 * done / max(total, 1), line, last=done >= total)
 
     def _timing(self, now: float, done: int, total: int) -> list[str]:
         # From the first call on: what came before it (loading, compiling) says nothing about the rate.

@@ -135,7 +135,7 @@ def _candidates(
         max_steps=search.max_steps,
         seed=draw,
         allowed=measured.allowed,
-        progress=Progress(f"search {round_index}, proposals"),
+        progress=Progress(f"search, round {round_index}, proposals"),
     )
     return proposal.configurations, proposal.scored
 
@@ -144,7 +144,7 @@ def _measure(
     adapted: AdaptedModel, split: Split, members: ConfigurationSet, batch_size: int, round_index: int, what: str
 ) -> ConfigurationSet:
     """Losses of the members; those that a killed run of this stage has measured are taken as they are."""
-    progress = Progress(f"search {round_index}, {what}")
+    progress = Progress(f"search, round {round_index}, {what} measured")
     memo = Memo(what, len(members))
     try:
         for row in members.configurations[len(memo.values) :]:

@@ -230,7 +230,7 @@ class StageSettings(Section):
     checkpoint_seconds: float | None = Field(
         60.0,
         gt=0,
-        description="Seconds between two checkpoints of training: a killed run resumes there. null: only between stages.",
+        description="Seconds between checkpoints of training, where a killed run resumes; null: between stages alone.",
     )
 
 

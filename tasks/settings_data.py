@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import reported_metrics
+from tasks.settings_titles import describe_ranges, field_title, model_title
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -15,7 +16,15 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class Section(BaseModel):
     """A section of the settings: unknown keys, infinite numbers, and truth values in place of numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        field_title_generator=field_title,
+        model_title_generator=model_title,
+        json_schema_extra=describe_ranges,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -105,18 +105,17 @@ class Checkpoints:
 
     def load(self, span: tuple[int, int]) -> Checkpoint | None:
         """The checkpoint of a call with this span; None where there is none, or none that is whole."""
+        problem = ""
         try:
-            content = read_json(self.folder / CHECKPOINT)
+            return self._read(read_json(self.folder / CHECKPOINT), span)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError):
-            return self._ignore(f"{CHECKPOINT} cannot be read")
-        try:
-            return self._read(content, span)
-        except _Unusable as problem:
-            return self._ignore(str(problem))
+        except _Unusable as error:
+            problem = str(error)
         except Exception as error:  # whatever a damaged file makes a reader say
-            return self._ignore(f"it cannot be read ({type(error).__name__})")
+            problem = f"it cannot be read ({type(error).__name__})"
+        self.notify(f"WARNING: a checkpoint is ignored, training starts anew: {problem} ({self.folder})")
+        return None
 
     def _read(self, content: Any, span: tuple[int, int]) -> Checkpoint:
         file = self.folder / Path(content["file"]).name
@@ -129,9 +128,6 @@ class Checkpoints:
         pending = list(zip(content["pending"], values, strict=True)) if values is not None else []
         self.notify(f"resumed from the checkpoint at step {content['step'] - span[0]} of {span[1] - span[0]}")
         return Checkpoint(content["step"], tensors, content["records"], pending)
-
-    def _ignore(self, problem: str) -> None:
-        self.notify(f"WARNING: a checkpoint is ignored, training starts anew: {problem} ({self.folder})")
 
 
 class _Unusable(Exception):
@@ -169,10 +165,10 @@ def uninterrupted() -> Iterator[None]:
                 signal.signal(number, lambda n, frame: caught.append((n, frame)))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in caught:
-            handlers[number](number, frame)
+        for replaced, handler in handlers.items():
+            signal.signal(replaced, handler)
+        for received, frame in caught:
+            handlers[received](received, frame)
 
 
 def _to_disk(path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from tasks.report.schema import Result, as_result
+from tasks.report.schema import Cost, Result, Round, as_result
 from tasks.report.style import (
     FIGURE_WIDTH,
     MUTED,
@@ -42,8 +43,18 @@ def rounds_figure(result: Result | Mapping[str, Any]) -> Figure:
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.25]})
         figure.subplots_adjust(left=0.75 / FIGURE_WIDTH, right=0.917, top=0.84, bottom=0.13, wspace=0.28)
         _volume_panel(left, result)
-        _fronts_panel(right, result)
+        _fronts_panel(right, result.rounds, result.cost, result.loss_unit)
     return figure
+
+
+def fronts_png(rounds: Sequence[Round], cost: Cost, loss_unit: str) -> bytes:
+    """The fronts of rounds as a PNG of about 40 kB, for where a page cannot go."""
+    buffer = io.BytesIO()
+    with style():
+        figure = new_figure(7.2, 3.8)
+        _fronts_panel(figure.subplots(), rounds, cost, loss_unit)
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _volume_panel(ax: Axes, result: Result) -> None:
@@ -73,24 +84,24 @@ def _volume_panel(ax: Axes, result: Result) -> None:
     ax.set_ylim(min(values) - 0.12 * span, max(values) + 0.32 * span)
 
 
-def _fronts_panel(ax: Axes, result: Result) -> None:
-    rounds = [at for at in sorted(result.rounds, key=lambda at: at.round) if at.front]
+def _fronts_panel(ax: Axes, all_rounds: Sequence[Round], cost: Cost, loss_unit: str) -> None:
+    rounds = [at for at in sorted(all_rounds, key=lambda at: at.round) if at.front]
     panel_title(ax, "Fronts by round", "the older the fainter")
-    ax.set_xlabel(result.cost.label)
-    ax.set_ylabel(f"loss, {result.loss_unit} (lower is better ↓)")
+    ax.set_xlabel(cost.label)
+    ax.set_ylabel(f"loss, {loss_unit} (lower is better ↓)")
     if not rounds:
         ax.text(0.5, 0.5, "no front was recorded", transform=ax.transAxes, ha="center", color=MUTED)
         return
     labels = []
-    right = max(cost for at in rounds for _, cost in at.front)
-    left = min(cost for at in rounds for _, cost in at.front)
-    pad = 0.04 * max(right - left, 0.5 if result.cost.kind == "average_bits" else 0.1 * right)
+    right = max(x for at in rounds for _, x in at.front)
+    left = min(x for at in rounds for _, x in at.front)
+    pad = 0.04 * max(right - left, 0.5 if cost.kind == "average_bits" else 0.1 * right)
     ax.set_xlim(left - pad, right + pad)
     for i, at in enumerate(rounds):
         newest = i == len(rounds) - 1
         alpha = 1.0 if newest else 0.2 + 0.45 * i / max(len(rounds) - 1, 1)
         front = sorted(at.front, key=lambda point: point[1])
-        x, y = [cost for _, cost in front], [loss for loss, _ in front]
+        x, y = [at_cost for _, at_cost in front], [loss for loss, _ in front]
         ax.step(
             [*x, right + pad], [*y, y[-1]], where="post", color=COLOR, alpha=alpha, lw=2.0 if newest else 1.2,
             zorder=2 + i,

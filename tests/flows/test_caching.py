@@ -82,7 +82,8 @@ def test_a_run_killed_in_round_2_resumes_and_ends_bit_for_bit_as_an_undisturbed_
     make_checkout: Callable[[str], Checkout],
 ) -> None:
     killed, undisturbed = make_checkout("killed"), make_checkout("undisturbed")
-    command = ("-m", "flows.pipeline", "tiny", "--set", LONG_ROUNDS)
+    # A checkpoint after every step; the undisturbed run writes none.
+    command = ("-m", "flows.pipeline", "tiny", "--set", LONG_ROUNDS, "stages.checkpoint_seconds=0.001")
     printed = killed.kill_at("training coa, round 2: ", *command)
     done = computed(printed)
     assert done.count("search") == 2
@@ -91,8 +92,10 @@ def test_a_run_killed_in_round_2_resumes_and_ends_bit_for_bit_as_an_undisturbed_
     resumed = killed.run(*command)
     assert reused(resumed)[: len(done)] == done
     assert computed(resumed)[0] == "train"
+    assert "resumed from the checkpoint at step" in resumed
+    assert not list(killed.root.glob(".coalora/checkpoints/*"))
 
-    undisturbed.stage("export", LONG_ROUNDS)
+    undisturbed.stage("export", LONG_ROUNDS, "stages.checkpoint_seconds=null")
     for part in ("bundle", "2.5-bits", "3-bits"):
         inside = "bundle" if part == "bundle" else f"export/{part}"
         assert files(killed.latest / inside) == files(undisturbed.root / "outputs" / "export" / part)

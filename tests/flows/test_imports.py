@@ -67,9 +67,10 @@ def breaches(package: str, forbidden: tuple[str, ...], *, top_level: bool = Fals
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("coalora", (*ORCHESTRATION, "tasks", "flows", "tests", "benchmarks")),
-        ("tasks", ("flows", "tests", "benchmarks")),
-        ("flows", ("tests", "benchmarks")),
+        ("coalora", (*ORCHESTRATION, "tasks", "flows", "infra", "tests", "benchmarks")),
+        ("tasks", ("flows", "infra", "tests", "benchmarks")),
+        ("flows", ("infra", "tests", "benchmarks")),
+        ("infra", ("tests", "benchmarks")),
     ],
 )
 def test_no_package_imports_what_stands_above_it(package: str, forbidden: tuple[str, ...]) -> None:

@@ -67,6 +67,9 @@ def test_a_deployment_runs_the_definition_of_its_name(name: str) -> None:
     assert deployment["work_pool"] is CONTENT["definitions"]["work_pool"]
     assert deployment["description"]
     assert deployment["entrypoint"] == "flows/pipeline.py:pipeline"
+    # Nothing starts by itself, and no pipeline twice at a time.
+    assert [(schedule["active"], len(schedule["cron"].split())) for schedule in deployment["schedules"]] == [(False, 5)]
+    assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
 @pytest.mark.parametrize("name", NAMES)

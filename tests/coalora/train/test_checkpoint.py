@@ -184,11 +184,15 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_torn() -> None:
     def handler(*_: object) -> None:
         raise Cancelled
 
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        with pytest.raises(Cancelled), uninterrupted():
+    def torn() -> None:
+        with uninterrupted():
             os.kill(os.getpid(), signal.SIGTERM)
             seen.append("done")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Cancelled):
+            torn()
         assert seen == ["done"]
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:

@@ -1,0 +1,1 @@
+"""What runs the pipeline for real: servers and workers on one machine, in containers, and on Kubernetes."""
