@@ -217,7 +217,7 @@ class PrefectRunner(Runner):
             cache_policy=replace(plan.stage.policy, key=plan.key),
             refresh_cache=plan.reuse is None,
             task_run_name=run_name(plan.stage.name, plan.call),
-            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None),
+            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None, elsewhere=plan.elsewhere),
             **self.task_options,
         )
 

@@ -53,6 +53,11 @@ class Plan:
     pool: Pool | None = None
     executions: list[str] = field(default_factory=list)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the function runs on a cluster, whose workers have GPUs of their own."""
+        return getattr(self.pool, "address", None) is not None
+
     def release(self) -> None:
         """Let others have the key."""
         if self.lock is not None:

@@ -25,8 +25,8 @@ def machine_tag(host: str | None = None) -> str:
     return f"{GPU}-{(host or socket.gethostname()).split('.')[0].lower()}"
 
 
-def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool) -> set[str]:
-    """Tags of a stage's task run: a call that computes nothing, or on the CPU, takes no GPU from another.
+def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool, elsewhere: bool = False) -> set[str]:
+    """Tags of a stage's task run: a call that computes nothing, elsewhere, or on the CPU, takes no GPU from another.
 
     Never empty where `tags` is not: Prefect then keeps the task's own.
     """
@@ -35,6 +35,8 @@ def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool) 
         return found
     if reused:
         return found - {GPU} | {"reused"}
+    if elsewhere:
+        return found - {GPU} | {"cluster"}
     if getattr(call.get("runtime"), "device", None) == "cpu":
         return found - {GPU} | {"cpu"}
     return found | {machine_tag()}
