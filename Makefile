@@ -43,7 +43,7 @@ test-gptq: $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmod
 	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/test_gptq.py tests/coalora/quant/test_packed_cache.py
 
 bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
-	for name in switch step memory search; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	for name in switch step memory search evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 	for name in neighbours allocation; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.recovery pydoc --seeds 1 --steps 50 --methods none shared ours "one LoRA each"
 

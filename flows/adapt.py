@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise CoaloraError("the output folder must be new or empty", got=options.out, remedy="name another folder")
     for name in ("bundle",) if options.no_base else artifacts:
-        if problems := Store().verify(artifacts[name]):
+        if problems := Store().problems(artifacts[name]):
             raise CoaloraError(
                 "the run's artifacts must be in the store",
                 got=f"{name}: {problems[0]}",

@@ -94,7 +94,7 @@ def _check(budgets: Sequence[float], max_length: int, stride: int, artifacts: di
     """Whatever can be told before a model is loaded."""
     windows(2, max_length, stride)
     for name, artifact in artifacts.items():
-        if problems := Store().verify(artifact):
+        if problems := Store().problems(artifact):
             raise CoaloraError(
                 "the run's artifacts must be in the store",
                 got=f"{name}: {problems[0]}",
