@@ -27,11 +27,11 @@ down: $(READY)   ## end what `make up` started
 status: $(READY) ## show how the stack is
 	$(BIN)/python -m infra.local status
 
-test: $(READY)   ## run the whole test suite
-	$(BIN)/python -m pytest --ignore tests/e2e --numprocesses 2 --dist loadfile
+test: $(READY)   ## run the test suite
+	$(BIN)/python -m pytest -m 'not servers' --numprocesses 2 --dist loadfile
 
-test-e2e: $(READY)   ## the real servers - scheduled, killed, resumed, registered, restored elsewhere (4 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e
+test-e2e: $(READY)   ## run the tests on real servers, to a run that is killed and reproduced elsewhere
+	$(BIN)/python -m pytest tests/e2e tests/flows tests/infra -m servers --numprocesses 2 --dist loadfile
 
 # Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.
 $(VENV)/gptq/.ready: $(READY) requirements-gptq.lock

@@ -15,6 +15,8 @@ from coalora.files import read_json
 from tests.e2e.site import PIPELINE, Site, site, trained_steps, wait_for_files, write_pipelines
 from tests.flows.checkout import Checkout, computed, reused
 
+pytestmark = pytest.mark.servers
+
 STEPS = 300
 DEPLOYMENT = f"pipeline/{PIPELINE}"
 

@@ -25,6 +25,8 @@ from tasks.store import MARKER
 from tests.flows.checkout import PROJECT, Checkout, computed
 from tests.servers import Server, free_port, prefect_server
 
+pytestmark = pytest.mark.servers
+
 STEPS = 300  # seconds, in which the cancellation arrives
 CHANGES = {
     "settings": {"training": {"initial_steps": STEPS}, "search": {"rounds": 1}, "evaluation": {"budgets": [2.75]}}

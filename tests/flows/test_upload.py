@@ -19,6 +19,8 @@ from tests.flows.checkout import Checkout, computed
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy, create_bucket, s3_server, set_credentials
 from tests.s3_server import fault_proxy as make_proxy
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[FaultProxy]:

@@ -19,6 +19,8 @@ from coalora.errors import CoaloraError
 from infra.local import Stack, main
 from infra.setup import set_up
 
+pytestmark = pytest.mark.servers
+
 FREE = {"prefect": 0, "mlflow": 0, "s3": 0}
 PUT_AND_GET = """
 import pathlib, sys, mlflow
