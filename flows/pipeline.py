@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ).parse_args(arguments)
     settings = load_settings(options.name, file=options.file, changes=options.changes)
     check_refresh(options.refresh)
-    preflight(settings, root=Path.cwd())
     check_server()
+    preflight(settings, root=Path.cwd())
     published = pipeline(name=options.name, settings=settings, refresh=options.refresh)
     show(published, settings)
     return 0
