@@ -68,10 +68,16 @@ def test_the_json_schema_builds_and_carries_descriptions_units_and_ranges() -> N
     schema = json.loads(json.dumps(Settings.model_json_schema()))
     search = schema["$defs"]["SearchSettings"]
     assert search["additionalProperties"] is False
-    assert search["properties"]["rounds"] | {"title": ""} == {
-        "default": 2, "description": "Search rounds, each followed by training.", "minimum": 0, "title": "",
-        "type": "integer",
+    assert search["properties"]["rounds"] == {
+        "default": 2, "description": "Search rounds, each followed by training. [at least 0]", "minimum": 0,
+        "title": "Rounds", "type": "integer",
     }  # fmt: skip
+    titles = {name: field.get("title") for name, field in schema["$defs"]["TrainingSettings"]["properties"].items()}
+    assert (titles["lr"], titles["batch_size"]) == ("Learning rate", "Batch size")
+    assert schema["$defs"]["InitialSetSettings"]["title"] == "Initial set"
+    ranges = {name: schema["$defs"]["EvaluationSettings"]["properties"][name]["description"].partition("[")[2]
+              for name in ("workers", "budgets", "harness_limit")}  # fmt: skip
+    assert ranges == {"workers": "at least 1, at most 64]", "budgets": "each above 0]", "harness_limit": "at least 1]"}
     assert schema["$defs"]["AdapterSettings"]["properties"]["lora_dropout"]["exclusiveMaximum"] == 1
     assert schema["required"] == ["model", "benchmark"]
     assert all("description" in field for part in schema["$defs"].values() for field in part["properties"].values())
