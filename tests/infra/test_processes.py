@@ -79,7 +79,7 @@ def test_a_process_that_never_gets_healthy_is_told_what_is_missing(tmp_path: Pat
     process = started(tmp_path)
     try:
         wait_for_log(tmp_path / "log")
-        with pytest.raises(CoaloraError, match=r"not healthy after 0 s \(no answer\).*awake"):
+        with pytest.raises(CoaloraError, match=r"(?s)not healthy after 0 s \(no answer\).*awake"):
             wait_until(lambda: "no answer", process, name="mlflow", log=tmp_path / "log", seconds=0.2)
     finally:
         stop(process)

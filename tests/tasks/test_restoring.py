@@ -139,7 +139,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, str, str,
         ids = [
             track_round.fn(
                 pipeline="tiny", settings=run.settings.model_copy(update={"tracking": tracking}), identity="0" * 64,
-                round_index=index, configurations=configurations, md5=hashlib.md5(set_bytes(run, index)).hexdigest(),
+                round_index=index, configurations=configurations, tables=run.calibrated.tables,
+                md5=hashlib.md5(set_bytes(run, index)).hexdigest(),
             )
             for index, configurations in enumerate(run.trained.sets)
         ]  # fmt: skip
