@@ -87,14 +87,14 @@ def kinds() -> Problem:
     if not file.is_file():
         configurations = everything(len(groups))
         print(f"measuring all {len(configurations)} configurations", flush=True)
-        np.save(file, _model_losses(setting)(spread(configurations, groups)), allow_pickle=False)
+        np.save(file, _model_losses()(spread(configurations, groups)), allow_pickle=False)
     return known(err, cost, np.load(file, allow_pickle=False))
 
 
 @cache
 def layers() -> Problem:
     """The decoder's whole space."""
-    setting, losses = _decoder(), _model_losses(_decoder())
+    setting, losses = _decoder(), _model_losses()
     seen: dict[tuple[int, ...], float] = {}
 
     def remembered(C: np.ndarray) -> np.ndarray:
@@ -128,7 +128,8 @@ def _decoder() -> Setting:
 
 
 @cache
-def _model_losses(setting: Setting) -> Callable[[np.ndarray], np.ndarray]:
+def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
+    setting = _decoder()
     tables = setting.tables
     recipe = AdapterRecipe(r=16, lora_alpha=16, expert_bits=3, expert_start="compensation")
     adapted = AdaptedModel(
