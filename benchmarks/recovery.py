@@ -66,6 +66,8 @@ ARMS: dict[str, Arm] = {
     "ours, adaptive": Arm("coa", _EXPERTS, {"sampling": "adaptive", "sampling_power": 2.0}, _HALF),
     "ours, sandwich": Arm("coa", _EXPERTS, {"sampling": "sandwich"}, _HALF),
     "ours, uniform": Arm("coa", _EXPERTS, {"sampling": "uniform"}, _HALF),
+    "ours, experts for all bits": Arm("coa", {**_EXPERTS, "expert_bits": 8}, objective=_HALF),
+    "ours, experts for all bits, uniform": Arm("coa", {**_EXPERTS, "expert_bits": 8}, {"sampling": "uniform"}, _HALF),
     "one LoRA each": Arm("shared", single=True),
     "one LoRA each + distillation": Arm("shared", objective=_HALF, single=True),
     "one LQ-LoRA each": Arm("lq-lora", single=True),
