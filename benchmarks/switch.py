@@ -70,7 +70,7 @@ def main() -> None:
     rounds = 9 if given.quick else 60
     device = default_device()
     names = ["MiniLM-L6"] if device.type == "cpu" else ["MiniLM-L6", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
-    rows = [measure(name, given.scheme, device, rounds, cache) for name in names for cache in (0, 256)]
+    rows = [measure(name, given.scheme, device, rounds, cache) for name in names for cache in (0, 256, 512)]
     title = "switch" if given.scheme == "nf" else f"switch-{given.scheme}"
     report(title, rows, notes="" if device.type == "cuda" else "Rows of larger models await a GPU.")
 
