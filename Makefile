@@ -31,7 +31,7 @@ test: $(READY)   ## run the test suite
 	$(BIN)/python -m pytest -m 'not servers' --numprocesses 2 --dist loadfile
 
 test-e2e: $(READY)   ## run the tests on real servers, to a run that is killed and reproduced elsewhere
-	$(BIN)/python -m pytest tests/e2e tests/flows tests/infra -m servers --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/e2e tests/flows tests/infra tests/tasks -m servers --numprocesses 2 --dist loadfile
 
 # Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.
 $(VENV)/gptq/.ready: $(READY) requirements-gptq.lock

@@ -22,6 +22,8 @@ from tasks.shared_lease import Lease, read_lease
 from tasks.store import Artifact, Store
 from tests.tasks.stores import Traced, s3_server, until
 
+pytestmark = pytest.mark.servers
+
 CALLS: list[str] = []
 
 

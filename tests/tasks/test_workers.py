@@ -25,6 +25,8 @@ from tests.tasks.stores import ROOT
 from tests.tasks.worker_stages import on_worker
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
+pytestmark = pytest.mark.servers
+
 NEEDS = {"processes": "torch", "dask": "distributed", "ray": "ray"}
 
 

@@ -19,6 +19,8 @@ from tasks.s3.errors import StorageError, StorageRefused, StorageUnavailable
 from tasks.settings_storage import StorageSettings
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy
 
+pytestmark = pytest.mark.servers
+
 MIB = 1 << 20
 
 

@@ -19,6 +19,8 @@ from tasks.s3.publication import publish
 from tasks.s3.retrieval import DOWNLOAD, Retrieval, retrieve
 from tests.s3_server import FaultProxy
 
+pytestmark = pytest.mark.servers
+
 MIB = 1 << 20
 
 
