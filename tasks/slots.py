@@ -69,6 +69,8 @@ def told_of_waiting(what: str, tags: Iterable[str], begun: Callable[[], bool]) -
             if waited >= next_word:
                 told = _say_if_full(what, limited, logger, f" for {format_seconds(waited)}") or told
                 next_word = waited + _REPEAT
+        if told and begun():  # it began and ended between two looks
+            logger.info("%s: got a slot after %s", what, format_seconds(time.monotonic() - started))
 
     watcher = threading.Thread(target=watch, name="coalora-slots", daemon=True)
     watcher.start()
