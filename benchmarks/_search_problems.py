@@ -24,6 +24,7 @@ from benchmarks._settings import CACHE, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import score_configurations
+from coalora.files import read_json, write_json
 from coalora.search.allocation import allocate
 from coalora.search.hypervolume import hypervolume
 from coalora.train.loop import TrainingRecipe, train
@@ -81,14 +82,14 @@ def synthetic(seed: int) -> Problem:
 @cache
 def kinds() -> Problem:
     """The decoder's choices by kind of layer; all losses are measured once and kept."""
-    setting, groups, file = _decoder(), _groups(_decoder()), CACHE / f"search-kinds-{_decoder().identity[:12]}.npy"
+    setting, groups, file = _decoder(), _groups(_decoder()), CACHE / f"search-kinds-{_decoder().identity[:12]}.json"
     err = np.stack([setting.tables.err[group].sum(axis=0) for group in groups])
     cost = np.stack([setting.tables.bits[group].sum(axis=0) for group in groups])
     if not file.is_file():
         configurations = everything(len(groups))
         print(f"measuring all {len(configurations)} configurations", flush=True)
-        np.save(file, _model_losses()(spread(configurations, groups)), allow_pickle=False)
-    return known(err, cost, np.load(file, allow_pickle=False))
+        write_json(file, _model_losses()(spread(configurations, groups)).tolist())
+    return known(err, cost, np.array(read_json(file)))
 
 
 @cache

@@ -13,7 +13,7 @@ from coalora.models.quantized import check_configuration
 from coalora.quant.scheme import Choice, Scheme
 from coalora.quant.space import MIXED, ChoiceSpace
 
-_SET_FORMAT = "coalora-configurations/1"
+SET_FORMAT = "coalora-configurations/1"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ConfigurationSet:
         position = {k: i for i, k in enumerate(used)}
         bits = tables.average_bits(self.configurations)
         return {
-            "format": _SET_FORMAT,
+            "format": SET_FORMAT,
             "scheme": tables.space.scheme_name,
             "base_digest": tables.base_digest,
             "layers": [layer.name for layer in tables.layers],
@@ -83,8 +83,8 @@ class ConfigurationSet:
             CoaloraError: another format, scheme, layers or base model than that of `tables`; a choice outside of its
                 space; a member that does not give every layer one of the listed choices.
         """
-        if content.get("format") != _SET_FORMAT:
-            raise CoaloraError("not a configuration set", got=f"format {content.get('format')}", expected=_SET_FORMAT)
+        if content.get("format") != SET_FORMAT:
+            raise CoaloraError("not a configuration set", got=f"format {content.get('format')}", expected=SET_FORMAT)
         layers = [layer.name for layer in tables.layers]
         if content.get("layers") != layers or content.get("scheme") != tables.space.scheme_name:
             raise CoaloraError(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,36 @@ def read_header(path: Path) -> Any:
         return json.loads((file.metadata() or {}).get(_HEADER, "null"))
 
 
+def json_bytes(content: object) -> bytes:
+    """Canonical JSON: sorted keys, two spaces, a newline at the end. ValueError for NaN, TypeError for no JSON."""
+    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, content: object) -> None:
-    """Canonical JSON: sorted keys, two spaces, a newline at the end; NaN is refused."""
-    path.write_text(json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Write canonical JSON."""
+    path.write_bytes(json_bytes(content))
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replace a file in one step: a reader sees the old content or the new, and never what a link points to is written.
+
+    Args:
+        durable: the bytes are on the disk before the file has its name.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_bytes(content)
+        if durable:
+            to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with suppress(OSError), path.open("rb") as file:  # a file system that cannot is left to its own ways
+        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:

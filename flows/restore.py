@@ -10,11 +10,11 @@ python -m flows.pipeline demo --set initial_set.file=FILE
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from coalora.errors import CoaloraError
+from coalora.files import replace_file
 from flows.cli import log_to_terminal, run_command
 
 
@@ -60,12 +60,7 @@ def write_new(path: Path, content: bytes) -> None:
             return
         raise CoaloraError("a file that exists is not overwritten", got=path, remedy="name another one, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, content)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from coalora.files import file_sha256
+
 Scalar = bool | int | float | str | None
+MANIFEST = "manifest.json"  # lists an artifact's files; written last
 
 
 class Artifact(BaseModel):
@@ -73,10 +76,10 @@ def files_below(folder: Path) -> dict[str, Path]:
     return found
 
 
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def content_digest(entries: list[FileEntry]) -> str:
     return hashlib.sha256(json.dumps(sorted(entries), separators=(",", ":")).encode()).hexdigest()
+
+
+def artifact_folder(digest: str) -> str:
+    """Folder of an artifact below the store's, on disk and in S3 alike."""
+    return f"{digest[:2]}/{digest}"

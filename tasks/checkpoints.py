@@ -6,6 +6,7 @@ How often it is written is a setting of the run (`stages.checkpoint_seconds`), n
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
-from coalora.files import read_json
-from coalora.train.checkpoint import Checkpoints, write_atomically
+from coalora.files import read_json, replace_file
+from coalora.train.checkpoint import Checkpoints
 from tasks.environment import coalora_home
 from tasks.progress import get_logger
 
@@ -127,7 +128,7 @@ class Memo:
         if self._place is None or not self.values:
             return
         self._place.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file, self.values)
+        replace_file(self._file, json.dumps(self.values).encode(), durable=True)
         self._saved_at = time.monotonic()
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from coalora.errors import CoaloraError
 from tasks.progress import format_seconds, get_logger
+from tasks.tracking_values import one_line, scrub_text
 
 LOCK_TIMEOUT_SECONDS = 600.0
 _T = TypeVar("_T")
@@ -55,7 +56,7 @@ def with_repository(
             if time.monotonic() >= deadline:
                 raise CoaloraError(
                     "one DVC command works in a checkout at a time",
-                    got=f"another one has held its lock for {format_seconds(timeout_seconds)}: {_line(error)}",
+                    got=f"another one has held its lock for {format_seconds(timeout_seconds)}: {one_line(error)}",
                     remedy=f"wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
                     "finished stages are kept",
                 ) from error
@@ -63,6 +64,21 @@ def with_repository(
                 get_logger().info("waiting for another DVC command in %s to end", root)
                 told = True
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+
+def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, rule: str, remedy: str) -> _T:
+    """`with_repository` for what asks a remote, whose file system raises errors of its own library.
+
+    Raises:
+        CoaloraError: with this rule and remedy where the remote fails; else as `with_repository`.
+    """
+    try:
+        return with_repository(root, command, do)
+    except CoaloraError:
+        raise
+    except Exception as error:
+        got = scrub_text(f"{type(error).__name__}: {one_line(error)}")[:300]
+        raise CoaloraError(rule, got=got, remedy=remedy) from error
 
 
 def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
@@ -86,25 +102,21 @@ def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
     except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
         raise CoaloraError(
             "DVC's record of running commands must be readable",
-            got=_line(error),
+            got=one_line(error),
             remedy=f"when no DVC command runs, delete {root / '.dvc/tmp/rwlock'} and run again: it holds nothing else",
         ) from error
     except (ParseError, YAMLValidationError) as error:
         raise CoaloraError(
             "dvc.lock and the .dvc files must be whole",
-            got=_line(error),
+            got=one_line(error),
             remedy="resolve what git could not merge in it (`git checkout --theirs dvc.lock`, or delete the file: "
             "`dvc repro` writes it anew without computing anything that is cached)",
         ) from error
     except (DvcException, SCMError) as error:
         raise CoaloraError(
             "DVC refused",
-            got=_line(error),
+            got=one_line(error),
             remedy=f"see what `{command}` says in {root}, or set versioning.enabled=false",
         ) from error
     finally:
         logger.setLevel(level)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

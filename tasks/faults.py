@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What libraries make of the same faults in errors of their own (safetensors, Arrow).
 _FULL_WORDS = ("No space left on device", "StorageFull", "Disk quota exceeded")
-_LOCKED_WORDS = ("database is locked", "database table is locked")
+LOCKED = re.compile(r"database (table )?is locked", re.IGNORECASE)  # SQLite
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def database_faults() -> Iterator[None]:
     except CoaloraError:
         raise
     except Exception as error:
-        if not any(words in str(error) for words in _LOCKED_WORDS):
+        if not LOCKED.search(str(error)):
             raise
         raise CoaloraError(
             "the database of runs is free within the time that its clients wait for it",

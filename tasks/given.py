@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 
 from coalora.calibrate.tables import CalibrationTables
-from coalora.configurations import ConfigurationSet
+from coalora.configurations import SET_FORMAT, ConfigurationSet
 from coalora.errors import CoaloraError
 from coalora.files import read_json
 from tasks.engine import stage
 from tasks.loaders import load_tables, put_set
 from tasks.store import Artifact
-
-FORMAT = "coalora-configurations/1"
 
 
 @stage("given-set")
@@ -71,7 +69,7 @@ def read_set_file(file: str | Path) -> dict[str, Any]:
         content = read_json(path)
     except ValueError as error:
         raise _damaged(f"{path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != SET_FORMAT:
         form = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise _damaged(f"{path} of the form {form}")
     return content
@@ -81,6 +79,6 @@ def _damaged(got: str) -> CoaloraError:
     return CoaloraError(
         "a configuration set is JSON as every search round writes it",
         got=got,
-        expected=f"format {FORMAT}",
+        expected=f"format {SET_FORMAT}",
         remedy="take a file round-*.json of configurations/, or bring one back with `python -m flows.restore`",
     )

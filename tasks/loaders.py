@@ -29,6 +29,7 @@ MODEL = "model"
 TABLES = "tables.safetensors"
 STATISTICS = "statistics.safetensors"
 SET = "configurations.json"
+ROUND = "round.json"  # beside the set that a search round made
 SELECTED = "selected.json"
 
 

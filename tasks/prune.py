@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.files import read_json
-from tasks.artifacts import files_below
+from tasks.artifacts import artifact_folder, files_below
 from tasks.checkpoints import checkpoints_folder
 from tasks.journal import Journal, Used, journals
 from tasks.loaders import SET
@@ -118,7 +118,7 @@ def _records(results: Path, store: Store, used: Used, going: set[str], older_tha
         digest = _recorded_digest(file)
         if digest is None:
             yield Garbage("record", file, file.stat().st_size, _age(file), "unreadable")
-        elif digest in going or not (store.folder / digest[:2] / digest).is_dir():
+        elif digest in going or not (store.folder / artifact_folder(digest)).is_dir():
             yield Garbage("record", file, file.stat().st_size, _age(file), "of an artifact that goes or is gone")
 
 

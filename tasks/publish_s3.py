@@ -12,6 +12,7 @@ from coalora.errors import CoaloraError
 from tasks.progress import get_logger
 from tasks.settings import TrackingSettings
 from tasks.settings_storage import StorageSettings
+from tasks.tracking_values import one_line
 
 if TYPE_CHECKING:
     from tasks.s3.publication import Publication
@@ -58,7 +59,7 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
     except MlflowException as error:
         raise CoaloraError(
             "the run that is published is known to MLflow, whose versions are tagged with the address",
-            got=f"run {run_id}: {' '.join(str(error).split())[:200]}",
+            got=f"run {run_id}: {one_line(error)[:200]}",
             remedy=f"{address} is whole; to tag the versions, too, call flows.upload where the pipeline ran",
         ) from error
     return sorted(f"{version.name} version {version.version}" for version in versions)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from coalora.errors import CoaloraError
-from coalora.files import read_json
+from coalora.files import json_bytes, read_json
 from tasks.store import MARKER
 
 
@@ -67,8 +67,7 @@ def references_of(root: Path, tracking_uris: set[str]) -> References:
 
 def set_md5(payload: Any) -> str:
     """MD5 under which DVC keeps a configuration set (`tasks.versioning.write_set`)."""
-    text = json.dumps(payload, sort_keys=True, indent=2, allow_nan=False) + "\n"
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    return hashlib.md5(json_bytes(payload), usedforsecurity=False).hexdigest()
 
 
 def _run_folder(file: Path, found: References, uris: set[str]) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 
+from coalora.configurations import SET_FORMAT
 from coalora.errors import CoaloraError
-from tasks.dvc_repository import initialised, with_repository
-from tasks.given import FORMAT
+from tasks.dvc_repository import initialised, with_remotes
 from tasks.loaders import SET
-from tasks.tracking_values import scrub_text
+from tasks.tracking_values import one_line, scrub_text
 from tasks.versioning import FOLDER
 
 _ROUND = re.compile(r"round-(\d{2,})\.json")
@@ -60,7 +60,7 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
     except MlflowException as error:
         raise CoaloraError(
             "MLflow must know the run",
-            got=f"run {run_id} at {scrub_text(tracking_uri)}: {_line(error)}",
+            got=f"run {run_id} at {scrub_text(tracking_uri)}: {scrub_text(one_line(error))[:300]}",
             remedy="copy the id from MLflow's page of the run, and name the server with --tracking-uri",
         ) from error
     if not rounds:
@@ -76,7 +76,7 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
         if md5 is None:
             raise CoaloraError(
                 "the run's artifact must still be there",
-                got=f"{source}: {_line(error)}",
+                got=f"{source}: {scrub_text(one_line(error))[:300]}",
                 remedy="the set was not versioned with DVC either (versioning.enabled=false): run the pipeline again",
             ) from error
         content, source = _by_md5(md5, root), f"DVC, by the md5 that {source} names"
@@ -168,16 +168,13 @@ def _by_md5(md5: str, root: Path) -> bytes:
 
 
 def _asking_remotes(root: Path, command: str, do: Callable[[Any], Any]) -> Any:
-    try:
-        return with_repository(root, command, do)
-    except CoaloraError:
-        raise
-    except Exception as error:  # file systems of remotes raise errors of their own libraries
-        raise CoaloraError(
-            "DVC's remote must be readable",
-            got=f"{type(error).__name__}: {_line(error)}",
-            remedy="see what `dvc pull` says (`dvc remote list`, credentials, network)",
-        ) from error
+    return with_remotes(
+        root,
+        command,
+        do,
+        rule="DVC's remote must be readable",
+        remedy="see what `dvc pull` says (`dvc remote list`, credentials, network)",
+    )
 
 
 def _not_in_dvc(what: str) -> CoaloraError:
@@ -201,9 +198,9 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
     try:
         form = json.loads(content)["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CoaloraError("a configuration set is JSON", got=f"{source}: {error!r}", expected=FORMAT) from error
-    if form != FORMAT:
-        raise CoaloraError("the set is of this version's form", got=f"{form} from {source}", expected=FORMAT)
+        raise CoaloraError("a configuration set is JSON", got=f"{source}: {error!r}", expected=SET_FORMAT) from error
+    if form != SET_FORMAT:
+        raise CoaloraError("the set is of this version's form", got=f"{form} from {source}", expected=SET_FORMAT)
     return RestoredSet(content, round_index, source)
 
 
@@ -220,7 +217,3 @@ def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
         return list(fs.ls(folder, detail=True))
     except FileNotFoundError:
         return []
-
-
-def _line(error: BaseException) -> str:
-    return scrub_text(" ".join(str(error).split()))[:300]

@@ -21,12 +21,10 @@ from coalora.search.surrogate import Surrogate
 from tasks.adapted import build_adapted
 from tasks.checkpoints import Memo
 from tasks.engine import stage
-from tasks.loaders import SET, BaseModel, load_benchmark, load_set, load_tables
+from tasks.loaders import ROUND, SET, BaseModel, load_benchmark, load_set, load_tables
 from tasks.progress import Progress
 from tasks.settings import AdapterSettings, RuntimeSettings, SearchSettings
 from tasks.store import Artifact, Scalar, Store
-
-ROUND = "round.json"
 
 
 @stage("search", tags=("gpu",))

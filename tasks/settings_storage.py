@@ -15,14 +15,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from coalora.errors import CoaloraError
 from tasks.settings_data import Section
 
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # names that S3 allows
+
 
 class StorageSettings(Section):
     """S3: whether a run is published there, and how the server is reached."""
 
     publish: bool = Field(False, description="Publish adapters, packed bases, bundle and report of a run to S3.")
-    bucket: str | None = Field(
-        None, pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", description="Bucket; it must exist already."
-    )
+    bucket: str | None = Field(None, pattern=f"^{BUCKET}$", description="Bucket; it must exist already.")
     prefix: str = Field("", description="Start of every key in the bucket, for example team/coalora.")
     endpoint_url: str | None = Field(
         None, description="Server, for example http://127.0.0.1:9000; by default AWS_ENDPOINT_URL_S3, else AWS itself."

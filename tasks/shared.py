@@ -18,15 +18,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
-from tasks.artifacts import Artifact, FileEntry, content_digest
+from tasks.artifacts import MANIFEST, Artifact, FileEntry, artifact_folder, content_digest
 from tasks.environment import STORE_VARIABLE
 from tasks.progress import get_logger
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
 from tasks.settings_storage import StorageSettings
 from tasks.shared_lease import TTL_SECONDS, Lease
-
-MANIFEST = "manifest.json"
 
 
 class SharedStore:
@@ -105,7 +103,7 @@ class SharedStore:
 
 def file_name(digest: str, path: str) -> str:
     """Name of an artifact's file, below the prefix."""
-    return f"store/{digest[:2]}/{digest}/{path}"
+    return f"store/{artifact_folder(digest)}/{path}"
 
 
 def record_name(cache_key: str) -> str:

@@ -20,12 +20,11 @@ from prefect.context import FlowRunContext
 
 from coalora.calibrate.costs import UNITS
 from coalora.files import read_json
-from tasks.loaders import SET
+from tasks.loaders import ROUND, SET
 from tasks.progress_artifact import artifact_key
 from tasks.report.rounds import fronts_png
-from tasks.report.schema import Cost, Round
+from tasks.report.schema import Cost, Round, loss_unit
 from tasks.report.table import number, signed
-from tasks.search import ROUND
 from tasks.settings import BenchmarkSettings, Settings
 from tasks.store import Artifact, Store
 
@@ -114,7 +113,7 @@ def round_markdown(
         members: of the set after the round.
         url: of the round's MLflow run, or the command that shows it; empty where there is neither.
     """
-    unit = UNITS[settings.cost.kind]
+    unit, unit_of_loss = UNITS[settings.cost.kind], _loss_unit(settings.benchmark)
     bits = [member["average_bits"] for member in members]
     spread = f"{len(members)} configurations from {min(bits):.2f} to {max(bits):.2f} average bits"
     see = ["", f"In MLflow: {_link(f'round {round_index}', url)}"] if url else []
@@ -123,7 +122,7 @@ def round_markdown(
         return "\n".join([*lines, f"The initial set: {spread}.", *see])
     now = rounds[-1]
     lines += [
-        _picture(fronts_png(rounds, _cost(settings), loss_unit(settings.benchmark)), f"Fronts up to round {now.round}"),
+        _picture(fronts_png(rounds, _cost(settings), unit_of_loss), f"Fronts up to round {now.round}"),
         "",
         f"{spread}; {len(now.front)} of them on the front. {now.n_accepted} of {now.n_candidates} candidates accepted.",
         "",
@@ -135,7 +134,7 @@ def round_markdown(
         f"{signed(at.hypervolume_after - at.hypervolume_before)} | {at.n_accepted} of {at.n_candidates} |"
         for at in rounds
     ]
-    lines += ["", f"| {unit.label} | loss, {loss_unit(settings.benchmark)} ↓ |", "| ---: | ---: |"]
+    lines += ["", f"| {unit.label} | loss, {unit_of_loss} ↓ |", "| ---: | ---: |"]
     lines += [f"| {cost:.3f} | {loss:.4f} |" for loss, cost in _front(now)]
     return "\n".join([*lines, *see])
 
@@ -147,10 +146,8 @@ def mlflow_url(settings: Settings, run_id: str) -> str:
     return open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri).url_hint(run_id)
 
 
-def loss_unit(benchmark: BenchmarkSettings) -> str:
-    if benchmark.task == "language-modeling":
-        return "nats per token"
-    return "squared error" if benchmark.num_labels == 1 else "nats per example"
+def _loss_unit(benchmark: BenchmarkSettings) -> str:
+    return loss_unit(benchmark.task, squared=benchmark.num_labels == 1)
 
 
 def _round(configurations: Artifact) -> Round:

@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
-from tasks.artifacts import Artifact, FileEntry, Scalar, content_digest, file_sha256, files_below
+from coalora.files import file_sha256, json_bytes, replace_file
+from tasks.artifacts import MANIFEST, Artifact, FileEntry, Scalar, artifact_folder, content_digest, files_below
 from tasks.environment import STORE_VARIABLE, coalora_home
 from tasks.faults import disk_faults
 from tasks.locks import FileLock, wait_for
-from tasks.store_materialize import MARKER, copy_out, damaged, write_json
+from tasks.store_materialize import MARKER, copy_out, damaged
 from tasks.store_workspace import workspace
 
 if TYPE_CHECKING:
     from tasks.shared import SharedStore
 
 __all__ = ["MANIFEST", "MARKER", "Artifact", "FileEntry", "Scalar", "Store"]
-
-MANIFEST = "manifest.json"
 
 
 class Store:
@@ -61,7 +60,7 @@ class Store:
 
     def place(self, artifact: Artifact) -> Path:
         """Folder of the artifact's files, whether or not it is there."""
-        return self.folder / artifact.digest[:2] / artifact.digest
+        return self.folder / artifact_folder(artifact.digest)
 
     def path(self, artifact: Artifact) -> Path:
         """Folder of the artifact's files (read only); downloaded from the shared store where it is not here.
@@ -227,7 +226,7 @@ class Store:
 
     def _finish(self, work: Path, artifact: Artifact, entries: list[FileEntry]) -> None:
         """Write the manifest of a workspace's files and give the folder its name."""
-        write_json(work / MANIFEST, {"digest": artifact.digest, "files": entries})
+        replace_file(work / MANIFEST, json_bytes({"digest": artifact.digest, "files": entries}))
         for name in [MANIFEST, *(entry.path for entry in entries)]:
             (work / name).chmod(0o444)
         final = self.place(artifact)

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from coalora.errors import CoaloraError
+from coalora.files import json_bytes, replace_file
 from tasks.artifacts import Artifact, FileEntry, files_below
 
 MARKER = ".coalora-artifact"
@@ -34,7 +35,7 @@ def copy_out(
         return target
     target.mkdir(parents=True, exist_ok=True)
     # Ours from here on: a copy that is killed can be taken up again.
-    write_json(target / MARKER, {**state, "complete": False})
+    replace_file(target / MARKER, json_bytes({**state, "complete": False}))
     for name in set(present) - whole:
         present[name].unlink()
     for folder, _, _ in os.walk(target, topdown=False):
@@ -42,7 +43,7 @@ def copy_out(
             Path(folder).rmdir()
     for name in sorted(set(wanted) - whole):
         _copy(source / name, target / name, wanted[name], artifact)
-    write_json(target / MARKER, state)
+    replace_file(target / MARKER, json_bytes(state))
     return target
 
 
@@ -100,9 +101,3 @@ def damaged(artifact: Artifact, problems: list[str]) -> CoaloraError:
         got=f"{artifact.kind} {artifact.digest[:12]}: {'; '.join(problems)}",
         remedy="run the pipeline again: the stage that made it rebuilds it",
     )
-
-
-def write_json(path: Path, content: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from coalora.errors import CoaloraError
+from tasks.faults import LOCKED
 from tasks.progress import get_logger
 from tasks.tracking_values import scrub_text
 
@@ -22,7 +23,6 @@ T = TypeVar("T")
 AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"
 DELAYS = (1.0, 2.0, 4.0)  # seconds; MLflow lets SQLite wait 20 at each try
 
-_LOCKED = re.compile(r"database (table )?is locked", re.IGNORECASE)
 _FULL = re.compile(r"database or disk is full|No space left on device", re.IGNORECASE)
 _AWAY = re.compile(
     r"Max retries exceeded|Connection refused|Connection aborted|RemoteDisconnected|Read timed out|NameResolutionError"
@@ -70,7 +70,7 @@ def patiently(fn: Callable[[], T], uri: str, *, delays: tuple[float, ...] = DELA
         except CoaloraError:
             raise
         except Exception as error:
-            if delay is not None and _LOCKED.search(_chain(error)):
+            if delay is not None and LOCKED.search(_chain(error)):
                 get_logger().warning("MLflow's database is locked: next try in %g s", delay)
                 time.sleep(delay)
                 continue
@@ -84,7 +84,7 @@ def patiently(fn: Callable[[], T], uri: str, *, delays: tuple[float, ...] = DELA
 def explanation(error: BaseException, uri: str) -> CoaloraError | None:
     """What to do about an error of MLflow's; None where it is none of the known faults."""
     text, where = _chain(error), scrub_text(uri)
-    if _LOCKED.search(text):
+    if LOCKED.search(text):
         return CoaloraError(
             "MLflow's database takes writes",
             got=f"{where} is locked by another process",

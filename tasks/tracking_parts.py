@@ -6,23 +6,23 @@ the slash, as MLflow's page shows them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from coalora.calibrate.costs import budget_name
 from coalora.data.benchmark import SPLITS, Benchmark
 from coalora.files import read_json
 from tasks.adapted import HISTORY
-from tasks.loaders import SET, TABLES, load_benchmark, load_set, load_tables
+from tasks.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
 from tasks.report.curves import curves_figure
 from tasks.report.heatmap import heatmap_figure
-from tasks.report.round import figure_png, round_figure, round_rows
+from tasks.report.round import round_figure, round_rows
 from tasks.report.rounds import rounds_figure
+from tasks.report.style import figure_png
 from tasks.results import RESULT
 from tasks.store import Artifact, Store
 from tasks.tracking_run import TrackedRun
 
-ROUND = "round.json"
 CONTEXTS = {"train": "training", "search": "search", "validation": "evaluation"}
 SEARCHED = ("n_candidates", "n_accepted", "surrogate_error", "hypervolume_before", "hypervolume_after")
 
@@ -96,23 +96,17 @@ def _log_set(parent: TrackedRun, child: TrackedRun, configurations: Artifact, ta
 
 
 def _log_training(run: TrackedRun, method: str, state: Artifact) -> None:
+    """Loss and learning rate by step; charts of one quantity stand beside each other, a chart for each method."""
     file = Store().path(state) / HISTORY
     rows = read_json(file) if file.is_file() else []
-    log_curve(run, method, rows)
-
-
-def log_curve(run: TrackedRun, method: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Loss and learning rate by step; charts of one quantity stand beside each other, a chart for each method."""
     points = [{"step": row["step"], f"loss/{method}": row["loss"], f"lr/{method}": row["lr"]} for row in rows]
     run.log_history(points, "train/")
 
 
 def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
-    """What the report says: curves, hypervolumes, numbers by budget and method, seconds by stage, figures, files."""
+    """What the report says: hypervolumes, numbers by budget and method, seconds by stage, figures, files."""
     folder = Store().path(report)
     result = read_json(folder / RESULT)
-    for method, rows in result["curves"].items():
-        log_curve(run, method, rows)
     metric = result["benchmark"]["metric"]
     for method in result["arms"]:
         summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}

@@ -8,8 +8,6 @@ and are never called.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +17,8 @@ from typing import Any
 import yaml
 
 from coalora.errors import CoaloraError
-from tasks.dvc_repository import initialised, with_repository
-from tasks.tracking_values import scrub_text
+from coalora.files import json_bytes, replace_file
+from tasks.dvc_repository import initialised, with_remotes, with_repository
 
 FOLDER = "configurations"
 
@@ -57,14 +55,13 @@ def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root:
         raise CoaloraError("rounds are counted from 0", got=round_index)
     path = _folder(pipeline, root) / f"round-{round_index:02d}.json"
     try:
-        text = json.dumps(payload, sort_keys=True, indent=2, allow_nan=False) + "\n"
+        content = json_bytes(payload)
     except (TypeError, ValueError) as error:
         raise CoaloraError("a configuration set is JSON without NaN or infinity", got=str(error)) from error
-    content = text.encode()
     if path.is_file() and path.read_bytes() == content:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, content)
+    replace_file(path, content)
     return path
 
 
@@ -112,17 +109,14 @@ def push_file(record: DvcRecord, repo_root: Path) -> None:
     """
     root = initialised(repo_root)
     target = str(root / record.dvc_file)
-    try:
-        with_repository(root, f"dvc push {record.dvc_file}", lambda repo: repo.push([target]))
-    except CoaloraError:
-        raise
-    except Exception as error:  # file systems of remotes raise errors of their own libraries
-        raise CoaloraError(
-            "DVC's remote must take what is pushed",
-            got=scrub_text(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300],
-            remedy=f"see what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
-            "versioning.push=false",
-        ) from error
+    with_remotes(
+        root,
+        f"dvc push {record.dvc_file}",
+        lambda repo: repo.push([target]),
+        rule="DVC's remote must take what is pushed",
+        remedy=f"see what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
+        "versioning.push=false",
+    )
 
 
 def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
@@ -195,14 +189,5 @@ def _tag(dvc_file: Path, tags: Mapping[str, str | int]) -> None:
         return
     content = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))
     content["outs"][0]["meta"] = dict(tags)
-    _replace(dvc_file, yaml.safe_dump(content, sort_keys=False).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replaced, never written through: with DVC's link types a file can be a link into the cache."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # Replaced, never written through: with DVC's link types a file can be a link into the cache.
+    replace_file(dvc_file, yaml.safe_dump(content, sort_keys=False).encode())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -43,13 +42,9 @@ from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.client.schemas.sorting import LogSort
 from prefect.states import Cancelling
 
+from infra.processes import free_port
+
 _PREFECT = (sys.executable, "-m", "prefect")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def end(process: subprocess.Popen[Any], *, patience: float = 20.0, number: int = signal.SIGTERM) -> None:

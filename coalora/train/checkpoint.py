@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coalora.files import file_sha256, read_json, read_tensors, write_tensors
+from coalora.files import file_sha256, read_json, read_tensors, replace_file, to_disk, write_tensors
 
 CHECKPOINT = "checkpoint.json"
 # Writing takes at most this share of the time.
@@ -84,7 +84,7 @@ class Checkpoints:
         part = self.folder / f"{name}.part"
         try:
             write_tensors(part, tensors)
-            _to_disk(part)
+            to_disk(part)
             os.replace(part, self.folder / name)
         finally:
             part.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ class Checkpoints:
             "records": checkpoint.records,
             "pending": [step for step, _ in checkpoint.pending],
         }
-        write_atomically(self.folder / CHECKPOINT, content)
+        replace_file(self.folder / CHECKPOINT, json.dumps(content).encode(), durable=True)
         for other in self.folder.glob("*.safetensors*"):
             if other.name != name:
                 other.unlink(missing_ok=True)
@@ -134,17 +134,6 @@ class _Unusable(Exception):
     pass
 
 
-def write_atomically(path: Path, content: object) -> None:
-    """Replace a JSON file in one step: a reader sees the old content or the new."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_text(json.dumps(content), encoding="utf-8")
-        _to_disk(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Signals whose handlers would raise (an interrupt, a cancellation, a time limit) wait until the block is done.
@@ -169,8 +158,3 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(replaced, handler)
         for received, frame in caught:
             handlers[received](received, frame)
-
-
-def _to_disk(path: Path) -> None:
-    with suppress(OSError), path.open("rb") as file:  # a file system that cannot is left to its own ways
-        os.fsync(file.fileno())

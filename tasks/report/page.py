@@ -21,7 +21,7 @@ from tasks.report.front import front_figure
 from tasks.report.heatmap import heatmap_figure
 from tasks.report.rounds import rounds_figure
 from tasks.report.schema import Budget, Result, as_result
-from tasks.report.style import PALETTE, arm_key, bits_color, style, themed_svg
+from tasks.report.style import PALETTE, arm_key, bits_color, figure_png, themed_svg
 from tasks.report.table import (
     best_arms,
     budget_table,
@@ -53,16 +53,7 @@ def write_report(result: Result | Mapping[str, Any], folder: str | Path) -> Repo
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = ReportFiles(folder / "front.png", folder / "report.html")
-    figure = front_figure(result)
-    with style():
-        figure.savefig(
-            files.front_png,
-            format="png",
-            dpi=150,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Software": None},
-        )
+    files.front_png.write_bytes(figure_png(front_figure(result), dpi=150, pad_inches=0.15))
     files.html.write_text(html, encoding="utf-8")
     return files
 

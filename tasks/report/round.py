@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -48,14 +47,6 @@ def round_figure(members: ConfigurationSet, measured: CalibrationTables, record:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, labelcolor=MUTED)
     return figure
-
-
-def figure_png(figure: Figure) -> bytes:
-    """The picture's bytes, the same for the same picture."""
-    with BytesIO() as stream:
-        with style():
-            figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
-        return stream.getvalue()
 
 
 def round_rows(members: ConfigurationSet, measured: CalibrationTables) -> list[dict[str, Any]]:

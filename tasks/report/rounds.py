@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from tasks.report.style import (
     Label,
     empty_figure,
     end_labels,
+    figure_png,
     new_figure,
     panel_title,
     style,
@@ -49,12 +49,10 @@ def rounds_figure(result: Result | Mapping[str, Any]) -> Figure:
 
 def fronts_png(rounds: Sequence[Round], cost: Cost, loss_unit: str) -> bytes:
     """The fronts of rounds as a PNG of about 40 kB, for where a page cannot go."""
-    buffer = io.BytesIO()
     with style():
         figure = new_figure(7.2, 3.8)
         _fronts_panel(figure.subplots(), rounds, cost, loss_unit)
-        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_png(figure, dpi=110, pad_inches=0.12)
 
 
 def _volume_panel(ax: Axes, result: Result) -> None:

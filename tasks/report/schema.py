@@ -242,14 +242,19 @@ class Result(_Part):
     @property
     def loss_unit(self) -> str:
         """The loss is mean cross-entropy (of a token for a language model, else of an example) or squared error."""
-        if self.benchmark.metric in ("pearson", "spearman"):
-            return "squared error"
-        return "nats per token" if self.benchmark.task == "language-modeling" else "nats per example"
+        return loss_unit(self.benchmark.task, squared=self.benchmark.metric in ("pearson", "spearman"))
 
     @property
     def arrow(self) -> str:
         """The direction in which the metric improves."""
         return "↑" if self.benchmark.higher_is_better else "↓"
+
+
+def loss_unit(task: str, *, squared: bool) -> str:
+    """What a loss counts. `squared`: of numbers and not of classes."""
+    if task == "language-modeling":
+        return "nats per token"
+    return "squared error" if squared else "nats per example"
 
 
 def _same_arms(where: str, got: Iterable[str], arms: Iterable[str]) -> None:

@@ -206,6 +206,19 @@ def tip(text: str) -> str:
     return "tip:" + text
 
 
+def figure_png(figure: Figure, *, dpi: int = 130, pad_inches: float | None = None) -> bytes:
+    """The picture's bytes, the same for the same picture.
+
+    Args:
+        pad_inches: margin around what is drawn; None keeps the figure's size.
+    """
+    buffer = io.BytesIO()
+    cut = {} if pad_inches is None else {"bbox_inches": "tight", "pad_inches": pad_inches}
+    with style():
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, **cut)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
 def themed_svg(figure: Figure, prefix: str, title: str) -> str:
     """Inline SVG: ids unique by `prefix`, palette as CSS variables, no reference outside, deterministic.
 

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from coalora.errors import CoaloraError
+from tasks.settings_storage import BUCKET
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_BUCKET = re.compile(BUCKET)
 
 
 @dataclass(frozen=True)

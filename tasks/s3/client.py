@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from coalora.errors import CoaloraError
-from coalora.files import file_sha256
+from coalora.files import file_sha256, json_bytes
 from tasks.s3.address import S3Address
 from tasks.s3.download import fetch
 from tasks.s3.errors import StorageError, error_code, translated
@@ -240,11 +239,6 @@ class S3Location:
 
     def __str__(self) -> str:
         return str(self.address)
-
-
-def json_bytes(content: object) -> bytes:
-    """Canonical JSON."""
-    return (json.dumps(content, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _etag(answer: dict[str, Any]) -> str:

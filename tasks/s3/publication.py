@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 from coalora.errors import CoaloraError
-from coalora.files import file_sha256, read_json
+from coalora.files import file_sha256, json_bytes, read_json
 from tasks.artifacts import files_below
 from tasks.progress import Progress
-from tasks.s3.client import S3Location, json_bytes
+from tasks.s3.client import S3Location
 from tasks.s3.leftovers import abort_stale_uploads
 from tasks.s3.manifest import LATEST, MANIFEST, OBJECTS, RUNS, Manifest, PublishedFile, object_name, run_name
+from tasks.s3.transfers import side_by_side
 from tasks.store import MARKER
 
 RECORD = "run.json"
@@ -126,10 +127,4 @@ def _send(files: list[PublishedFile], folder: Path, root: S3Location) -> None:
     part = root.settings.part_mib << 20
     for file in (f for f in files if f.size > part):
         send(file)
-    with ThreadPoolExecutor(root.settings.workers) as pool:
-        futures = [pool.submit(send, file) for file in files if file.size <= part]
-        finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        for future in finished:
-            future.result()
+    side_by_side(send, [file for file in files if file.size <= part], root.settings.workers)

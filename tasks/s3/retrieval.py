@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
 
 from coalora.errors import CoaloraError
+from coalora.files import json_bytes, replace_file
 from tasks.artifacts import files_below
 from tasks.progress import Progress
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
 from tasks.s3.download import part_path
 from tasks.s3.manifest import Manifest, PublishedFile, object_name, read_manifest, split_run_address
+from tasks.s3.transfers import side_by_side
 from tasks.settings_storage import StorageSettings
 
 DOWNLOAD = ".coalora-download.json"
@@ -59,7 +58,7 @@ def retrieve(address: S3Address, folder: Path, settings: StorageSettings, *, onl
     wanted = _select(manifest, only)
     state = {"address": str(root.address), "run": manifest.run, "digest": manifest.digest, "only": sorted(only)}
     present = _open(folder)
-    _write(folder / DOWNLOAD, {**state, "complete": False})
+    replace_file(folder / DOWNLOAD, json_bytes({**state, "complete": False}))
     kept = {file.path for file in wanted}
     parts = {part_path(folder / f.path, f.sha256) for f in wanted}
     for name, path in present.items():
@@ -67,7 +66,7 @@ def retrieve(address: S3Address, folder: Path, settings: StorageSettings, *, onl
             path.unlink()
     _check_room(folder, wanted)
     fetched = _fetch(wanted, folder, root)
-    _write(folder / DOWNLOAD, {**state, "complete": True})
+    replace_file(folder / DOWNLOAD, json_bytes({**state, "complete": True}))
     return Retrieval(manifest.run, len(wanted), sum(f.size for f in wanted), fetched)
 
 
@@ -126,17 +125,5 @@ def _fetch(wanted: Sequence[PublishedFile], folder: Path, root: S3Location) -> i
             done, fetched = done + file.size, fetched + new
             progress(round(done / 1e6), round(total / 1e6), file=file.path)
 
-    with ThreadPoolExecutor(root.settings.workers) as pool:
-        futures = [pool.submit(fetch, file) for file in sorted(wanted, key=lambda f: -f.size)]
-        finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        for future in finished:
-            future.result()
+    side_by_side(fetch, sorted(wanted, key=lambda f: -f.size), root.settings.workers)
     return fetched
-
-
-def _write(path: Path, content: object) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -21,9 +21,10 @@ from prefect.workers.process import ProcessWorker
 import infra.deployments
 from flows.cli import run_command
 from infra.limits import set_limits
+from infra.processes import free_port
 from tasks.store import MARKER
 from tests.flows.checkout import PROJECT, Checkout, computed
-from tests.servers import Server, free_port, prefect_server
+from tests.servers import Server, prefect_server
 
 pytestmark = pytest.mark.servers
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +18,6 @@ from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
 from tasks.engine import DirectRunner, PrefectRunner, Runner, stage
-from tasks.environment import set_default_storage
-from tasks.progress import Progress, get_logger
 from tasks.store import Artifact, Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -348,98 +343,3 @@ def test_prefect_shows_cached_stages_and_retries_failed_ones(prefect_server: Non
 def test_prefect_runner_outside_a_flow_is_an_error() -> None:
     with pytest.raises(CoaloraError, match="inside a flow"):
         PrefectRunner().run(first, settings=Settings())
-
-
-def test_direct_runner_starts_no_server_and_reads_its_own_record(tmp_path: Path) -> None:
-    """A process as DVC starts it: no API address, an empty PREFECT_HOME, a killed run before."""
-    program = (
-        "import os, sys\n"
-        "from tasks.environment import set_default_storage\n"
-        "set_default_storage()\n"
-        "from tasks.engine import DirectRunner, stage\n"
-        "from tasks.store import Store\n"
-        "@stage('demo')\n"
-        "def demo(*, n: int = 1):\n"
-        "    if os.environ.get('KILL'):\n"
-        "        os._exit(9)\n"
-        "    return Store().put('text', lambda f: (f / 'a.txt').write_text(str(n)) and None)\n"
-        "for run in (DirectRunner(), DirectRunner()):\n"
-        "    run.run(demo)\n"
-        "    print(run.history[0].cached)\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    hidden = ("PREFECT_", "COALORA_", "KILL")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    environment |= {
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "COALORA_HOME": str(tmp_path / "home"),
-        "PYTHONPATH": str(ROOT),
-    }
-
-    def run(**more: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "program.py"],
-            cwd=tmp_path,
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout
-
-    results = tmp_path / "home" / "results"
-    assert run(KILL="1") == (9, "")
-    assert not list(results.glob("*"))
-    assert run() == (0, "False\nTrue\n")
-    assert [path.name.startswith("demo-") for path in results.iterdir()] == [True]
-    assert not list((tmp_path / "prefect").rglob("*.db*"))
-
-
-@pytest.mark.parametrize(
-    "define",
-    [
-        lambda: stage("Bad Name")(first.fn),
-        lambda: stage("positional")(_positional),
-        lambda: stage("reserved")(_reserved),
-        lambda: stage("catch-all")(_catch_all),
-    ],
-)
-def test_a_badly_defined_stage_is_refused(define: Callable) -> None:
-    with pytest.raises(CoaloraError):
-        define()
-
-
-def _positional(settings: Settings) -> Artifact: ...  # type: ignore[empty-body]
-def _reserved(*, refresh: bool) -> Artifact: ...  # type: ignore[empty-body]
-def _catch_all(**inputs: Any) -> Artifact: ...  # type: ignore[empty-body]
-
-
-def test_default_storage_is_set_before_prefect_or_warns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "environ", {"COALORA_HOME": str(tmp_path), "DO_NOT_TRACK": "0"})
-    with pytest.warns(RuntimeWarning, match="after prefect was imported"):
-        set_default_storage()
-    assert os.environ["PREFECT_LOCAL_STORAGE_PATH"] == str(tmp_path / "results")
-    assert os.environ["DO_NOT_TRACK"] == "0"  # what the user set stays
-    set_default_storage()  # set now: no warning
-    monkeypatch.setattr(os, "environ", {"PREFECT_RESULTS_LOCAL_STORAGE_PATH": "users"})
-    set_default_storage()
-    assert "PREFECT_LOCAL_STORAGE_PATH" not in os.environ
-
-
-def test_progress_logs_first_last_and_few_lines_in_between(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    logger = get_logger()
-    assert logger is logging.getLogger("coalora")
-    with caplog.at_level(logging.INFO, logger="coalora"):
-        progress = Progress("training", logger, interval=5.0)
-        for done in range(1, 101):
-            progress(done, 100, loss=1 / done, bits=3)
-            now[0] += 0.5
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "training: 1/100, loss 1, bits 3"
-    assert lines[1] == "training: 11/100, loss 0.09091, bits 3, 2/s, 44.5 s left"
-    assert lines[-1] == "training: 100/100, loss 0.01, bits 3, 2/s, took 49.5 s"
-    assert len(lines) == 11

@@ -29,22 +29,13 @@ def a_set(bits: float) -> dict[str, Any]:
     return {"format": "coalora-configurations/1", "members": [{"average_bits": bits, "round": 0}]}
 
 
-@pytest.fixture(autouse=True)
-def _own_dvc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "dvc-settings"))
+pytestmark = pytest.mark.usefixtures("own_dvc")
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(repository: Path) -> Path:
     """Two commits: the second has another round 1."""
-    from dvc.repo import Repo
-
-    root = tmp_path / "checkout"
-    root.mkdir()
-    git(root, "init", "--quiet")
-    Repo.init(str(root)).close()
+    root = repository
     for commit, bits in (("first", (2.0, 3.0)), ("second", (2.0, 4.0))):
         for index, value in enumerate(bits):
             version_file(write_set("demo", index, a_set(value), root), root)

@@ -34,24 +34,7 @@ def _dvc(root: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.fixture(autouse=True)
-def _own_dvc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """DVC's site cache and settings of the user stay out of the tests."""
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    for name in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "dvc-settings"))
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A git repository with DVC in it."""
-    from dvc.repo import Repo
-
-    root = tmp_path / "checkout"
-    root.mkdir()
-    _git(root, "init", "--quiet")
-    Repo.init(str(root)).close()
-    return root
+pytestmark = pytest.mark.usefixtures("own_dvc")
 
 
 def _md5(path: Path) -> str:

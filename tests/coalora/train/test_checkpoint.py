@@ -150,10 +150,10 @@ def test_an_older_checkpoint_survives_a_write_that_dies(tmp_path: Path, monkeypa
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save((0, 8), Checkpoint(3, {"a": torch.full((2,), 3.0)}, [], []))
 
-    def dies(*_: object) -> None:
+    def dies(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coalora.train.checkpoint.write_atomically", dies)
+    monkeypatch.setattr("coalora.train.checkpoint.replace_file", dies)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save((0, 8), Checkpoint(5, {"a": torch.full((2,), 5.0)}, [], []))
     found = checkpoints.load((0, 8))
