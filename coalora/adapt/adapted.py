@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coalora.adapt.compensation import CompensationTable, compensation
+from coalora.adapt.compensation import CompensationTable, compensating_lora_B, compensation
 from coalora.adapt.experts import Experts
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.recipe import AdapterRecipe
@@ -35,6 +35,8 @@ from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
+# Of a row of PEFT's initial lora_A, in the mean: its entries are uniform within 1 / sqrt(in).
+_ROW_NORM = 3**-0.5
 Method = Literal["coa", "paper", "shared", "lq-lora", "none"]
 
 
@@ -48,7 +50,8 @@ class AdaptedModel:
         method: one of the module docstring's.
         recipe: the adapter's sizes.
         statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
-        seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair.
+        seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair, but
+            for a start of experts, which aligns lora_A to it.
         compensation: factors by (layer, choice) that are known already; others are computed when first needed.
         start: whether experts are set to their start; False spares the time where a state is loaded anyway.
     """
@@ -113,10 +116,30 @@ class AdaptedModel:
         if method == "coa" and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
             if recipe.expert_start == "compensation" and start:
-                pairs = [m.weight for m in self.lora_A], [m.weight for m in self.lora_B]
-                self.experts.start(*pairs, self._decomposed)
+                self._start(self.experts)
         if method == "none":
             self._drop_lora()
+
+    @torch.no_grad()
+    def _start(self, experts: Experts) -> None:
+        """Start every A as the compensation's rows for the lowest bits, and the experts' B at the best fit to them."""
+        if not experts.first_choices:
+            return
+        known = _known(self._known_statistics)
+        for index, lora_A in enumerate(self.lora_A):
+            residual = self.base.residual(index, experts.first_choices[0])
+            A, _ = compensation(residual, known[index], lora_A.weight.shape[0])
+            size = A.norm(dim=1, keepdim=True)
+            # Directions only: rows as long as LoRA's own initial ones, so that its learning rates hold. A residual
+            # of lower rank has rows of rounding errors, which stay random.
+            rows = A / size.clamp_min(torch.finfo(A.dtype).tiny) * _ROW_NORM
+            lora_A.weight.copy_(torch.where(size > 1e-5 * size.max(), rows, lora_A.weight))
+        experts.start(
+            lambda index, k: (
+                compensating_lora_B(self.base.residual(index, k), known[index], self.lora_A[index].weight)
+                / self.recipe.scale
+            )
+        )
 
     def _drop_lora(self) -> None:
         for name, parameter in self.peft_model.named_parameters():

@@ -56,6 +56,18 @@ def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple
     return (B.T @ E).half().float(), B.half().float()
 
 
+def compensating_lora_B(residual: Tensor, statistics: InputStatistics, lora_A: Tensor) -> Tensor:
+    """The lora_B (out, r) that makes `lora_B @ lora_A` the best fit of `residual` (out, in) for a given lora_A (r, in).
+
+    Least squares in the inputs' metric: B = E H A^T (A H A^T)^+. With `compensation`'s own lora_A it is its lora_B.
+    """
+    E, A = residual.double(), lora_A.double()
+    H = statistics.hessian
+    AH = A * statistics.second_moment.to(E) if H is None else A @ H.to(E)
+    gram = torch.linalg.pinv(AH @ A.T, hermitian=True, rtol=1e-10)
+    return (E @ AH.T @ gram).float()
+
+
 def _leading(weighted: Tensor, E: Tensor, r: int) -> Tensor:
     """The leading r eigenvectors (out, r) of E H E^T, given E H (out, in) and E."""
     if E.shape[0] <= _EXACT:

@@ -6,9 +6,12 @@ have, and these are what an adapter for one configuration alone finds. So layer 
     y = q(W_l, c_l) x + s (B_l + B_l,b) (I + U_l) (A_l + A_l,b) x,
 
 of the same rank as before. The terms are there for bit-widths up to a limit only: above it the error is small, steps
-are few, and the shared pair alone does better. They start at zero, or where the closed-form compensation of the
-quantization error puts them (`start`), which is worth more at low bits than any number of steps that a run can afford.
-(No counterpart in the paper, whose pairs are that decomposition for each configuration.)
+are few, and the shared pair alone does better. They start at zero, or with B_l,b where the closed-form compensation of
+the quantization error puts it (`start`), which is worth more at low bits than any number of steps that a run can
+afford. Then A_l itself starts as the compensation's rows for the lowest bits and every A_l,b at zero, so that what a
+low-bit step teaches B_l is in the coordinates in which higher bits use it. (With rows of its own for each bit-width
+the shared pair learnt nothing from low-bit steps. No counterpart in the paper, whose pairs are that decomposition for
+each configuration.)
 """
 
 from __future__ import annotations
@@ -48,22 +51,17 @@ class Experts(nn.Module):
                 self.lora_A[f"{index}_{expert}"] = nn.Parameter(torch.zeros(r, layer.shape[1]))
                 self.lora_B[f"{index}_{expert}"] = nn.Parameter(torch.zeros(layer.shape[0], r))
 
-    @torch.no_grad()
-    def start(
-        self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], start: Callable[[int, int], tuple[Tensor, Tensor]]
-    ) -> None:
-        """Set every term so that the layer's pair is `start` of its bits' first choice, whatever the shared pair.
+    @property
+    def first_choices(self) -> list[int]:
+        """The first choice of each term's bits, by rising bits."""
+        return [self.expert_of_choice.index(expert) for expert in range(max(self.expert_of_choice, default=-1) + 1)]
 
-        Args:
-            lora_A, lora_B: the shared pair, (r, in) and (out, r) of every layer.
-            start: (layer index, choice index) -> (A, B) of the same shapes, LoRA's scale left out of their product.
-        """
-        first = {expert: k for k, expert in reversed(list(enumerate(self.expert_of_choice))) if expert != NO_EXPERT}
-        for index, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-            for expert, k in first.items():
-                own_A, own_B = start(index, k)
-                self.lora_A[f"{index}_{expert}"].copy_(own_A - A)
-                self.lora_B[f"{index}_{expert}"].copy_(own_B - B)
+    @torch.no_grad()
+    def start(self, fit: Callable[[int, int], Tensor]) -> None:
+        """Set every B_l,b to `fit`(layer index, first choice of its bits), of shape (out, r)."""
+        for key, parameter in self.lora_B.items():
+            index, expert = map(int, key.split("_"))
+            parameter.copy_(fit(index, self.first_choices[expert]))
 
     def forward(self, index: int, choice: int) -> tuple[Tensor, Tensor] | None:
         """(A_l,b, B_l,b) of choice `choice` in layer `index`; None where its bits have no term."""

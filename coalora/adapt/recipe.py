@@ -24,7 +24,8 @@ class AdapterRecipe:
             (`coalora.adapt.compensation`).
         expert_bits: choices of at most so many bits have a term of their own beside the shared pair, 0 for none
             (`coalora.adapt.experts`).
-        expert_start: where the experts start: `zero`, or `compensation` of the first choice of their bits.
+        expert_start: where the experts start: `zero`, or the `compensation` of the first choice of their bits, to
+            which the shared pair's lora_A is aligned.
         rank_pattern: total rank of layers whose name or kind matches a glob, instead of r; the last match wins.
     """
 

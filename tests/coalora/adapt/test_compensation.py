@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.compensation import CompensationTable, compensation
+from coalora.adapt.compensation import CompensationTable, compensating_lora_B, compensation
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.statistics import collect_statistics
 from coalora.errors import CoaloraError
@@ -47,6 +47,30 @@ def test_the_whole_hessian_beats_its_diagonal_where_inputs_are_correlated() -> N
     H = known.hessian.double().numpy()
     whole, diagonal = compensation(E, known, 3), compensation(E, InputStatistics(known.second_moment), 3)
     assert error(E, *whole, H) < 0.9 * error(E, *diagonal, H)
+
+
+@pytest.mark.parametrize("weighting", ["hessian", "diagonal"])
+def test_lora_b_for_given_rows_is_the_least_squares_fit(weighting: str) -> None:
+    E, known = problem()
+    H = known.hessian.double().numpy() if weighting == "hessian" else np.diag(known.second_moment.double().numpy())
+    given = known if weighting == "hessian" else InputStatistics(known.second_moment)
+    A = torch.randn(4, 14, generator=torch.Generator().manual_seed(2))
+    root = scipy.linalg.sqrtm(H).real
+    expected, *_ = np.linalg.lstsq(root @ A.double().numpy().T, root @ E.double().numpy().T, rcond=None)
+    np.testing.assert_allclose(compensating_lora_B(E, given, A).numpy(), expected.T, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_b_for_the_optimal_rows_is_the_optimal_one() -> None:
+    E, known = problem()
+    A, B = compensation(E, known, 3)
+    torch.testing.assert_close(compensating_lora_B(E, known, A), B, rtol=1e-2, atol=1e-3)
+
+
+def test_rows_that_repeat_themselves_still_have_a_fit() -> None:
+    E, known = problem()
+    A = torch.randn(2, 14, generator=torch.Generator().manual_seed(2))
+    B, whole = compensating_lora_B(E, known, torch.cat([A, A])), compensating_lora_B(E, known, A)
+    torch.testing.assert_close(B @ torch.cat([A, A]), whole @ A, rtol=1e-4, atol=1e-4)
 
 
 def test_a_singular_hessian_needs_no_damping() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from coalora.adapt.compensation import compensation
+from coalora.adapt.compensation import compensating_lora_B, compensation
 from coalora.adapt.experts import NO_EXPERT, expert_of_choice
 from coalora.train.loop import TrainingRecipe, train
 
@@ -85,13 +85,37 @@ def test_above_the_limit_the_shared_pair_is_alone_again(tiny_llama, make_adapted
     assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
 
 
-def test_experts_may_start_where_the_compensation_of_their_bits_is(tiny_llama, make_adapted) -> None:
+def test_experts_of_the_lowest_bits_start_at_their_compensation(tiny_llama, make_adapted) -> None:
     adapted = make_adapted(tiny_llama(), expert_bits=3, expert_start="compensation")
-    for k in (0, 2):  # 2 and 3 bits
-        adapted.switch(at(adapted, k))
-        for index, known in enumerate(adapted.base._statistics):
-            A, B = compensation(adapted.base.residual(index, k), known, 4)
-            pair = adapted.lora_B[index].effective_weight() @ adapted.lora_A[index].effective_weight()
-            torch.testing.assert_close(pair * adapted.recipe.scale, B @ A, rtol=1e-2, atol=1e-4)
-    adapted.switch(at(adapted, 4))  # 4 bits: the shared pair, whose lora_B is zero
-    assert not any(bool(m.effective_weight().any()) for m in adapted.lora_B)
+    adapted.switch(at(adapted, 0))
+    for index, known in enumerate(adapted.base._statistics):
+        A, B = compensation(adapted.base.residual(index, 0), known, 4)
+        pair = adapted.lora_B[index].effective_weight() @ adapted.lora_A[index].effective_weight()
+        torch.testing.assert_close(pair * adapted.recipe.scale, B @ A, rtol=1e-2, atol=1e-4)
+
+
+def test_experts_of_other_bits_start_at_the_best_fit_in_the_same_coordinates(tiny_llama, make_adapted) -> None:
+    adapted = make_adapted(tiny_llama(), expert_bits=3, expert_start="compensation")
+    rows = [m.weight.detach().clone() for m in adapted.lora_A]
+    adapted.switch(at(adapted, 2))  # 3 bits
+    for index, known in enumerate(adapted.base._statistics):
+        assert torch.equal(adapted.lora_A[index].effective_weight(), rows[index])
+        B = compensating_lora_B(adapted.base.residual(index, 2), known, rows[index])
+        torch.testing.assert_close(adapted.lora_B[index].effective_weight() * adapted.recipe.scale, B)
+
+
+def test_above_the_limit_a_start_leaves_an_untrained_pair_of_lora_s_own_size(tiny_llama, make_adapted) -> None:
+    started = make_adapted(tiny_llama(), expert_bits=3, expert_start="compensation")
+    plain = make_adapted(tiny_llama(), expert_bits=3)
+    started.switch(at(started, 4))  # 4 bits
+    assert not any(bool(m.effective_weight().any()) for m in started.lora_B)
+    for ours, peft in zip(started.lora_A, plain.lora_A, strict=True):
+        assert not torch.equal(ours.weight, peft.weight)
+        assert 0.8 < ours.weight.norm() / peft.weight.norm() < 1.25
+
+
+def test_a_space_without_low_bits_starts_as_plain_lora(tiny_llama, make_adapted) -> None:
+    started = make_adapted(tiny_llama(), expert_bits=1, expert_start="compensation")
+    plain = make_adapted(tiny_llama())
+    assert not list(started.experts.parameters())
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(started.lora_A, plain.lora_A, strict=True))
