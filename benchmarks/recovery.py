@@ -9,7 +9,8 @@ steps. A method that serves all configurations may spend 4 S such steps, a searc
 (`SEARCH_MEASUREMENTS`), so that a step with a teacher leaves fewer of them. All see the same examples in the same order
 and are measured on the same configurations: the allocations at the asked budgets.
 
-Every run is kept in benchmarks/.cache by what decides it, and an interrupted benchmark goes on behind its last run.
+Every run is kept in benchmarks/.cache by its settings, and an interrupted benchmark goes on behind its last run. A run
+that other code made than there is now is used as well, and named: delete it where the change matters.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+import coalora
 from benchmarks._report import report
 from benchmarks._settings import CACHE, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel, Method
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import score, score_configurations
-from coalora.files import digest
+from coalora.files import digest, file_sha256, json_bytes, replace_file
 from coalora.search.allocation import allocate
 from coalora.train.loop import TrainingRecipe, train
 from coalora.train.objective import Objective
@@ -90,8 +93,19 @@ def run(arm: Arm, setting: Setting, seed: int, single_steps: int) -> dict[str, l
     file = CACHE / f"recovery-{key}.json"
     if not file.is_file():
         parts = (_single if arm.single else _together)(arm, setting, seed, steps_for(arm, setting, single_steps))
-        file.write_text(json.dumps(parts))
-    return json.loads(file.read_text())
+        replace_file(file, json_bytes({"code": code_digest(), **parts}))
+    kept = json.loads(file.read_text())
+    if kept.pop("code", None) != code_digest():
+        print(f"made by other code: {file.name}", flush=True)
+    return kept
+
+
+@cache
+def code_digest() -> str:
+    """Of the sources that decide what a run comes to."""
+    folder = Path(coalora.__file__).parent
+    parts = ("adapt", "models", "quant", "train")
+    return digest([file_sha256(file) for part in parts for file in sorted((folder / part).glob("*.py"))])[:12]
 
 
 def _together(arm: Arm, setting: Setting, seed: int, steps: int) -> dict[str, list[float]]:
