@@ -37,14 +37,15 @@ def set_default_storage() -> None:
     """Point Prefect's result records at `<COALORA_HOME>/results` and switch telemetry and progress bars off.
 
     Child processes inherit the absolute path. Warns when Prefect was imported before, because this
-    process then keeps the storage path that Prefect has read already.
+    process then keeps the storage path that Prefect has read already; not in `prefect deploy`, which reads
+    flows and runs none.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if any(os.environ.get(name) for name in _RESULT_PATHS):
         return
     os.environ[_RESULT_PATHS[0]] = str(coalora_home() / "results")
-    if "prefect" in sys.modules:
+    if "prefect" in sys.modules and not (Path(sys.argv[0]).name == "prefect" and "deploy" in sys.argv):
         warnings.warn(
             "set_default_storage() was called after prefect was imported: this process keeps prefect's own "
             f"result storage; call it first, or set {_RESULT_PATHS[0]} in the environment",
