@@ -2,23 +2,30 @@
 
     python -m flows.prune                # only shows
     python -m flows.prune --delete       # removes
+    python -m flows.prune --published s3://BUCKET/PREFIX [--withdraw PIPELINE/RUN] [--delete]
 
 Kept: everything that a run folder under runs/, a run or registered version in MLflow, or a configuration set under DVC
 refers to, with all stages of these runs; what a run uses that is under way; and what was made or used in the last days.
-Run it in the checkout, whose runs/, outputs/ and configurations/ it reads.
+Run it in the checkout, whose runs/, outputs/ and configurations/ it reads. With --published it looks at what
+`flows.upload` has sent instead: objects there that no published run refers to.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from coalora.errors import CoaloraError
 from flows.cli import run_command
+from flows.upload import add_server_arguments, server_settings
 from tasks.prune import Garbage, find_garbage, remove
 from tasks.references import references_of
+from tasks.s3.address import S3Address
+from tasks.s3.client import S3Location
+from tasks.s3.garbage import delete_left_over, left_over, published_runs, withdraw
 from tasks.store import Store
 
 DAYS = 7.0
@@ -43,10 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="MLflow server or database to ask, besides the default one and those that the runs name",
     )
+    made.add_argument("--published", metavar="s3://BUCKET/PREFIX", help="free this place of publications instead")
+    made.add_argument(
+        "--withdraw",
+        action="append",
+        default=[],
+        metavar="PIPELINE/RUN",
+        help="with --published: this run goes, too; may be repeated",
+    )
+    add_server_arguments(made)
     options = made.parse_args(arguments)
+    if options.withdraw and not options.published:
+        raise CoaloraError("--withdraw names a published run", remedy="give --published s3://BUCKET/PREFIX")
     if options.older_than < 0:
         raise CoaloraError("--older-than is a number of days", got=options.older_than, expected="0 or more")
     seconds = options.older_than * 24 * 3600
+    if options.published:
+        return _published(options, seconds)
     store = Store()
     references = references_of(options.root.resolve(), _trackers(store, options.tracking_uri))
     found = find_garbage(store, references, _results(store), older_than=seconds)
@@ -58,6 +78,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     removed = [item for item in found if remove(store, item, older_than=seconds)]
     print(f"\nRemoved {len(removed)} of {len(found)}: {_megabytes(sum(item.nbytes for item in removed))} freed.")
+    return 0
+
+
+def _published(options: argparse.Namespace, seconds: float) -> int:
+    address = S3Address.parse(options.published)
+    changes = {"bucket": address.bucket, "prefix": address.prefix}
+    root = S3Location.of(server_settings(options).model_copy(update=changes))
+    root.check()
+    pairs = [tuple(name.split("/")) for name in options.withdraw]
+    if wrong := [name for name, pair in zip(options.withdraw, pairs, strict=True) if len(pair) != 2]:
+        raise CoaloraError("--withdraw names PIPELINE/RUN", got=wrong[0], expected="for example demo/a2f1f322")
+    if options.delete:
+        for pipeline, run in pairs:
+            withdraw(root, pipeline, run)
+            print(f"Withdrawn: {pipeline}/{run}")
+    else:
+        for name in options.withdraw:
+            print(
+                f"Would withdraw {name}, and free what it alone refers to once that is {options.older_than:g} days old."
+            )
+    runs = published_runs(root)
+    found = left_over(root, older_than=seconds)
+    print(f"{root}: {len(runs)} runs; what is younger than {options.older_than:g} days stays.")
+    for item in sorted(found, key=lambda item: -item.size):
+        print(f"  {_megabytes(item.size):>10}  {(time.time() - item.modified) / 86400:6.1f} d  {root.name_of(item)}")
+    print(f"  {_megabytes(sum(item.size for item in found)):>10}  in {len(found)} objects")
+    if not options.delete:
+        print("\nNothing was removed. To remove it, say the same with --delete.")
+        return 0
+    gone = delete_left_over(root, found, older_than=seconds)
+    print(f"\nRemoved {len(gone)} of {len(found)}: {_megabytes(sum(item.size for item in gone))} freed.")
     return 0
 
 

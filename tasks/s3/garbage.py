@@ -1,0 +1,70 @@
+"""Objects below a prefix that no published run refers to, and runs that are no longer wanted.
+
+A run goes by its manifest: without it nobody sees the run, and what it alone referred to is left over. Manifests are
+read again just before anything is deleted, and what is young stays, so that a publication that is under way keeps its
+objects. One that relies on left-over objects older than that may lose them: publish it again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+from coalora.errors import CoaloraError
+from tasks.s3.client import S3Location, S3Object
+from tasks.s3.manifest import LATEST, MANIFEST, OBJECTS, RUNS, Manifest, object_name, parse_manifest, run_name
+
+
+def published_runs(root: S3Location) -> dict[tuple[str, str], Manifest]:
+    """Manifests below `root` by (pipeline, run).
+
+    Raises:
+        CoaloraError: one is damaged: what it refers to is not known, and nothing may be called left over.
+    """
+    found = {}
+    for item in root.list(f"{RUNS}/"):
+        name = root.name_of(item)
+        content = root.get_bytes(name) if name.endswith(f"/{MANIFEST}") else None
+        if content is not None:
+            _, pipeline, run, _ = name.split("/", 3)
+            found[pipeline, run] = parse_manifest(root, name, content)
+    return found
+
+
+def left_over(root: S3Location, *, older_than: float, now: float | None = None) -> list[S3Object]:
+    """Objects that no manifest names and that were written `older_than` seconds ago or earlier."""
+    objects = list(root.list(f"{OBJECTS}/"))  # before the manifests: what a newer one names is newer, too
+    named = {object_name(file.sha256) for manifest in published_runs(root).values() for file in manifest.files}
+    now = time.time() if now is None else now
+    return [o for o in objects if root.name_of(o) not in named and now - o.modified >= older_than]
+
+
+def delete_left_over(root: S3Location, found: Sequence[S3Object], *, older_than: float) -> list[S3Object]:
+    """Delete those of `found` that are still left over; returns them."""
+    still = {item.key: item.etag for item in left_over(root, older_than=older_than)}
+    gone = [item for item in found if still.get(item.key) == item.etag]
+    if gone:
+        root.delete([root.name_of(item) for item in gone])
+    return gone
+
+
+def withdraw(root: S3Location, pipeline: str, run: str) -> None:
+    """Make a published run invisible; where it was the latest one, so is that pointer.
+
+    Raises:
+        CoaloraError: there is no such run.
+    """
+    name = f"{run_name(pipeline, run)}/{MANIFEST}"
+    if root.head(name) is None:
+        there = sorted(f"{p}/{r}" for p, r in published_runs(root))
+        raise CoaloraError(
+            "a run that is withdrawn has been published",
+            got=f"{pipeline}/{run}",
+            expected=", ".join(there) or f"a run below {root}, where there is none",
+        )
+    latest = f"{RUNS}/{pipeline}/{LATEST}"
+    pointer = root.get_bytes(latest)
+    if pointer is not None and json.loads(pointer).get("run") == run:
+        root.delete([latest])  # first: it never points at a run that is gone
+    root.delete([name])
