@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tasks.environment import STORE_VARIABLE
 from tasks.progress import get_logger
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
+from tasks.s3.errors import StorageError, StorageRefused, StorageUnavailable
 from tasks.settings_storage import StorageSettings
 from tasks.shared_lease import TTL_SECONDS, Lease
 
@@ -61,6 +63,8 @@ class SharedStore:
     def pull(self, artifact: Artifact, folder: Path) -> list[FileEntry]:
         """Download an artifact's files, each checked against its digest; returns them. Goes on where one broke off.
 
+        One that turns out to be damaged, or to have lost a file, loses its manifest: the next run makes it anew.
+
         Raises:
             CoaloraError: the artifact is not there, or its files are not those of its digest.
         """
@@ -74,7 +78,15 @@ class SharedStore:
         get_logger().info("%s %s: %.1f MB from %s", artifact.kind, artifact.digest[:12], artifact.nbytes / 1e6, self)
         for entry in entries:
             name = file_name(artifact.digest, entry.path)
-            self.location.get_file(name, folder / entry.path, sha256=entry.sha256, size=entry.size)
+            try:
+                self.location.get_file(name, folder / entry.path, sha256=entry.sha256, size=entry.size)
+            except (StorageUnavailable, StorageRefused):
+                raise
+            except StorageError:
+                get_logger().warning("%s is not whole in %s: run again, to make it anew", artifact.kind, self)
+                with suppress(StorageError):
+                    self.location.delete([file_name(artifact.digest, MANIFEST)])
+                raise
         return entries
 
     def record(self, cache_key: str) -> Artifact | None:

@@ -182,6 +182,20 @@ def test_a_damaged_shared_file_is_noticed_and_never_kept(shared: SharedStore, ma
         assert not list(home.glob("store/??/*"))
 
 
+def test_a_shared_artifact_that_lost_a_file_is_made_anew_by_the_next_run(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=2)
+    shared.location.delete([file_name(made.digest, "b.txt")])  # as a bucket's lifecycle rule does
+    with machine("b"):
+        runner = DirectRunner()
+        with pytest.raises(StorageError, match="object must exist"):
+            runner.run(reader, table=runner.run(text, n=2))
+        again = DirectRunner()
+        again.run(reader, table=again.run(text, n=2))
+    assert CALLS == ["text", "reader", "text", "reader"]  # the first reader asked for the lost file
+    assert shared.manifest(made) is not None
+
+
 @pytest.mark.parametrize("content", [b"", b'{"artifact": {"kind": "te', b'{"artifact": {"kind": 1}}', b"[]"])
 def test_a_truncated_shared_record_is_no_record(shared: SharedStore, machine: type, content: bytes) -> None:
     with machine("a"):
