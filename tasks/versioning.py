@@ -68,6 +68,8 @@ def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root:
 def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | None = None) -> DvcRecord:
     """`dvc add` of a file, unless DVC has this content of it already (DVC is not even imported then).
 
+    A cache in another place than `.dvc/cache` is not looked into: DVC is asked there every time.
+
     Waits for another DVC command to end instead of failing. Nothing is committed to git; where DVC's
     `core.autostage` is on, the .dvc file is staged as by the command.
 
@@ -91,7 +93,8 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     dvc_file = absolute.with_name(absolute.name + ".dvc")
     with absolute.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    added = _recorded_md5(dvc_file) != md5
+    # A clone has the .dvc file that git brought, and a cache without the content.
+    added = _recorded_md5(dvc_file) != md5 or not _in_usual_cache(root, md5)
     if added:
         with_repository(root, f"dvc add {relative.as_posix()}", lambda repo: repo.add([str(absolute)]))
         if _recorded_md5(dvc_file) != md5:
@@ -99,6 +102,10 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     if tags is not None:
         _tag(dvc_file, tags)
     return DvcRecord(relative, md5, dvc_file.relative_to(root), added)
+
+
+def _in_usual_cache(root: Path, md5: str) -> bool:
+    return (root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).is_file()
 
 
 def push_file(record: DvcRecord, repo_root: Path) -> None:

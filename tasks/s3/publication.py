@@ -5,16 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256, json_bytes, read_json
 from tasks.artifacts import files_below
-from tasks.progress import Progress
 from tasks.s3.client import S3Location
 from tasks.s3.leftovers import abort_stale_uploads
 from tasks.s3.manifest import LATEST, MANIFEST, OBJECTS, RUNS, Manifest, PublishedFile, object_name, run_name
-from tasks.s3.transfers import side_by_side
+from tasks.s3.transfers import Megabytes, side_by_side
 from tasks.store import MARKER
 
 RECORD = "run.json"
@@ -113,15 +111,11 @@ def _missing_objects(manifest: Manifest, root: S3Location) -> list[PublishedFile
 
 def _send(files: list[PublishedFile], folder: Path, root: S3Location) -> None:
     """Upload the files, several at a time; the first failure stops those that have not begun."""
-    progress, total, lock = Progress("publishing (MB)"), sum(f.size for f in files), Lock()
-    done = 0
+    progress = Megabytes("publishing", sum(f.size for f in files))
 
     def send(file: PublishedFile) -> None:
-        nonlocal done
         root.put_file(folder / file.path, object_name(file.sha256), sha256=file.sha256)
-        with lock:
-            done += file.size
-            progress(round(done / 1e6), round(total / 1e6), file=file.path)
+        progress.add(file.size, file.path)
 
     # A large file occupies all connections by its parts; small ones go side by side.
     part = root.settings.part_mib << 20

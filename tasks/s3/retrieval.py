@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Lock
 
 from coalora.errors import CoaloraError
 from coalora.files import json_bytes, replace_file
 from tasks.artifacts import files_below
-from tasks.progress import Progress
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
 from tasks.s3.download import part_path
 from tasks.s3.manifest import Manifest, PublishedFile, object_name, read_manifest, split_run_address
-from tasks.s3.transfers import side_by_side
+from tasks.s3.transfers import Megabytes, side_by_side
 from tasks.settings_storage import StorageSettings
 
 DOWNLOAD = ".coalora-download.json"
@@ -115,15 +113,13 @@ def _check_room(folder: Path, wanted: Sequence[PublishedFile]) -> None:
 
 def _fetch(wanted: Sequence[PublishedFile], folder: Path, root: S3Location) -> int:
     """Fetch what is missing, several files at a time; returns how many were fetched."""
-    progress, total, lock = Progress("downloading (MB)"), sum(f.size for f in wanted), Lock()
-    done, fetched = 0, 0
+    progress = Megabytes("downloading", sum(f.size for f in wanted))
+    fetched: list[str] = []
 
     def fetch(file: PublishedFile) -> None:
-        nonlocal done, fetched
-        new = root.get_file(object_name(file.sha256), folder / file.path, sha256=file.sha256, size=file.size)
-        with lock:
-            done, fetched = done + file.size, fetched + new
-            progress(round(done / 1e6), round(total / 1e6), file=file.path)
+        if root.get_file(object_name(file.sha256), folder / file.path, sha256=file.sha256, size=file.size):
+            fetched.append(file.path)
+        progress.add(file.size, file.path)
 
     side_by_side(fetch, sorted(wanted, key=lambda f: -f.size), root.settings.workers)
-    return fetched
+    return len(fetched)

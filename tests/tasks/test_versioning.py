@@ -125,6 +125,17 @@ def test_a_second_call_is_a_no_op_that_does_not_import_dvc(repository: Path) -> 
     assert (repository / first.dvc_file).stat().st_mtime_ns == before
 
 
+def test_a_clone_that_makes_the_set_of_git_s_dvc_file_keeps_its_bytes(repository: Path) -> None:
+    path = write_set("demo", 0, {"a": 1}, repository)
+    first = version_file(path, repository)
+    cached = repository / ".dvc" / "cache" / "files" / "md5" / first.md5[:2] / first.md5[2:]
+    cached.chmod(0o644)
+    cached.unlink()  # git brings the .dvc file alone
+    assert version_file(path, repository).added
+    assert cached.read_bytes() == path.read_bytes()
+    assert not version_file(path, repository).added
+
+
 def test_adding_works_inside_a_running_stage(repository: Path) -> None:
     script = repository / "stage.py"
     script.write_text(
