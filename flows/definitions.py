@@ -120,6 +120,20 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
     return changed
 
 
+def change_settings(settings: Settings, changes: Sequence[str], where: str) -> Settings:
+    """Settings with changes of the form `section.key=value`.
+
+    Raises:
+        CoaloraError: a change of another form, or settings that do not fit then.
+    """
+    if not changes:
+        return settings
+    raw = settings.model_dump(mode="json", exclude_unset=True)
+    for change in changes:
+        raw = apply_change(raw, change)
+    return validate_settings(raw, where)
+
+
 def validate_settings(raw: dict[str, Any], where: str) -> Settings:
     """Typed settings, or one error that lists everything that is wrong."""
     try:

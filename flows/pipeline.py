@@ -17,7 +17,7 @@ from pydantic import Field
 
 from coalora.errors import CoaloraError
 from flows.calibration import calibration
-from flows.definitions import check_name
+from flows.definitions import change_settings, check_name
 from flows.deployed import check_deployment, check_server
 from flows.evaluation import evaluation
 from flows.export import export
@@ -35,17 +35,24 @@ Refresh = Annotated[list[str], Field(json_schema_extra={"items": {"type": "strin
 
 
 @flow(name="pipeline", flow_run_name="{name}")
-def pipeline(name: str, settings: Settings, refresh: Refresh = []) -> Published:  # noqa: B006 (a form's default)
+def pipeline(
+    name: str,
+    settings: Settings,
+    refresh: Refresh = [],  # noqa: B006 (a form's default)
+    changes: list[str] = [],  # noqa: B006
+) -> Published:
     """Calibrate, train and search, evaluate, export, publish.
 
     Args:
         name: Run folder, configuration sets and registered model are named so.
         settings: As in pipelines.yaml.
         refresh: Stages to compute again whatever is cached.
+        changes: To the settings above, each section.key=value, such as evaluation.budgets=[3.5]; for the command line.
     """
     check_name(name)  # a run started from a form has not been read from a file
     check_deployment(deployment.name, name)
     check_refresh(refresh)
+    settings = change_settings(settings, changes, f"run of {name!r}")
     found = preflight(settings, root=Path.cwd())
     low, high = found.cost_range
     get_logger().info(

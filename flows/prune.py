@@ -25,7 +25,7 @@ from tasks.prune import Garbage, find_garbage, remove
 from tasks.references import references_of
 from tasks.s3.address import S3Address
 from tasks.s3.client import S3Location
-from tasks.s3.garbage import delete_left_over, left_over, published_runs, withdraw
+from tasks.s3.garbage import check_published, delete_left_over, left_over, published_runs, withdraw
 from tasks.store import Store
 
 DAYS = 7.0
@@ -86,21 +86,18 @@ def _published(options: argparse.Namespace, seconds: float) -> int:
     changes = {"bucket": address.bucket, "prefix": address.prefix}
     root = S3Location.of(server_settings(options).model_copy(update=changes))
     root.check()
-    pairs = [tuple(name.split("/")) for name in options.withdraw]
-    if wrong := [name for name, pair in zip(options.withdraw, pairs, strict=True) if len(pair) != 2]:
+    if wrong := [name for name in options.withdraw if name.count("/") != 1]:
         raise CoaloraError("--withdraw names PIPELINE/RUN", got=wrong[0], expected="for example demo/a2f1f322")
-    if options.delete:
-        for pipeline, run in pairs:
-            withdraw(root, pipeline, run)
-            print(f"Withdrawn: {pipeline}/{run}")
-    else:
-        for name in options.withdraw:
-            print(
-                f"Would withdraw {name}, and free what it alone refers to once that is {options.older_than:g} days old."
-            )
+    pairs = [(pipeline, run) for pipeline, _, run in (name.partition("/") for name in options.withdraw)]
+    for pipeline, run in pairs:
+        check_published(root, pipeline, run)
+    for pipeline, run in pairs if options.delete else ():
+        withdraw(root, pipeline, run)
+        print(f"Withdrawn: {pipeline}/{run}")
     runs = published_runs(root)
-    found = left_over(root, older_than=seconds)
-    print(f"{root}: {len(runs)} runs; what is younger than {options.older_than:g} days stays.")
+    found = left_over(root, older_than=seconds, without=pairs)
+    stay = f"what is younger than {options.older_than:g} days stays"
+    print(f"{root}: {len(runs.keys() - set(pairs))} runs that stay, {len(pairs)} withdrawn; {stay}.")
     for item in sorted(found, key=lambda item: -item.size):
         print(f"  {_megabytes(item.size):>10}  {(time.time() - item.modified) / 86400:6.1f} d  {root.name_of(item)}")
     print(f"  {_megabytes(sum(item.size for item in found)):>10}  in {len(found)} objects")

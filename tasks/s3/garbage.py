@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from coalora.errors import CoaloraError
 from tasks.s3.client import S3Location, S3Object
@@ -32,10 +32,17 @@ def published_runs(root: S3Location) -> dict[tuple[str, str], Manifest]:
     return found
 
 
-def left_over(root: S3Location, *, older_than: float, now: float | None = None) -> list[S3Object]:
-    """Objects that no manifest names and that were written `older_than` seconds ago or earlier."""
+def left_over(
+    root: S3Location, *, older_than: float, without: Collection[tuple[str, str]] = (), now: float | None = None
+) -> list[S3Object]:
+    """Objects that no manifest names and that were written `older_than` seconds ago or earlier.
+
+    Args:
+        without: runs (pipeline, run) whose manifests do not count: what would be left over without them.
+    """
     objects = list(root.list(f"{OBJECTS}/"))  # before the manifests: what a newer one names is newer, too
-    named = {object_name(file.sha256) for manifest in published_runs(root).values() for file in manifest.files}
+    counted = [manifest for run, manifest in published_runs(root).items() if run not in without]
+    named = {object_name(file.sha256) for manifest in counted for file in manifest.files}
     now = time.time() if now is None else now
     return [o for o in objects if root.name_of(o) not in named and now - o.modified >= older_than]
 
@@ -55,16 +62,20 @@ def withdraw(root: S3Location, pipeline: str, run: str) -> None:
     Raises:
         CoaloraError: there is no such run.
     """
-    name = f"{run_name(pipeline, run)}/{MANIFEST}"
-    if root.head(name) is None:
+    check_published(root, pipeline, run)
+    latest = f"{RUNS}/{pipeline}/{LATEST}"
+    pointer = root.get_bytes(latest)
+    if pointer is not None and json.loads(pointer).get("run") == run:
+        root.delete([latest])  # first: it never points at a run that is gone
+    root.delete([f"{run_name(pipeline, run)}/{MANIFEST}"])
+
+
+def check_published(root: S3Location, pipeline: str, run: str) -> None:
+    """Refuse to withdraw a run that nobody has published."""
+    if root.head(f"{run_name(pipeline, run)}/{MANIFEST}") is None:
         there = sorted(f"{p}/{r}" for p, r in published_runs(root))
         raise CoaloraError(
             "a run that is withdrawn has been published",
             got=f"{pipeline}/{run}",
             expected=", ".join(there) or f"a run below {root}, where there is none",
         )
-    latest = f"{RUNS}/{pipeline}/{LATEST}"
-    pointer = root.get_bytes(latest)
-    if pointer is not None and json.loads(pointer).get("run") == run:
-        root.delete([latest])  # first: it never points at a run that is gone
-    root.delete([name])

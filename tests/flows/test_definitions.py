@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from coalora.errors import CoaloraError
-from flows.definitions import apply_change, check_name, load_settings, read_pipelines, validate_settings
+from flows.definitions import (
+    apply_change,
+    change_settings,
+    check_name,
+    load_settings,
+    read_pipelines,
+    validate_settings,
+)
 from tasks.settings import Settings
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -148,6 +155,16 @@ def test_a_change_leaves_the_original_as_it_is() -> None:
     original = {"search": {"rounds": 1}}
     assert apply_change(original, "search.rounds=5") == {"search": {"rounds": 5}}
     assert original == {"search": {"rounds": 1}}
+
+
+def test_changes_of_a_deployed_run_give_the_settings_that_a_file_would(tmp_path: Path) -> None:
+    changes = ["evaluation.budgets=[3.5]", "search.rounds=1", "training.objective.distillation=0.25"]
+    changed = change_settings(load_settings("demo"), changes, "run of 'demo'")
+    assert changed == load_settings("demo", changes=changes)
+    same = load_settings("demo")
+    assert change_settings(same, [], "run of 'demo'") is same
+    with pytest.raises(CoaloraError, match="settings must fit: run of 'demo'"):
+        change_settings(same, ["search.rounds=-1"], "run of 'demo'")
 
 
 def test_an_unknown_pipeline_lists_the_defined_ones() -> None:

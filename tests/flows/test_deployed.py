@@ -78,6 +78,7 @@ def test_the_form_has_titles_descriptions_defaults_ranges_and_choices(server: Se
     assert rounds["description"].endswith("[at least 0]")
     assert sections["SearchSettings"]["properties"]["strategy"]["enum"] == ["ehvi", "random", "frozen"]
     assert "train" in schema["properties"]["refresh"]["items"]["enum"]
+    assert schema["properties"]["changes"]["default"] == []
 
 
 def test_what_does_not_fit_the_form_is_refused_before_a_run_is_made(server: Server, checkout: Checkout) -> None:
@@ -93,7 +94,7 @@ def resumed(server: Server, checkout: Checkout) -> tuple[str, FlowRun]:
     server.cancel(first)
     kept = server.wait_for_log(first, "a checkpoint is kept for the next run")
     assert server.wait(first) == "Cancelled"
-    second = server.start(DEPLOYMENT, CHANGES)
+    second = server.start(DEPLOYMENT, {"changes": list(SAME_BY_HAND)})  # as from the command line: the same run
     assert server.wait(second) == "Completed"
     return kept, second
 

@@ -82,7 +82,9 @@ def test_the_command_shows_first_and_removes_when_told_to(two: S3Location, capsy
     said = ["--published", str(two), "--endpoint-url", two.endpoint, "--older-than", "0"]
     before = objects(two)
     assert main([*said, "--withdraw", "demo/a"]) == 0
-    assert "Would withdraw demo/a" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 runs that stay, 1 withdrawn" in shown
+    assert "in 2 objects" in shown
     assert objects(two) == before
     assert main([*said, "--withdraw", "demo/a", "--delete"]) == 0
     assert "Removed 2 of 2" in capsys.readouterr().out
