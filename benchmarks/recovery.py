@@ -66,6 +66,11 @@ ARMS: dict[str, Arm] = {
     "experts + compensation": Arm("coa", {"expert_bits": 3, "compensation_rank": 8}),
     "experts from compensation": Arm("coa", _EXPERTS),
     "ours": Arm("coa", _EXPERTS, objective=_HALF),
+    "ours without theta": Arm("coa", _EXPERTS, {"theta_lr": 0.0}, _HALF),  # U starts, and stays, at zero
+    "ours, theta at ten times its learning rate": Arm("coa", _EXPERTS, {"theta_lr": 3e-3}, _HALF),
+    "ours, rank 8": Arm("coa", {**_EXPERTS, "r": 8, "lora_alpha": 8}, objective=_HALF),
+    "ours, rank 32": Arm("coa", {**_EXPERTS, "r": 32, "lora_alpha": 32}, objective=_HALF),
+    "ours, scale 2": Arm("coa", {**_EXPERTS, "lora_alpha": 32}, objective=_HALF),
     "ours, adaptive": Arm("coa", _EXPERTS, {"sampling": "adaptive", "sampling_power": 2.0}, _HALF),
     "ours, sandwich": Arm("coa", _EXPERTS, {"sampling": "sandwich"}, _HALF),
     "ours, uniform": Arm("coa", _EXPERTS, {"sampling": "uniform"}, _HALF),
