@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from coalora.search.checks import Bool, Float, Int
-from coalora.search.hulls import Staircase, hull_paths
+from coalora.search.hulls import Staircase
 
-_FLIPS = 6  # long steps that are tried both ways: 64 combinations a budget
+_FLIPS = 8  # long steps that are tried both ways: 256 combinations a budget
 _SKIPS = 12  # times that the walk goes on behind a step that does not fit
 
 
@@ -44,9 +44,8 @@ class Bands:
     path: Int
 
 
-def find_bands(stairs: Staircase) -> Bands:
-    """Cut every layer's hull at its longest step."""
-    path, slope = hull_paths(stairs)
+def find_bands(stairs: Staircase, path: Int, slope: Float) -> Bands:
+    """Cut every layer's hull, given by `hull_paths`, at its longest step."""
     rows = np.arange(path.shape[0])
     cost, err = (np.take_along_axis(values, path, axis=1) for values in (stairs.cost, stairs.err))
     width = np.diff(cost, axis=1)
@@ -86,34 +85,65 @@ def band_starts(bands: Bands, budget: float, price: float, count: int) -> tuple[
     Returns:
         Staircase positions (m, N), m <= count, each within the budget, and the price (m,) of each one's next step.
     """
-    upper = _combinations(bands, price)
-    first_cost = np.where(upper, bands.high_cost, bands.low_cost).sum(axis=1)
-    upper = upper[first_cost <= budget]
-    if upper.shape[0] == 0:
+    usual, flips = _long_steps(bands, price)
+    pattern = (np.arange(2**flips.size)[:, None] >> np.arange(flips.size)) & 1
+    sign = np.where(usual[flips], -1.0, 1.0)  # what a flip adds: the high band for the low one, or the reverse
+
+    def start(low: Float, high: Float) -> Float:
+        return np.asarray(np.where(usual, high, low).sum() + pattern @ (sign * (high - low)[flips]))
+
+    first_cost = start(bands.low_cost, bands.high_cost)
+    pattern = pattern[first_cost <= budget]
+    if pattern.shape[0] == 0:
         return np.empty((0, bands.head.size), dtype=np.int64), np.empty(0)
     slack = budget - first_cost[first_cost <= budget]
-    open_ = bands.high == upper[:, bands.layer]
-    spent = np.cumsum(open_ * bands.cost, axis=1)
-    gained = open_ * bands.err
-    # The first step that does not fit whole; behind the last step nothing is left to buy.
-    split = np.array([np.searchsorted(row, limit, side="right") for row, limit in zip(spent, slack, strict=True)])
-    last = np.minimum(split, bands.layer.size - 1) if bands.layer.size else split
-    rows = np.arange(upper.shape[0])
-    value = np.where(upper, bands.high_err, bands.low_err).sum(axis=1)
-    rate: Float = np.zeros(rows.size)
+    # All combinations open the same steps but for those of the flipped layers: sums of the usual steps, and what each
+    # flip adds to them, in place of sums for every combination.
+    opened = bands.high == usual[bands.layer]
+    added = np.where(bands.layer == flips[:, None], np.where(opened, -1.0, 1.0), 0.0)
+    spent, more_spent = _sums(opened * bands.cost), _sums(added * bands.cost)
+    split = _splits(spent, more_spent, pattern, slack)
+    rate: Float = np.zeros(slack.size)
+    value = start(bands.low_err, bands.high_err)
     if bands.layer.size:
-        over = split < bands.layer.size
-        rate = np.where(over, -bands.err[last] / bands.cost[last], 0.0)
-        before = np.maximum(split - 1, 0)
-        value += np.array([row[:end].sum() for row, end in zip(gained, split, strict=True)])
-        value -= rate * (slack - np.where(split > 0, spent[rows, before], 0.0))
+        value += _at(_sums(opened * bands.err), _sums(added * bands.err), pattern, split)
+        # The first step that does not fit whole; behind the last step nothing is left to buy.
+        last = np.minimum(split, bands.layer.size - 1)
+        rate = np.where(split < bands.layer.size, -bands.err[last] / bands.cost[last], 0.0)
+        value -= rate * (slack - _at(spent, more_spent, pattern, split))
     best = np.argsort(value, kind="stable")[:count]
-    positions = [_walk(bands, upper[i], open_[i], float(slack[i])) for i in best]
+    upper = np.tile(usual, (best.size, 1))
+    upper[:, flips] ^= pattern[best].astype(np.bool_)
+    positions = [
+        _walk(bands, row, bands.high == row[bands.layer], float(slack[i])) for i, row in zip(best, upper, strict=True)
+    ]
     return np.stack(positions), rate[best]
 
 
-def _combinations(bands: Bands, price: float) -> Bool:
-    """Sets (m, N) of layers above their long step: the relaxation's own, and all flips of those nearest to `price`."""
+def _sums(steps: Float) -> Float:
+    """Running sums (..., S + 1) of steps (..., S), from 0 on."""
+    out = np.zeros((*steps.shape[:-1], steps.shape[-1] + 1))
+    np.cumsum(steps, axis=-1, out=out[..., 1:])
+    return out
+
+
+def _at(usual: Float, more: Float, pattern: Int, index: Int) -> Float:
+    """Sums (m,) of the first `index` (m,) steps: the usual ones (S + 1,) and what the flips add (F, S + 1)."""
+    return np.asarray(usual[index] + (pattern * more[:, index].T).sum(axis=1))
+
+
+def _splits(usual: Float, more: Float, pattern: Int, slack: Float) -> Int:
+    """How many steps (m,) each combination can pay for: bisection, since its sums are never written out."""
+    low, high = np.zeros(slack.size, dtype=np.int64), np.full(slack.size, usual.size - 1)
+    while (low < high).any():
+        middle = (low + high + 1) // 2
+        fits = _at(usual, more, pattern, middle) <= slack
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+    return low
+
+
+def _long_steps(bands: Bands, price: float) -> tuple[Bool, Int]:
+    """Layers (N,) above their long step in the relaxation, and those (F,) whose long step is nearest to `price`."""
     usual = -bands.slope > price
     with np.errstate(divide="ignore"):
         distance = np.abs(np.log(np.maximum(-bands.slope, 1e-300)) - np.log(max(price, 1e-300)))
@@ -126,11 +156,7 @@ def _combinations(bands: Bands, price: float) -> Bool:
     for depth in range(_FLIPS):
         near = sorted((group[depth] for group in ranked if group.size > depth), key=lambda i: distance[i])
         flips += [int(i) for i in near if np.isfinite(distance[i])]
-    flips = flips[:_FLIPS]
-    out = np.tile(usual, (2 ** len(flips), 1))
-    pattern = (np.arange(out.shape[0])[:, None] >> np.arange(len(flips))) & 1
-    out[:, flips] ^= pattern.astype(np.bool_)
-    return out
+    return usual, np.array(flips[:_FLIPS], dtype=np.int64)
 
 
 def _walk(bands: Bands, upper: Bool, open_: Bool, slack: float) -> Int:

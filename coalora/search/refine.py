@@ -62,7 +62,7 @@ def refine(stairs: Staircase, walk: Walk, budgets: Float, tolerance: float) -> t
     attempt(rows, position[rows], walk.price[rows], even)
     rows = np.flatnonzero(unproven())
     if rows.size:
-        bands = find_bands(stairs)
+        bands = find_bands(stairs, walk.path, walk.slope)
         found = [band_starts(bands, float(budgets[b]), float(walk.price[b]), _STARTS) for b in rows]
         owner = np.repeat(rows, [len(price) for _, price in found])
         starts, price = (np.concatenate(part) for part in zip(*found, strict=True))
