@@ -134,7 +134,8 @@ def _at(usual: Float, more: Float, pattern: Int, index: Int) -> Float:
 
 def _splits(usual: Float, more: Float, pattern: Int, slack: Float) -> Int:
     """How many steps (m,) each combination can pay for: bisection, since its sums are never written out."""
-    low, high = np.zeros(slack.size, dtype=np.int64), np.full(slack.size, usual.size - 1)
+    low: Int = np.zeros(slack.size, dtype=np.int64)
+    high: Int = np.full(slack.size, usual.size - 1)
     while (low < high).any():
         middle = (low + high + 1) // 2
         fits = _at(usual, more, pattern, middle) <= slack
