@@ -52,7 +52,7 @@ class Arm:
 
 
 _HALF = {"distillation": 0.5}
-_EXPERTS: dict[str, int | str] = {"expert_bits": 3, "expert_start": "compensation"}
+_EXPERTS: dict[str, int | str] = {"expert_bits": 3, "expert_start": "auto"}
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "shared": Arm("shared"),

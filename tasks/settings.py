@@ -40,8 +40,10 @@ class AdapterSettings(Section):
     expert_bits: int = Field(
         3, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
     )
-    expert_start: Literal["zero", "compensation"] = Field(
-        "compensation", description="Where these pairs start: zero, or the closed-form compensation of their bits."
+    expert_start: Literal["auto", "zero", "compensation"] = Field(
+        "auto",
+        description="Where these pairs start: zero, or the closed-form compensation of their bits; "
+        "auto: compensation for language models, zero for classifiers.",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,

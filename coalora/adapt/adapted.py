@@ -35,8 +35,6 @@ from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
-# Of a row of PEFT's initial lora_A, in the mean: its entries are uniform within 1 / sqrt(in).
-_ROW_NORM = 3**-0.5
 Method = Literal["coa", "paper", "shared", "lq-lora", "none"]
 
 
@@ -115,7 +113,8 @@ class AdaptedModel:
         self.experts: Experts | None = None
         if method == "coa" and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
-            if recipe.expert_start == "compensation" and start:
+            wanted = {"auto": self.is_language_model, "compensation": True, "zero": False}[recipe.expert_start]
+            if wanted and start:
                 self._start(self.experts)
         if method == "none":
             self._drop_lora()
@@ -129,11 +128,7 @@ class AdaptedModel:
         for index, lora_A in enumerate(self.lora_A):
             residual = self.base.residual(index, experts.first_choices[0])
             A, _ = compensation(residual, known[index], lora_A.weight.shape[0])
-            size = A.norm(dim=1, keepdim=True)
-            # Directions only: rows as long as LoRA's own initial ones, so that its learning rates hold. A residual
-            # of lower rank has rows of rounding errors, which stay random.
-            rows = A / size.clamp_min(torch.finfo(A.dtype).tiny) * _ROW_NORM
-            lora_A.weight.copy_(torch.where(size > 1e-5 * size.max(), rows, lora_A.weight))
+            lora_A.weight.copy_(_as_large(A, lora_A.weight, known[index]))
         experts.start(
             lambda index, k: (
                 compensating_lora_B(self.base.residual(index, k), known[index], self.lora_A[index].weight)
@@ -247,6 +242,21 @@ class AdaptedModel:
         self.base.restore()
         for lora_A, lora_B in zip(self.lora_A, self.lora_B, strict=True):
             lora_A.U = lora_A.compensation = lora_B.compensation = lora_A.expert = lora_B.expert = None
+
+
+def _as_large(rows: Tensor, usual: Tensor, statistics: InputStatistics) -> Tensor:
+    """`rows` (r, in), each scaled to put out as much, in the mean square, as a row of LoRA's initial lora_A does.
+
+    The rows are the inputs' leading directions, where inputs can be hundreds of times larger than elsewhere: with rows
+    of the usual length a step of B would be as much larger, and a MiniLM's training diverged. Rows without any output
+    stay `usual`: a residual of lower rank has such, of rounding errors.
+    """
+    H, second_moment = statistics.hessian, statistics.second_moment.to(rows)
+    output = (rows @ H.to(rows) * rows if H is not None else rows.square() * second_moment).sum(dim=1)
+    # Its entries are uniform within 1 / sqrt(in): of variance 1 / (3 in).
+    wanted = second_moment.sum() / (3 * rows.shape[1])
+    scaled = rows * (wanted / output.clamp_min(torch.finfo(rows.dtype).tiny)).sqrt()[:, None]
+    return torch.where((output > 1e-10 * output.max())[:, None], scaled, usual)
 
 
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:

@@ -25,7 +25,8 @@ class AdapterRecipe:
         expert_bits: choices of at most so many bits have a term of their own beside the shared pair, 0 for none
             (`coalora.adapt.experts`).
         expert_start: where the experts start: `zero`, or the `compensation` of the first choice of their bits, to
-            which the shared pair's lora_A is aligned.
+            which the shared pair's lora_A is aligned. `auto`: compensation for language models, which then lose least
+            to quantization, and zero for classifiers, which have more to learn than to make good.
         rank_pattern: total rank of layers whose name or kind matches a glob, instead of r; the last match wins.
     """
 
@@ -36,7 +37,7 @@ class AdapterRecipe:
     hidden_dim: int = 128
     compensation_rank: int = 0
     expert_bits: int = 0
-    expert_start: Literal["zero", "compensation"] = "zero"
+    expert_start: Literal["auto", "zero", "compensation"] = "zero"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     @property

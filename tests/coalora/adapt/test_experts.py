@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from coalora.adapt.compensation import compensating_lora_B, compensation
@@ -104,14 +105,24 @@ def test_experts_of_other_bits_start_at_the_best_fit_in_the_same_coordinates(tin
         torch.testing.assert_close(adapted.lora_B[index].effective_weight() * adapted.recipe.scale, B)
 
 
-def test_above_the_limit_a_start_leaves_an_untrained_pair_of_lora_s_own_size(tiny_llama, make_adapted) -> None:
+def test_above_the_limit_a_start_leaves_an_untrained_pair_with_outputs_of_lora_s_own_size(
+    tiny_llama, make_adapted
+) -> None:
     started = make_adapted(tiny_llama(), expert_bits=3, expert_start="compensation")
     plain = make_adapted(tiny_llama(), expert_bits=3)
     started.switch(at(started, 4))  # 4 bits
     assert not any(bool(m.effective_weight().any()) for m in started.lora_B)
-    for ours, peft in zip(started.lora_A, plain.lora_A, strict=True):
+    for ours, peft, known in zip(started.lora_A, plain.lora_A, started.base._statistics, strict=True):
         assert not torch.equal(ours.weight, peft.weight)
-        assert 0.8 < ours.weight.norm() / peft.weight.norm() < 1.25
+        outputs = (ours.weight @ known.hessian * ours.weight).sum(dim=1)
+        wanted = known.second_moment.mean() / 3  # E (a x)^2 of entries uniform within 1 / sqrt(in)
+        torch.testing.assert_close(outputs, wanted.expand_as(outputs), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_start_is_left_to_the_task(tiny_models, make_adapted, family) -> None:
+    started = make_adapted(tiny_models[family](), expert_bits=3, expert_start="auto")
+    assert any(bool(p.any()) for p in started.experts.lora_B.values()) == (family == "llama")
 
 
 def test_a_space_without_low_bits_starts_as_plain_lora(tiny_llama, make_adapted) -> None:
