@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coalora.adapt.compensation import CompensationTable, compensating_lora_B, compensation
+from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
 from coalora.adapt.experts import Experts
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.recipe import AdapterRecipe
@@ -128,7 +128,7 @@ class AdaptedModel:
         for index, lora_A in enumerate(self.lora_A):
             residual = self.base.residual(index, experts.first_choices[0])
             A, _ = compensation(residual, known[index], lora_A.weight.shape[0])
-            lora_A.weight.copy_(_as_large(A, lora_A.weight, known[index]))
+            lora_A.weight.copy_(as_large_as_lora(A, lora_A.weight, known[index]))
         experts.start(
             lambda index, k: (
                 compensating_lora_B(self.base.residual(index, k), known[index], self.lora_A[index].weight)
@@ -242,21 +242,6 @@ class AdaptedModel:
         self.base.restore()
         for lora_A, lora_B in zip(self.lora_A, self.lora_B, strict=True):
             lora_A.U = lora_A.compensation = lora_B.compensation = lora_A.expert = lora_B.expert = None
-
-
-def _as_large(rows: Tensor, usual: Tensor, statistics: InputStatistics) -> Tensor:
-    """`rows` (r, in), each scaled to put out as much, in the mean square, as a row of LoRA's initial lora_A does.
-
-    The rows are the inputs' leading directions, where inputs can be hundreds of times larger than elsewhere: with rows
-    of the usual length a step of B would be as much larger, and a MiniLM's training diverged. Rows without any output
-    stay `usual`: a residual of lower rank has such, of rounding errors.
-    """
-    H, second_moment = statistics.hessian, statistics.second_moment.to(rows)
-    output = (rows @ H.to(rows) * rows if H is not None else rows.square() * second_moment).sum(dim=1)
-    # Its entries are uniform within 1 / sqrt(in): of variance 1 / (3 in).
-    wanted = second_moment.sum() / (3 * rows.shape[1])
-    scaled = rows * (wanted / output.clamp_min(torch.finfo(rows.dtype).tiny)).sqrt()[:, None]
-    return torch.where((output > 1e-10 * output.max())[:, None], scaled, usual)
 
 
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:

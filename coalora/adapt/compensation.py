@@ -68,6 +68,21 @@ def compensating_lora_B(residual: Tensor, statistics: InputStatistics, lora_A: T
     return (E @ AH.T @ gram).float()
 
 
+def as_large_as_lora(rows: Tensor, usual: Tensor, statistics: InputStatistics) -> Tensor:
+    """`rows` (r, in), each scaled to put out as much, in the mean square, as a row of LoRA's initial lora_A does.
+
+    The rows are the inputs' leading directions, where inputs can be hundreds of times larger than elsewhere: with rows
+    of the usual length a step of B would be as much larger, and a MiniLM's training diverged. Rows without any output
+    stay `usual`: a residual of lower rank has such, of rounding errors.
+    """
+    H, second_moment = statistics.hessian, statistics.second_moment.to(rows)
+    output = (rows @ H.to(rows) * rows if H is not None else rows.square() * second_moment).sum(dim=1)
+    # Its entries are uniform within 1 / sqrt(in): of variance 1 / (3 in).
+    wanted = second_moment.sum() / (3 * rows.shape[1])
+    scaled = rows * (wanted / output.clamp_min(torch.finfo(rows.dtype).tiny)).sqrt()[:, None]
+    return torch.where((output > 1e-10 * output.max())[:, None], scaled, usual)
+
+
 def _leading(weighted: Tensor, E: Tensor, r: int) -> Tensor:
     """The leading r eigenvectors (out, r) of E H E^T, given E H (out, in) and E."""
     if E.shape[0] <= _EXACT:

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.compensation import CompensationTable, compensating_lora_B, compensation
+from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.statistics import collect_statistics
 from coalora.errors import CoaloraError
@@ -71,6 +71,28 @@ def test_rows_that_repeat_themselves_still_have_a_fit() -> None:
     A = torch.randn(2, 14, generator=torch.Generator().manual_seed(2))
     B, whole = compensating_lora_B(E, known, torch.cat([A, A])), compensating_lora_B(E, known, A)
     torch.testing.assert_close(B @ torch.cat([A, A]), whole @ A, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_scaled_to_the_output_of_lora_s_random_ones() -> None:
+    E, known = problem(n_in=14)
+    assert known.hessian is not None
+    A, _ = compensation(E, known, 4)
+    usual = torch.empty(4000, 14).uniform_(-(14**-0.5), 14**-0.5, generator=torch.Generator().manual_seed(0))
+    of_random = ((usual @ known.hessian) * usual).sum(dim=1).mean()
+    scaled = as_large_as_lora(A, usual[:4], known)
+    outputs = ((scaled @ known.hessian) * scaled).sum(dim=1)
+    torch.testing.assert_close(outputs, of_random.expand(4), rtol=0.05, atol=0)
+    torch.testing.assert_close(torch.nn.functional.normalize(scaled), torch.nn.functional.normalize(A))
+
+
+def test_rows_without_output_stay_random() -> None:
+    E, known = problem()
+    A, _ = compensation(E, known, 3)
+    A[2] = 0
+    usual = torch.ones(3, 14)
+    scaled = as_large_as_lora(A, usual, known)
+    assert torch.equal(scaled[2], usual[2])
+    assert not torch.equal(scaled[:2], usual[:2])
 
 
 def test_a_singular_hessian_needs_no_damping() -> None:
