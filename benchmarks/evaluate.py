@@ -36,7 +36,7 @@ from tasks.workers import WorkerPool, open_pool
 SHARD_SIZE = 2
 CHANGES = [
     "model.pretrain.steps=30", "training.initial_steps=2", "training.warmup_steps=1", "search.rounds=0",
-    "baselines.methods=[shared]", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=12",
+    "baselines.methods=[shared]", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=15",
     "evaluation.budgets=[2.5,3.5]",
 ]  # fmt: skip
 

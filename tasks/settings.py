@@ -244,7 +244,11 @@ class RuntimeSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
     )
-    cache_mib: int = Field(256, ge=0, description="Memory for packed layers of configurations in use (MiB).")
+    cache_mib: int = Field(
+        512,
+        ge=0,
+        description="Memory for layers of configurations in use (MiB): packed and, on a CPU, weights that wait.",
+    )
     master: Literal["device", "cpu", "mmap"] = Field(
         "device",
         description="Where full-precision weights live: beside the model, in RAM, or in the checkpoint's files.",
