@@ -16,7 +16,6 @@ that other code made than there is now is used as well, and named: delete it whe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -30,7 +29,7 @@ from benchmarks._settings import CACHE, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel, Method
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import score, score_configurations
-from coalora.files import digest, file_sha256, json_bytes, replace_file
+from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
 from coalora.search.allocation import allocate
 from coalora.train.loop import TrainingRecipe, train
 from coalora.train.objective import Objective
@@ -53,6 +52,7 @@ class Arm:
 
 _HALF = {"distillation": 0.5}
 _EXPERTS: dict[str, int | str] = {"expert_bits": 3, "expert_start": "auto"}
+_COMPENSATED: dict[str, int | str] = {"expert_bits": 3, "expert_start": "compensation"}
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "shared": Arm("shared"),
@@ -64,7 +64,8 @@ ARMS: dict[str, Arm] = {
     "theta + compensation": Arm("coa", {"compensation_rank": 8}),
     "experts": Arm("coa", {"expert_bits": 3}),
     "experts + compensation": Arm("coa", {"expert_bits": 3, "compensation_rank": 8}),
-    "experts from compensation": Arm("coa", _EXPERTS),
+    "experts from compensation": Arm("coa", _COMPENSATED),
+    "experts from compensation without theta": Arm("coa", _COMPENSATED, {"theta_lr": 0.0}),
     "ours": Arm("coa", _EXPERTS, objective=_HALF),
     "ours without theta": Arm("coa", _EXPERTS, {"theta_lr": 0.0}, _HALF),  # U starts, and stays, at zero
     "ours, theta at ten times its learning rate": Arm("coa", _EXPERTS, {"theta_lr": 3e-3}, _HALF),
@@ -99,7 +100,7 @@ def run(arm: Arm, setting: Setting, seed: int, single_steps: int) -> dict[str, l
     if not file.is_file():
         parts = (_single if arm.single else _together)(arm, setting, seed, steps_for(arm, setting, single_steps))
         replace_file(file, json_bytes({"code": code_digest(), **parts}))
-    kept = json.loads(file.read_text())
+    kept = read_json(file)
     if kept.pop("code", None) != code_digest():
         print(f"made by other code: {file.name}", flush=True)
     return kept

@@ -11,7 +11,7 @@ _TITLES = {
     "also": "Further schemes",
     "base": "Write the packed base",
     "builtin": "Built-in text",
-    "cache_mib": "Cache of packed layers (MiB)",
+    "cache_mib": "Cache of layers (MiB)",
     "candidates": "Candidates a round",
     "checkpoint_seconds": "Time between checkpoints (seconds)",
     "delta": "Step size (delta)",

@@ -124,17 +124,12 @@ class AdaptedModel:
         """Start every A as the compensation's rows for the lowest bits, and the experts' B at the best fit to them."""
         if not experts.first_choices:
             return
-        known = _known(self._known_statistics)
-        for index, lora_A in enumerate(self.lora_A):
-            residual = self.base.residual(index, experts.first_choices[0])
-            A, _ = compensation(residual, known[index], lora_A.weight.shape[0])
-            lora_A.weight.copy_(as_large_as_lora(A, lora_A.weight, known[index]))
-        experts.start(
-            lambda index, k: (
-                compensating_lora_B(self.base.residual(index, k), known[index], self.lora_A[index].weight)
-                / self.recipe.scale
-            )
-        )
+        for index, (lora_A, known) in enumerate(zip(self.lora_A, _known(self._known_statistics), strict=True)):
+            residuals = [self.base.residual(index, k) for k in experts.first_choices]
+            A, _ = compensation(residuals[0], known, lora_A.weight.shape[0])
+            lora_A.weight.copy_(as_large_as_lora(A, lora_A.weight, known))
+            fits = [compensating_lora_B(residual, known, lora_A.weight) for residual in residuals]
+            experts.start(index, [B / self.recipe.scale for B in fits])
 
     def _drop_lora(self) -> None:
         for name, parameter in self.peft_model.named_parameters():

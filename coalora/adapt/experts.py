@@ -16,7 +16,7 @@ each configuration.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +57,10 @@ class Experts(nn.Module):
         return [self.expert_of_choice.index(expert) for expert in range(max(self.expert_of_choice, default=-1) + 1)]
 
     @torch.no_grad()
-    def start(self, fit: Callable[[int, int], Tensor]) -> None:
-        """Set every B_l,b to `fit`(layer index, first choice of its bits), of shape (out, r)."""
-        for key, parameter in self.lora_B.items():
-            index, expert = map(int, key.split("_"))
-            parameter.copy_(fit(index, self.first_choices[expert]))
+    def start(self, index: int, lora_B: Sequence[Tensor]) -> None:
+        """Set B_l,b of layer `index` to one of `lora_B` (each out x r) for each of `first_choices`."""
+        for expert, B in enumerate(lora_B):
+            self.lora_B[f"{index}_{expert}"].copy_(B)
 
     def forward(self, index: int, choice: int) -> tuple[Tensor, Tensor] | None:
         """(A_l,b, B_l,b) of choice `choice` in layer `index`; None where its bits have no term."""

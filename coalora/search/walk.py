@@ -17,12 +17,11 @@ _SKIPS = 16  # layers that may be skipped because their next step does not fit
 
 @dataclass(frozen=True)
 class Walk:
-    """Where the walk stops: position (B, N) on the staircases, within the budget; over (B, N), one step
-    beyond the budget; bound (B,), a lower bound of the optimal error; price (B,), error per cost at the
-    budget, 0 where every layer has its lowest error; path, slope: the hulls, as of `hull_paths`."""
+    """Where the walk stops: position (B, N) on the staircases, within the budget; bound (B,), a lower bound of
+    the optimal error; price (B,), error per cost at the budget, 0 where every layer has its lowest error; path,
+    slope: the hulls, as of `hull_paths`."""
 
     position: Int
-    over: Int
     bound: Float
     price: Float
     path: Int
@@ -53,10 +52,8 @@ def walk_hulls(stairs: Staircase, budgets: Float) -> Walk:
     price[split] = -flat[order[taken[split]]]
     slack = budgets - vertex_cost[layers, vertex].sum(axis=1)
     bound = vertex_err[layers, vertex].sum(axis=1) - price * slack
-    beyond = vertex.copy()
-    beyond[split, layer[taken[split]]] += 1
     vertex += _skipping(slack, taken, layer, cost, N)
-    return Walk(path[layers, vertex], path[layers, beyond], bound, price, path, slope)
+    return Walk(path[layers, vertex], bound, price, path, slope)
 
 
 def _steps_by_layer(taken: Int, layer: Int, N: int) -> Int:

@@ -13,7 +13,17 @@ from collections.abc import Collection, Sequence
 
 from coalora.errors import CoaloraError
 from tasks.s3.client import S3Location, S3Object
-from tasks.s3.manifest import LATEST, MANIFEST, OBJECTS, RUNS, Manifest, object_name, parse_manifest, run_name
+from tasks.s3.manifest import (
+    LATEST,
+    MANIFEST,
+    OBJECTS,
+    RUNS,
+    Manifest,
+    object_name,
+    published_names,
+    read_manifest,
+    run_name,
+)
 
 
 def published_runs(root: S3Location) -> dict[tuple[str, str], Manifest]:
@@ -22,14 +32,7 @@ def published_runs(root: S3Location) -> dict[tuple[str, str], Manifest]:
     Raises:
         CoaloraError: one is damaged: what it refers to is not known, and nothing may be called left over.
     """
-    found = {}
-    for item in root.list(f"{RUNS}/"):
-        name = root.name_of(item)
-        content = root.get_bytes(name) if name.endswith(f"/{MANIFEST}") else None
-        if content is not None:
-            _, pipeline, run, _ = name.split("/", 3)
-            found[pipeline, run] = parse_manifest(root, name, content)
-    return found
+    return {(pipeline, run): read_manifest(root, pipeline, run) for pipeline, run in published_names(root)}
 
 
 def left_over(
@@ -72,10 +75,10 @@ def withdraw(root: S3Location, pipeline: str, run: str) -> None:
 
 def check_published(root: S3Location, pipeline: str, run: str) -> None:
     """Refuse to withdraw a run that nobody has published."""
-    if root.head(f"{run_name(pipeline, run)}/{MANIFEST}") is None:
-        there = sorted(f"{p}/{r}" for p, r in published_runs(root))
+    there = published_names(root)
+    if (pipeline, run) not in there:
         raise CoaloraError(
             "a run that is withdrawn has been published",
             got=f"{pipeline}/{run}",
-            expected=", ".join(there) or f"a run below {root}, where there is none",
+            expected=", ".join(map("/".join, there)) or f"a run below {root}, where there is none",
         )

@@ -100,6 +100,12 @@ def split_run_address(address: S3Address) -> tuple[S3Address, str, str]:
     return S3Address(address.bucket, "/".join(part for part in prefix if part)), pipeline, run
 
 
+def published_names(root: S3Location) -> list[tuple[str, str]]:
+    """(pipeline, run) of every manifest below `root`, sorted."""
+    names = [root.name_of(found).split("/") for found in root.list(f"{RUNS}/")]
+    return sorted((name[1], name[2]) for name in names if len(name) == 4 and name[3] == MANIFEST)
+
+
 def read_manifest(root: S3Location, pipeline: str, run: str) -> Manifest:
     """The manifest of a published run; `latest` is looked up.
 
@@ -132,9 +138,7 @@ def parse_manifest(root: S3Location, name: str, content: bytes) -> Manifest:
 
 
 def _missing(root: S3Location, pipeline: str, run: str) -> CoaloraError:
-    there = sorted(
-        {"/".join(root.name_of(o).split("/")[1:3]) for o in root.list(f"{RUNS}/") if o.key.endswith(f"/{MANIFEST}")}
-    )
+    there = ["/".join(name) for name in published_names(root)]
     shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     return CoaloraError(
         "a run must be published before it is downloaded",
