@@ -5,7 +5,8 @@ Each worker has one thread and keeps its model. The workers are started, and hav
 runs; the two ways alternate, and medians are compared. Both must give the same scores, bit for bit.
 
 Beside the time on the clock: the processor time of the busiest worker, which says what the clock would on a machine
-that has nothing else to do.
+that has nothing else to do; and what two processes of this machine can do at all, from two lone workers that evaluate
+the whole set at the same time (cores share memory, and virtual ones more than that).
 
     python -m benchmarks.evaluate [--quick] [--runner processes|dask|ray]
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,6 +67,19 @@ def evaluate(runner: DirectRunner, calls: list[dict[str, Any]], pool: WorkerPool
     return elapsed, busiest, [read_json(Store().path(shard) / SHARD) for shard in shards]
 
 
+def side_by_side(calls: list[dict[str, Any]], pools: list[WorkerPool]) -> float:
+    """Seconds that lone workers take when each evaluates the whole set at the same time."""
+
+    def whole_set(pool: WorkerPool) -> None:
+        for call in calls:
+            pool.run(evaluate_shard, evaluate_shard.key(call), call)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(pools)) as threads:
+        list(threads.map(whole_set, pools))
+    return time.perf_counter() - started
+
+
 def processor_seconds() -> dict[int, float]:
     """Processor time of every process below this one."""
     times = {child.pid: child.cpu_times() for child in psutil.Process().children(recursive=True)}
@@ -79,19 +94,22 @@ def main() -> None:
     file = Path(__file__).parents[1] / "pipelines.yaml"
     runner = DirectRunner()
     calls = shard_calls(PipelineRun.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
-    pools = [pool for workers in (1, 2) if (pool := open_pool(options.runner, workers)) is not None]
+    pools = [pool for workers in (1, 2, 1) if (pool := open_pool(options.runner, workers)) is not None]
+    compared, lone = pools[:2], pools[::2]
     times: dict[int, list[float]] = {1: [], 2: []}
     busiest: dict[int, list[float]] = {1: [], 2: []}
+    beside: list[float] = []
     scores = []
     try:
         for pool in pools:
             evaluate(runner, calls, pool)
         for _ in range(3 if options.quick else 7):
-            for pool in pools:
+            for pool in compared:
                 elapsed, busy, found = evaluate(runner, calls, pool)
                 times[pool.workers].append(elapsed)
                 busiest[pool.workers].append(busy)
                 scores.append(found)
+            beside.append(side_by_side(calls, lone))
     finally:
         for pool in pools:
             pool.close()
@@ -103,6 +121,10 @@ def main() -> None:
         | {"note": f"{median(found[2]):.2f} and {median(found[1]):.2f} s"}
         for kind, found in (("time", times), ("busiest processor", busiest))
     ]
+    rows.append(
+        {"what": "this machine's bound: two lone workers at once, twice the work", "unit": "x"}
+        | {"measured": median(beside) / 2 / median(times[1]), "note": f"{median(beside):.2f} s for both"}
+    )
     name = "evaluate" if options.runner == "processes" else f"evaluate-{options.runner}"
     report(name, rows, notes="One thread a process; the same scores, bit for bit.")
 

@@ -20,6 +20,7 @@ import prefect
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 
+from coalora.allocator import keep_freed_memory
 from coalora.errors import CoaloraError
 from tasks.artifacts import Artifact
 from tasks.checkpoints import scratch_of
@@ -127,6 +128,7 @@ class Stage:
     def measured(self, inputs: Mapping[str, Any]) -> Artifact:
         """Call the function and note what it cost. Raises TypeError where it returns no artifact."""
         started = time.perf_counter()
+        keep_freed_memory()
         with scratch_of(self.key(inputs)):
             result = self.fn(**inputs)
         if not isinstance(result, Artifact):

@@ -28,6 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
+from coalora.allocator import keep_freed_memory
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
 
@@ -204,6 +205,7 @@ def _process(
         torch.cuda.set_device(rank)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+        keep_freed_memory()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     try:
         result = function(*arguments)
