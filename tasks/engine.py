@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar, cast
 
 from prefect import Task
 from prefect.context import FlowRunContext
@@ -43,6 +43,14 @@ from tasks.store import Store
 T = TypeVar("T")
 
 __all__ = ["DirectRunner", "Plan", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
+
+
+class Submitted(Protocol):
+    """What Prefect's futures and those of `concurrent.futures` have in common."""
+
+    def result(self) -> Artifact: ...
+
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> object: ...
 
 
 class Runner(ABC):
@@ -105,13 +113,18 @@ class Runner(ABC):
         """
         if workers == 1 and pool is None:
             return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
-        artifacts: list[Artifact] = []
-        pending: deque[tuple[Plan, Callable[[], Artifact]]] = deque()
+        artifacts: dict[int, Artifact] = {}
+        pending: dict[int, tuple[Plan, Submitted]] = {}
+        done: SimpleQueue[int] = SimpleQueue()
+
+        def tell(index: int) -> Callable[[object], None]:
+            return lambda _: done.put(index)
 
         def finish() -> None:
-            plan, result = pending.popleft()
+            index = done.get()  # whichever ends first: its worker gets the next call, though others go on
+            plan, submitted = pending.pop(index)
             try:
-                artifacts.append(self._note(plan, result()))
+                artifacts[index] = self._note(plan, submitted.result())
             finally:
                 plan.release()
 
@@ -121,19 +134,21 @@ class Runner(ABC):
 
         with self._workers(workers) as submit:
             try:
-                for inputs in calls:
+                for index, inputs in enumerate(calls):
                     if len(pending) == workers:
                         finish()
                     plan = self._plan(stage, inputs, refresh, pool, before_waiting=finish_all)
                     with _calling(plan):  # what is submitted runs in a copy of this context
-                        pending.append((plan, submit(plan)))
+                        submitted = submit(plan)
+                    submitted.add_done_callback(tell(index))
+                    pending[index] = plan, submitted
                 finish_all()
             except BaseException:
                 while pending:
                     with suppress(Exception):  # the first failure is the one that is told
                         finish()
                 raise
-        return artifacts
+        return [artifacts[index] for index in range(len(calls))]
 
     def _plan(
         self,
@@ -183,8 +198,8 @@ class Runner(ABC):
         """Return the verified record, or run the function and record its artifact."""
 
     @abstractmethod
-    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Callable[[], Artifact]]]:
-        """A function that begins a plan beside others and returns how to wait for its artifact."""
+    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Submitted]]:
+        """A function that begins a plan beside others and returns its future."""
 
 
 class PrefectRunner(Runner):
@@ -203,11 +218,11 @@ class PrefectRunner(Runner):
             return task(**plan.call)
 
     @contextmanager
-    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
         """Through the flow's task runner: threads, unless the flow was given another."""
 
-        def submit(plan: Plan) -> Callable[[], Artifact]:
-            return self._task(plan).submit(**plan.call).result
+        def submit(plan: Plan) -> Submitted:
+            return cast(Submitted, self._task(plan).submit(**plan.call))
 
         yield submit
 
@@ -248,9 +263,9 @@ class DirectRunner(Runner):
         return artifact
 
     @contextmanager
-    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Callable[[], Artifact]]]:
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
         with ThreadPoolExecutor(workers, thread_name_prefix="coalora") as pool:
-            yield lambda plan: pool.submit(copy_context().run, self._execute, plan).result
+            yield lambda plan: pool.submit(copy_context().run, self._execute, plan)
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         with database_faults():

@@ -90,6 +90,18 @@ def part(*, n: int, fail: bool = False, at_least: int = 1) -> Artifact:
     return Store().put("text", writer(f"part {n}"))
 
 
+@stage("patient")
+def patient(*, n: int) -> Artifact:
+    """Number 0 ends after number 4."""
+    give_up = time.monotonic() + 20
+    while n == 0 and "patient 4" not in CALLS:
+        if time.monotonic() > give_up:
+            raise TimeoutError("number 4 was never begun")
+        time.sleep(0.01)
+    CALLS.append(f"patient {n}")
+    return Store().put("text", writer(f"patient {n}"))
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("prefect-home")
@@ -249,13 +261,22 @@ def test_many_calls_come_back_in_their_order_and_never_more_at_a_time_than_worke
         AT_WORK[1] = 0
         found = runner.run_many(part, calls, workers=workers)
         assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"part {n}" for n in range(6)]
-        assert [record.cached for record in runner.history[1:]] == [n == 2 for n in range(6)]
+        assert len(runner.history[1:]) == 6
+        assert [record.artifact for record in runner.history[1:] if record.cached] == [found[2]]
         assert runner.run_many(part, calls, workers=workers) == found
         assert all(record.cached for record in runner.history[7:])
 
     execute(body)
     assert sorted(CALLS) == sorted(f"part {n}" for n in range(6))
     assert AT_WORK[1] == 1 if workers == 1 else 2 <= AT_WORK[1] <= workers
+
+
+def test_a_long_call_keeps_no_other_worker_waiting(execute: Callable) -> None:
+    def body(runner: Runner) -> None:
+        found = runner.run_many(patient, [{"n": n} for n in range(5)], workers=2)
+        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"patient {n}" for n in range(5)]
+
+    execute(body)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
