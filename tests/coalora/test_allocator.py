@@ -20,8 +20,8 @@ if sys.argv[1] == "kept":
 def faults():
     for first in (True, False):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            x = torch.ones(24 << 20)
+        for _ in range(12):
+            x = torch.ones(20 << 20)
             y = x + 1
             del x, y
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -47,9 +47,9 @@ def test_large_tensors_reuse_the_memory_of_those_before_them_in_every_thread() -
     kept = [int(n) for n in _python(_FAULTS, "kept").split()]
     given_back = [int(n) for n in _python(_FAULTS, "default").split()]
 
-    pages = 5 * 2 * (24 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
+    pages = 12 * 2 * (20 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
     assert min(given_back) >= 0.9 * pages, "the default has no such cost here: is the option still needed?"
-    assert max(kept) < 0.01 * pages
+    assert max(kept) < 0.1 * pages  # one tensor in 24 may find its place taken by a small one and get new memory
 
 
 @glibc
