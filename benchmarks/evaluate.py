@@ -8,7 +8,7 @@ Beside the time on the clock: the processor time of the busiest worker, which sa
 that has nothing else to do; and what two processes of this machine can do at all, from two lone workers that evaluate
 the whole set at the same time (cores share memory, and virtual ones more than that).
 
-    python -m benchmarks.evaluate [--quick] [--runner processes|dask|ray]
+    python -m benchmarks.evaluate [--quick] [--runner processes|dask]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def processor_seconds() -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--runner", choices=("processes", "dask", "ray"), default="processes")
+    parser.add_argument("--runner", choices=("processes", "dask"), default="processes")
     options = parser.parse_args()
     file = Path(__file__).parents[1] / "pipelines.yaml"
     runner = DirectRunner()

@@ -54,7 +54,7 @@ class Submitted(Protocol):
 
 
 class Runner(ABC):
-    """Runs stages with caching; `history` lists what was done, in order.
+    """Runs stages with caching; `history` lists what was done, in the order of the calls.
 
     Args:
         store: where the artifacts' files are; `Store()` by default.
@@ -89,8 +89,9 @@ class Runner(ABC):
         plan = self._plan(stage, inputs, refresh)
         try:
             with _calling(plan):
-                artifact = self._execute(plan)
-            return self._note(plan, artifact)
+                record = self._record(plan, self._execute(plan))
+            self.history.append(record)
+            return record.artifact
         finally:
             plan.release()
 
@@ -113,7 +114,7 @@ class Runner(ABC):
         """
         if workers == 1 and pool is None:
             return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
-        artifacts: dict[int, Artifact] = {}
+        records: dict[int, StageRecord] = {}
         pending: dict[int, tuple[Plan, Submitted]] = {}
         done: SimpleQueue[int] = SimpleQueue()
 
@@ -124,7 +125,7 @@ class Runner(ABC):
             index = done.get()  # whichever ends first: its worker gets the next call, though others go on
             plan, submitted = pending.pop(index)
             try:
-                artifacts[index] = self._note(plan, submitted.result())
+                records[index] = self._record(plan, submitted.result())
             finally:
                 plan.release()
 
@@ -148,7 +149,10 @@ class Runner(ABC):
                     with suppress(Exception):  # the first failure is the one that is told
                         finish()
                 raise
-        return [artifacts[index] for index in range(len(calls))]
+            finally:
+                in_order = [records[index] for index in sorted(records)]
+                self.history += in_order
+        return [record.artifact for record in in_order]
 
     def _plan(
         self,
@@ -162,8 +166,8 @@ class Runner(ABC):
         planner = Planner(self.store, stage, self._result_store(stage))
         return planner.plan(inputs, refresh=refresh, pool=pool, before_waiting=before_waiting)
 
-    def _note(self, plan: Plan, artifact: Artifact) -> Artifact:
-        """Share what a finished call has made, and add the call to the history."""
+    def _record(self, plan: Plan, artifact: Artifact) -> StageRecord:
+        """Share what a finished call has made, and say what was done."""
         shared = self.store.shared
         if shared is not None:
             sent = self.store.share(artifact)
@@ -180,10 +184,9 @@ class Runner(ABC):
             seconds=time.perf_counter() - plan.started,
             artifact=artifact,
         )
-        self.history.append(record)
         how = "reused" if record.cached else "rebuilt" if record.rebuilt else "computed"
         get_logger().info("%s: %s %s (%.1f s)", plan.stage.name, how, artifact.digest[:12], record.seconds)
-        return artifact
+        return record
 
     @abstractmethod
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:

@@ -18,10 +18,10 @@ if sys.argv[1] == "kept":
     assert keep_freed_memory()
 
 def faults():
-    for first in (True, False):
+    for rounds in (int(sys.argv[2]), 5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(12):
-            x = torch.ones(20 << 20)
+        for _ in range(rounds):
+            x = torch.ones(24 << 20)
             y = x + 1
             del x, y
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -44,20 +44,24 @@ def _python(code: str, *arguments: str, **variables: str) -> str:
 
 @glibc
 def test_large_tensors_reuse_the_memory_of_those_before_them_in_every_thread() -> None:
-    kept = [int(n) for n in _python(_FAULTS, "kept").split()]
-    given_back = [int(n) for n in _python(_FAULTS, "default").split()]
+    # The heap has settled after some rounds: a small block may lie in a tensor's place, which then needs another.
+    kept = [int(n) for n in _python(_FAULTS, "kept", "60").split()]
+    given_back = [int(n) for n in _python(_FAULTS, "default", "5").split()]
 
-    pages = 12 * 2 * (20 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
+    pages = 5 * 2 * (24 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
     assert min(given_back) >= 0.9 * pages, "the default has no such cost here: is the option still needed?"
-    assert max(kept) < 0.1 * pages  # one tensor in 24 may find its place taken by a small one and get new memory
+    assert max(kept) < 0.01 * pages
 
 
 @glibc
-@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_the_environment_s_own_choice_is_left_alone(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2"), ("GLIBC_TUNABLES", "")],
+)
+def test_the_environment_s_own_choice_is_left_alone(name: str, value: str) -> None:
     code = "from coalora.allocator import keep_freed_memory; print(keep_freed_memory())"
 
-    assert _python(code, **{name: "glibc.malloc.arena_max=2" if name == "GLIBC_TUNABLES" else "2"}).strip() == "False"
+    assert _python(code, **{name: value}).strip() == "False"
 
 
 def test_a_c_library_without_the_option_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
-"""A repository of DVC's for the tests of versioned sets."""
+"""A repository of DVC's for the tests of versioned sets; runners of stages with a store and records of their own."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,32 @@ def repository(tmp_path: Path, own_dvc: None) -> Path:
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     Repo.init(str(root)).close()
     return root
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from prefect.settings import PREFECT_HOME, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    home = tmp_path_factory.mktemp("prefect-home")
+    with temporary_settings({PREFECT_HOME: home}), prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
+        yield tmp_path / "home"
+
+
+@pytest.fixture(params=["direct", "prefect"])
+def execute(request: pytest.FixtureRequest) -> Callable[[Callable[[Any], Any]], Any]:
+    from tests.tasks.engine_runs import directly, in_flow
+
+    if request.param == "direct":
+        return directly
+    request.getfixturevalue("prefect_server")
+    return in_flow

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prefect
 import pytest
-from prefect.settings import PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
 from tasks.engine import DirectRunner, PrefectRunner, Runner, stage
 from tasks.store import Artifact, Store
+from tests.tasks.engine_runs import directly, in_flow, writer
 
+pytestmark = pytest.mark.usefixtures("own_results")
 ROOT = Path(__file__).resolve().parents[2]
 CALLS: list[str] = []  # names of the stage functions that have really run
 
 
 class Settings(BaseModel):
     text: str = "alpha"
-
-
-def writer(text: str) -> Callable[[Path], None]:
-    def build(folder: Path) -> None:
-        (folder / "a.txt").write_text(text)
-
-    return build
 
 
 @stage("first", tags=["demo"])
@@ -70,76 +60,9 @@ def wrong_return(*, n: int) -> Artifact:
     return n  # type: ignore[return-value]
 
 
-AT_WORK: list[int] = [0, 0]  # calls of `part` that run now, and the most that ever did
-_COUNT = threading.Lock()
-
-
-@stage("part")
-def part(*, n: int, fail: bool = False, at_least: int = 1) -> Artifact:
-    with _COUNT:
-        AT_WORK[0] += 1
-        AT_WORK[1] = max(AT_WORK)
-    give_up = time.monotonic() + 10
-    while AT_WORK[1] < at_least and time.monotonic() < give_up:  # until another is at work, too
-        time.sleep(0.01)
-    with _COUNT:
-        AT_WORK[0] -= 1
-        CALLS.append(f"part {n}")
-    if fail:
-        raise CoaloraError("a part succeeds", got=n)
-    return Store().put("text", writer(f"part {n}"))
-
-
-@stage("patient")
-def patient(*, n: int) -> Artifact:
-    """Number 0 ends after number 4."""
-    give_up = time.monotonic() + 20
-    while n == 0 and "patient 4" not in CALLS:
-        if time.monotonic() > give_up:
-            raise TimeoutError("number 4 was never begun")
-        time.sleep(0.01)
-    CALLS.append(f"patient {n}")
-    return Store().put("text", writer(f"patient {n}"))
-
-
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    home = tmp_path_factory.mktemp("prefect-home")
-    with temporary_settings({PREFECT_HOME: home}), prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
+def nothing_ran_yet() -> None:
     CALLS.clear()
-    AT_WORK[:] = [0, 0]
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
-        yield tmp_path / "home"
-
-
-def in_flow(body: Callable[[PrefectRunner], Any]) -> Any:
-    """Run `body(runner)` inside a flow run and return its value."""
-    values: list[Any] = []
-
-    @prefect.flow(name="engine-test")
-    def run() -> None:
-        values.append(body(PrefectRunner()))
-
-    run()
-    return values[0]
-
-
-def directly(body: Callable[[DirectRunner], Any]) -> Any:
-    return body(DirectRunner())
-
-
-@pytest.fixture(params=["direct", "prefect"])
-def execute(request: pytest.FixtureRequest) -> Callable[[Callable[[Any], Any]], Any]:
-    if request.param == "direct":
-        return directly
-    request.getfixturevalue("prefect_server")
-    return in_flow
 
 
 def flags(runner: Runner) -> list[tuple[str, bool, bool]]:
@@ -248,53 +171,6 @@ def test_errors_of_the_function_arrive_unchanged_and_leave_no_record(execute: Ca
     assert CALLS == ["first", "first"]
     assert not list((tmp_path / "results").glob("first-*"))
     assert not list((tmp_path / "results").glob("wrong-return-*"))
-
-
-@pytest.mark.parametrize("workers", [1, 2, 9])
-def test_many_calls_come_back_in_their_order_and_never_more_at_a_time_than_workers(
-    execute: Callable, workers: int
-) -> None:
-    def body(runner: Runner) -> None:
-        calls = [{"n": n, "at_least": min(workers, 2)} for n in range(6)]
-        AT_WORK[1] = 2
-        runner.run(part, **calls[2])
-        AT_WORK[1] = 0
-        found = runner.run_many(part, calls, workers=workers)
-        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"part {n}" for n in range(6)]
-        assert len(runner.history[1:]) == 6
-        assert [record.artifact for record in runner.history[1:] if record.cached] == [found[2]]
-        assert runner.run_many(part, calls, workers=workers) == found
-        assert all(record.cached for record in runner.history[7:])
-
-    execute(body)
-    assert sorted(CALLS) == sorted(f"part {n}" for n in range(6))
-    assert AT_WORK[1] == 1 if workers == 1 else 2 <= AT_WORK[1] <= workers
-
-
-def test_a_long_call_keeps_no_other_worker_waiting(execute: Callable) -> None:
-    def body(runner: Runner) -> None:
-        found = runner.run_many(patient, [{"n": n} for n in range(5)], workers=2)
-        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"patient {n}" for n in range(5)]
-
-    execute(body)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_was_finished_when_one_of_many_failed_is_kept(execute: Callable, workers: int) -> None:
-    def calls(failing: int | None) -> list[dict[str, Any]]:
-        return [{"n": n, **({"fail": True} if n == failing else {})} for n in range(6)]
-
-    def body(runner: Runner) -> None:
-        with pytest.raises(CoaloraError, match="a part succeeds; got: 2"):
-            runner.run_many(part, calls(2), workers=workers)
-        done = set(CALLS) - {"part 2"}
-        assert {"part 0", "part 1"} <= done
-        assert "part 5" not in done  # none is begun after the failure
-        CALLS.clear()
-        assert len(runner.run_many(part, calls(None), workers=workers)) == 6
-        assert set(CALLS) == {f"part {n}" for n in range(6)} - done
-
-    execute(body)
 
 
 def test_bad_inputs_are_refused_before_anything_runs(execute: Callable) -> None:
