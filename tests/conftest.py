@@ -1,6 +1,13 @@
-"""Before any test imports torch: one thread a process. Files run on two processes, and tiny matrices on two threads
-lose more to each other than they gain."""
+"""Before any test imports torch or Prefect: what the environment must not decide.
+
+One thread a process: files run on two processes, and tiny matrices on two threads lose more to each other than they
+gain. And no servers, stores or credentials of the user's, who may have sourced a stack's variables in this terminal
+(`.coalora/stack/env`): tests that need any start their own.
+"""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+for _name in list(os.environ):
+    if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
+        del os.environ[_name]
