@@ -27,12 +27,11 @@ from coalora.quant.space import ChoiceSpace
 from coalora.train.objective import Teacher
 
 CACHE = Path(__file__).parent / ".cache"
-# One choice for each bit-width: what a device's kernels offer, and what an adapter meets often enough to learn.
-SPACE: dict[str, list[int | str]] = {
-    "scale_bits": [8],
-    "scale_dtype": ["bf16"],
-    "block_size": [64],
-    "scale_block_size": [256],
+# NF choices of a layer, by name. One for each bit-width: what a device's kernels offer, and what an adapter meets
+# often enough to learn. All 432: the paper's space.
+SPACES: dict[str, dict[str, list[int | str]]] = {
+    "bits": {"scale_bits": [8], "scale_dtype": ["bf16"], "block_size": [64], "scale_block_size": [256]},
+    "all": {},
 }
 DECODER = PretrainRecipe(steps=1400, batch_size=8, lr=4e-3)
 
@@ -76,8 +75,8 @@ class Setting:
         return score(adapted, self.benchmark.validation, batch_size=64).metric  # type: ignore[attr-defined]
 
 
-def prepare(name: str, source: Path | None, model: str | None) -> Setting:
-    """The setting `name`; a decoder is pre-trained where the setting has none of its own.
+def prepare(name: str, source: Path | None, model: str | None, space: str = "bits") -> Setting:
+    """The setting `name` with the choices `SPACES[space]`; a decoder is pre-trained where it has no base of its own.
 
     Raises:
         CoaloraError: the setting reads a file or a model that was not named.
@@ -88,8 +87,9 @@ def prepare(name: str, source: Path | None, model: str | None) -> Setting:
     if name == "sst2" and model is None:
         raise CoaloraError("setting sst2 adapts an encoder", remedy="name it with --model")
     content = [file_sha256(p) for p in sorted(source.rglob("*.tsv")) or [source]] if source is not None else []
-    identity = digest([name, content, model, SPACE, vars(DECODER)])
-    folder = CACHE / f"{name}-{identity[:12]}"
+    base = digest([name, content, model, vars(DECODER)])
+    identity = digest([base, SPACES[space]])
+    folder = CACHE / f"{name}-{base[:12]}"
     folder.mkdir(exist_ok=True)
     language = name != "sst2"
     where = str(folder / "model") if language else str(model)
@@ -109,7 +109,7 @@ def prepare(name: str, source: Path | None, model: str | None) -> Setting:
         identity, where, made, _NO_TABLES, [], 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
         "base" if language else "adapted",
     )  # fmt: skip
-    tables, statistics = _calibrated(folder, setting)
+    tables, statistics = _calibrated(folder, setting, space)
     return Setting(**{**vars(setting), "tables": tables, "statistics": statistics})
 
 
@@ -121,17 +121,19 @@ def _sst2(folder: Path, model: str) -> Benchmark:
     )  # fmt: skip
 
 
-def _calibrated(folder: Path, setting: Setting) -> tuple[CalibrationTables, list[InputStatistics]]:
+def _calibrated(folder: Path, setting: Setting, space: str) -> tuple[CalibrationTables, list[InputStatistics]]:
     model = setting.load()
     layers = find_target_layers(model)
-    file = folder / "tables.safetensors"
-    if not file.is_file():
+    kept, file = folder / "statistics.safetensors", folder / f"tables-{space}.safetensors"
+    if not kept.is_file():
         known = collect_statistics(model, layers, setting.benchmark.train.head(64), batch_size=16, hessians=True)
-        save_statistics(folder / "statistics.safetensors", layers, known)
-        space = ChoiceSpace("nf", **SPACE)
+        save_statistics(kept, layers, known)
+    known = load_statistics(kept, layers)
+    if not file.is_file():
+        choices = ChoiceSpace("nf", **SPACES[space])
         weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-        calibration_tables(layers, space, error_table(weights, known, space), setting.identity).save(file)
-    return CalibrationTables.load(file), load_statistics(folder / "statistics.safetensors", layers)
+        calibration_tables(layers, choices, error_table(weights, known, choices), setting.identity).save(file)
+    return CalibrationTables.load(file), known
 
 
 _NO_TABLES: CalibrationTables = None  # type: ignore[assignment]

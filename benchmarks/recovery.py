@@ -2,6 +2,7 @@
 
     python -m benchmarks.recovery pydoc [--seeds 3] [--steps 200] [--methods shared ours ...] [--mlflow sqlite:///FILE]
     python -m benchmarks.recovery tinyshakespeare --text FILE
+    python -m benchmarks.recovery pydoc --choices all    (432 choices a layer in place of one for each bit-width)
 
 Cost is counted in forward passes of one block or example: a training step is 3 a block (forward, backward), with a
 teacher 4; measuring a configuration is one for each search example. An adapter for one configuration alone takes S
@@ -25,7 +26,7 @@ import numpy as np
 
 import coalora
 from benchmarks._report import report
-from benchmarks._settings import CACHE, Setting, prepare
+from benchmarks._settings import CACHE, SPACES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel, Method
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import score, score_configurations
@@ -184,23 +185,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("setting", choices=["pydoc", "tinyshakespeare", "sst2"])
     parser.add_argument("--text", type=Path, help="text of tinyshakespeare, or folder of SST-2's train and dev.tsv")
     parser.add_argument("--model", help="folder or hub id of the encoder of sst2")
+    parser.add_argument("--choices", choices=list(SPACES), default="bits", help="one for each bit-width, or all 432")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="S: steps of an adapter for one configuration alone")
     parser.add_argument("--methods", nargs="+", default=MAIN, choices=list(ARMS), metavar="METHOD")
     parser.add_argument("--mlflow", help="tracking URI: every run is logged there")
     options = parser.parse_args(arguments)
-    setting = prepare(options.setting, options.text, options.model)
+    setting = prepare(options.setting, options.text, options.model, options.choices)
+    where = options.setting if options.choices == "bits" else f"{options.setting}-{options.choices}"
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in options.methods:
         runs = []
         for seed in range(options.seeds):
             runs.append(run(ARMS[name], setting, seed, options.steps))
             shown = " ".join(f"{value:.4f}" for value in runs[-1]["metric"])
-            print(f"{options.setting}, {name}, seed {seed}: {shown}", flush=True)
+            print(f"{where}, {name}, seed {seed}: {shown}", flush=True)
             if options.mlflow:
-                _log(
-                    options.mlflow, options.setting, name, seed, steps_for(ARMS[name], setting, options.steps), runs[-1]
-                )
+                _log(options.mlflow, where, name, seed, steps_for(ARMS[name], setting, options.steps), runs[-1])
         found[name] = {part: np.array([one[part] for one in runs]) for part in ("loss", "metric")}
     rows: list[dict] = []
     for name in options.methods:
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     full = setting.full_precision(score)
     metric = "bits per byte" if setting.benchmark.task == "language-modeling" else "accuracy"
     note = f"{metric} ± standard deviation over {options.seeds} seeds; full precision, no adapter: {full:.4f}"
-    report(f"recovery-{options.setting}", rows, notes=note)
+    report(f"recovery-{where}", rows, notes=note)
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
