@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.tables import calibration_tables
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
@@ -65,7 +64,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     if settings.initial_set.file is not None:
         start_members(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
-    AdapterRecipe(**settings.adapter.model_dump()).ranks(layers)
+    settings.adapter.recipe(settings.benchmark.task).ranks(layers)
     _check_objective(settings)
     _check_harness(settings)
     check_runner(settings.evaluation.runner)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from coalora.adapt.adapted import AdaptedModel, Method
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
 from coalora.train.loop import ASIDE, TrainingState
@@ -50,7 +49,7 @@ def build_adapted(
         measured.space,
         data.task,
         method=method,
-        recipe=AdapterRecipe(**adapter.model_dump()),
+        recipe=adapter.recipe(data.task),
         seed=seed,
         statistics=load_input_statistics(tables, measured),
         start=state is None,

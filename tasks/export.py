@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.configurations import ConfigurationSet
 from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
@@ -46,8 +45,8 @@ def make_bundle(
     members, chosen = load_set(selection, measured), read_json(Store().path(selection) / SELECTED)
     merged = members.merge(ConfigurationSet.from_dict(chosen, measured))
     _, first = np.unique(merged.configurations, axis=0, return_index=True)
-    factors = None
-    if adapter.compensation_rank:
+    recipe, factors = adapter.recipe(data.task), None
+    if recipe.compensation_rank:
         adapted = build_adapted(
             BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state
         )
@@ -56,7 +55,7 @@ def make_bundle(
         measured,
         merged.take(first).sorted(measured),
         parameters(state),
-        AdapterRecipe(**adapter.model_dump()),
+        recipe,
         data.task,
         base_model=BaseModel(base).name,
         compensation=factors,

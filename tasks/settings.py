@@ -6,13 +6,16 @@ those stages again and nothing before them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tasks.settings_choices import ChoiceSettings, CostSettings
 from tasks.settings_data import BenchmarkSettings, ModelSettings, Section
 from tasks.settings_storage import StorageSettings
+
+if TYPE_CHECKING:
+    from coalora.adapt.recipe import AdapterRecipe
 
 
 class CalibrationSettings(Section):
@@ -27,18 +30,28 @@ class CalibrationSettings(Section):
 
 
 class AdapterSettings(Section):
-    """LoRA and the configuration-aware model theta."""
+    """LoRA, the configuration-aware model theta, and what else follows the choices."""
 
     r: int = Field(16, ge=1, description="LoRA rank of a layer, compensation included.")
     lora_alpha: int = Field(16, ge=1, description="LoRA scale s = lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before lora_A.")
+    theta: Literal["all", "others", "none"] = Field(
+        "others", description="Choices that theta adjusts the pair to: all, those without a pair of their own, or none."
+    )
     embedding_dim: int = Field(8, ge=1, description="Size of each embedding of theta.")
     hidden_dim: int = Field(128, ge=1, description="Hidden width of theta.")
-    compensation_rank: int = Field(
-        0, ge=0, description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none."
+    compensation_rank: int | None = Field(
+        None,
+        ge=0,
+        description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none. "
+        "By default half of the rank for classifiers, and none for language models.",
     )
-    expert_bits: int = Field(
-        3, ge=0, le=8, description="Choices of at most so many bits add a pair of their own to the shared one; 0: none."
+    expert_bits: int | None = Field(
+        None,
+        ge=0,
+        le=8,
+        description="Choices of at most so many bits add a pair of their own to the shared one; 0 for none. "
+        "By default 3 for language models, and none for classifiers.",
     )
     expert_start: Literal["auto", "zero", "compensation"] = Field(
         "auto",
@@ -49,6 +62,16 @@ class AdapterSettings(Section):
         default_factory=dict,
         description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",
     )
+
+    def recipe(self, task: str) -> AdapterRecipe:
+        """The adapter of a task: what was left open is what won on such tasks (docs/results.md)."""
+        from coalora.adapt.recipe import AdapterRecipe
+
+        language = task == "language-modeling"
+        half = 0 if language else min([self.r, *self.rank_pattern.values()]) // 2
+        won = {"compensation_rank": half, "expert_bits": 3 if language else 0}
+        given = {key: value for key, value in self.model_dump().items() if value is not None}
+        return AdapterRecipe(**{**won, **given})
 
 
 class ObjectiveSettings(Section):

@@ -2,7 +2,7 @@
 
 The methods share one class, so that a comparison differs in nothing else:
 `coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and as the recipe says with experts for
-          low bit-widths and with the closed-form compensation of each layer's choice;
+          low bit-widths, which take theta's place there, and with the closed-form compensation of each choice;
 `paper`   theta's adjustment of a pair of full rank, as in the paper;
 `shared`  the pair of full rank alone (U = 0);
 `lq-lora` the pair of full rank, started from the compensation of one configuration (`start_from_compensation`);
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
-from coalora.adapt.experts import Experts
+from coalora.adapt.experts import Experts, adjusted_choices
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
@@ -105,10 +105,15 @@ class AdaptedModel:
         config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
         self.peft_model, self.lora_A, self.lora_B = attach(model, layers, config, seed=seed)
         self.theta: ConfigurationAwareModel | None = None
-        if method in ("coa", "paper"):
+        if method == "paper" or (method == "coa" and recipe.theta != "none"):
             torch.manual_seed(seed + 1)
             self.theta = ConfigurationAwareModel(
-                space, layers, max(trained), embedding_dim=recipe.embedding_dim, hidden_dim=recipe.hidden_dim
+                space,
+                layers,
+                max(trained),
+                embedding_dim=recipe.embedding_dim,
+                hidden_dim=recipe.hidden_dim,
+                adjusted=adjusted_choices(space, recipe) if method == "coa" else None,
             ).to(self.device)
         self.experts: Experts | None = None
         if method == "coa" and recipe.expert_bits:

@@ -6,12 +6,14 @@ have, and these are what an adapter for one configuration alone finds. So layer 
     y = q(W_l, c_l) x + s (B_l + B_l,b) (I + U_l) (A_l + A_l,b) x,
 
 of the same rank as before. The terms are there for bit-widths up to a limit only: above it the error is small, steps
-are few, and the shared pair alone does better. They start at zero, or with B_l,b where the closed-form compensation of
-the quantization error puts it (`start`), which is worth more at low bits than any number of steps that a run can
-afford. Then A_l itself starts as the compensation's rows for the lowest bits and every A_l,b at zero, so that what a
-low-bit step teaches B_l is in the coordinates in which higher bits use it. (With rows of its own for each bit-width
-the shared pair learnt nothing from low-bit steps. No counterpart in the paper, whose pairs are that decomposition for
-each configuration.)
+are few, and the shared pair alone does better. Where a choice has a term, U_l = 0 by default (`AdapterRecipe.theta`):
+the term learns what U can, and low bits do better without it (docs/results.md).
+
+The terms start at zero, or with B_l,b where the closed-form compensation of the quantization error puts it (`start`),
+which is worth more at low bits than any number of steps that a run can afford. Then A_l itself starts as the
+compensation's rows for the lowest bits and every A_l,b at zero, so that what a low-bit step teaches B_l is in the
+coordinates in which higher bits use it. (With rows of its own for each bit-width the shared pair learnt nothing from
+low-bit steps. No counterpart in the paper, whose pairs are that decomposition for each configuration.)
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
 
@@ -77,3 +80,9 @@ def expert_of_choice(space: ChoiceSpace, max_bits: int) -> list[int]:
     bits = [int(choice.as_dict().get("bits", 16)) for choice in space.choices]
     low = sorted({b for b in bits if b <= max_bits})
     return [low.index(b) if b in low else NO_EXPERT for b in bits]
+
+
+def adjusted_choices(space: ChoiceSpace, recipe: AdapterRecipe) -> list[bool]:
+    """Whether theta adjusts the pair to each choice (K,): not to those with an expert, where the recipe says so."""
+    experts = expert_of_choice(space, recipe.expert_bits)
+    return [recipe.theta == "all" or expert == NO_EXPERT for expert in experts]

@@ -19,6 +19,8 @@ class AdapterRecipe:
         r: total LoRA rank of a layer: trained part and compensation together.
         lora_alpha: LoRA's scale is s = lora_alpha / r, in every layer.
         lora_dropout: before lora_A, in training.
+        theta: the choices that theta adjusts the pair to in method `coa`: `all`, `others` (those without an expert) or
+            `none`. Elsewhere U = 0, and experts and compensation alone follow the choice.
         embedding_dim, hidden_dim: theta's widths.
         compensation_rank: the part of each layer's rank that is closed-form compensation of its choice, 0 for none
             (`coalora.adapt.compensation`).
@@ -33,6 +35,7 @@ class AdapterRecipe:
     r: int = 16
     lora_alpha: int = 16
     lora_dropout: float = 0.0
+    theta: Literal["all", "others", "none"] = "others"
     embedding_dim: int = 8
     hidden_dim: int = 128
     compensation_rank: int = 0

@@ -29,10 +29,12 @@ class ConfigurationAwareModel(nn.Module):
         r: LoRA rank.
         embedding_dim: size of each of the F + 2 embeddings.
         hidden_dim: width of the hidden layer.
+        adjusted: (K,) the choices with an adjustment; U = 0 for the others. None: all.
     """
 
     choice_fields: Tensor
     layer_fields: Tensor
+    adjusted: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class ConfigurationAwareModel(nn.Module):
         *,
         embedding_dim: int = 8,
         hidden_dim: int = 128,
+        adjusted: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.r = r
@@ -53,6 +56,8 @@ class ConfigurationAwareModel(nn.Module):
         own = np.array([[kinds.index(x.kind), blocks.index(x.block)] for x in layers]) + offsets[-2:]
         self.register_buffer("choice_fields", torch.as_tensor(space.fields + offsets[:-2]), persistent=False)
         self.register_buffer("layer_fields", torch.as_tensor(own), persistent=False)
+        mask = None if adjusted is None or all(adjusted) else torch.tensor(adjusted, dtype=torch.float32)
+        self.register_buffer("adjusted", mask, persistent=False)
         self.embedding = nn.Embedding(sum(sizes), embedding_dim)
         d = embedding_dim * len(sizes)
         last = nn.Linear(hidden_dim, r * r)
@@ -63,4 +68,7 @@ class ConfigurationAwareModel(nn.Module):
     def forward(self, configuration: Tensor) -> Tensor:
         """U (N, r, r) for a configuration: choice indices (N,), int64."""
         fields = torch.cat([self.choice_fields[configuration], self.layer_fields], dim=-1)
-        return self.layers(self.embedding(fields).flatten(-2)).unflatten(-1, (self.r, self.r))
+        out = self.layers(self.embedding(fields).flatten(-2))
+        if self.adjusted is not None:
+            out = out * self.adjusted[configuration][..., None]
+        return out.unflatten(-1, (self.r, self.r))

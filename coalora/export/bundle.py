@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalora.adapt.experts import NO_EXPERT, expert_of_choice
+from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
 from coalora.adapt.lora import fold, lora_config
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
@@ -86,6 +86,7 @@ class Bundle:
                 max(self.ranks) - recipe.compensation_rank,
                 embedding_dim=recipe.embedding_dim,
                 hidden_dim=recipe.hidden_dim,
+                adjusted=adjusted_choices(tables.space, recipe),
             )
             self.theta.load_state_dict(theta)
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from coalora.errors import CoaloraError
-from tasks.settings import EvaluationSettings, RuntimeSettings, Settings
+from tasks.settings import AdapterSettings, EvaluationSettings, RuntimeSettings, Settings
 from tasks.settings_data import BenchmarkSettings, ModelSettings
 from tasks.settings_storage import StorageSettings, storage_settings
 
@@ -81,6 +81,18 @@ def test_the_json_schema_builds_and_carries_descriptions_units_and_ranges() -> N
     assert schema["$defs"]["AdapterSettings"]["properties"]["lora_dropout"]["exclusiveMaximum"] == 1
     assert schema["required"] == ["model", "benchmark"]
     assert all("description" in field for part in schema["$defs"].values() for field in part["properties"].values())
+
+
+def test_what_an_adapter_leaves_open_is_what_won_for_its_task() -> None:
+    def parts(task: str, **given: Any) -> tuple[int, int, str]:
+        recipe = AdapterSettings(**given).recipe(task)
+        return recipe.compensation_rank, recipe.expert_bits, recipe.theta
+
+    assert parts("language-modeling") == (0, 3, "others")
+    assert parts("classification") == (8, 0, "others")
+    assert parts("classification", r=12, rank_pattern={"query": 5}) == (2, 0, "others")  # less than the smallest rank
+    assert parts("classification", compensation_rank=0, expert_bits=2, theta="none") == (0, 2, "none")
+    assert parts("language-modeling", compensation_rank=4, expert_bits=0) == (4, 0, "others")
 
 
 def test_settings_survive_json() -> None:

@@ -22,6 +22,8 @@ def lora_only(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_methods_train_what_they_say(tiny_llama, tiny_bert_classifier, make_adapted) -> None:
     assert groups(make_adapted(tiny_llama(), "coa")) == {"lora", "theta"}
+    assert groups(make_adapted(tiny_llama(), "coa", theta="none", expert_bits=3)) == {"lora", "experts"}
+    assert groups(make_adapted(tiny_llama(), "paper", theta="none")) == {"lora", "theta"}
     assert groups(make_adapted(tiny_llama(), "shared")) == {"lora"}
     assert groups(make_adapted(tiny_llama(), "none")) == set()
     assert groups(make_adapted(tiny_bert_classifier(), "coa")) == {"lora", "theta", "head"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from coalora.adapt.compensation import compensating_lora_B, compensation
-from coalora.adapt.experts import NO_EXPERT, expert_of_choice
+from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.train.loop import TrainingRecipe, train
 
 
@@ -20,6 +21,13 @@ def test_choices_up_to_the_limit_have_a_term_for_their_bits(small_space) -> None
     numbers = expert_of_choice(small_space, 3)
     assert numbers == [{2: 0, 3: 1}.get(b, NO_EXPERT) for b in bits]
     assert set(expert_of_choice(small_space, 0)) == {NO_EXPERT}
+
+
+def test_theta_leaves_choices_with_an_expert_alone_where_the_recipe_says_so(small_space) -> None:
+    bits = [choice.bits for choice in small_space.choices]
+    assert adjusted_choices(small_space, AdapterRecipe(expert_bits=3, theta="others")) == [b > 3 for b in bits]
+    assert all(adjusted_choices(small_space, AdapterRecipe(expert_bits=3, theta="all")))
+    assert all(adjusted_choices(small_space, AdapterRecipe(theta="others")))  # no experts: theta adjusts everything
 
 
 def test_untrained_experts_change_nothing(tiny_llama, make_adapted, text_split) -> None:
@@ -35,7 +43,7 @@ def test_untrained_experts_change_nothing(tiny_llama, make_adapted, text_split) 
 
 
 def test_the_layer_runs_the_formula(tiny_llama, make_adapted) -> None:
-    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=3)
+    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=3, theta="all")
     adapted.switch(at(adapted, 0))
     U = adapted.adjustments(at(adapted, 0))
     layer, index = adapted.layers[3], 3

@@ -52,6 +52,20 @@ def test_batched_call_equals_evaluating_layer_by_layer(
     torch.testing.assert_close(U, torch.stack(expected))
 
 
+def test_choices_that_are_left_out_have_no_adjustment_and_teach_theta_nothing(
+    theta: ConfigurationAwareModel, small_space: ChoiceSpace
+) -> None:
+    adjusted = [choice.bits > 3 for choice in small_space.choices]
+    masked = ConfigurationAwareModel(small_space, roberta_large_layers()[:12], 3, adjusted=adjusted)
+    masked.load_state_dict(theta.state_dict())  # the mask is no part of the state
+    low, high = adjusted.index(False), adjusted.index(True)
+    configuration = torch.tensor([low, high] * 6)
+    expected = theta(configuration) * torch.tensor([0.0, 1.0] * 6)[:, None, None]
+    torch.testing.assert_close(masked(configuration), expected, rtol=0, atol=0)
+    masked(torch.full((12,), low)).sum().backward()
+    assert all(not parameter.grad.any() for parameter in masked.parameters())
+
+
 def test_all_adjustments_come_from_one_call_of_the_network(theta: ConfigurationAwareModel) -> None:
     shapes: list[tuple[int, ...]] = []
     theta.layers[1].register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))

@@ -61,10 +61,14 @@ def test_adapters_hold_exactly_the_effective_weights_of_the_model_in_memory(tiny
 RICH = {"r": 6, "compensation_rank": 2, "expert_bits": 3, "rank_pattern": {"*.0.*": 5}}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_experts_compensation_and_ranks_fold_into_one_plain_adapter(tiny_models, make_bundle, family, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("family", "theta"), [("llama", "all"), ("gpt2", "all"), ("bert", "none"), ("llama", "others"), ("gpt2", "none")]
+)
+def test_experts_compensation_and_ranks_fold_into_one_plain_adapter(
+    tiny_models, make_bundle, family, theta, tmp_path
+) -> None:
     """Stock PEFT, with nothing of this project but the folder, puts out what the model in memory does."""
-    made, adapted = make_bundle(tiny_models[family], **RICH)
+    made, adapted = make_bundle(tiny_models[family], **RICH, theta=theta)
     made.save(tmp_path / "bundle")
     bundle = Bundle.load(tmp_path / "bundle")
     model = tiny_models[family]()
