@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mlflow", help="tracking URI: every run is logged there")
     options = parser.parse_args(arguments)
     setting = prepare(options.setting, options.text, options.model, options.choices)
+    if steps_for(Arm(objective=_HALF), setting, options.steps) < 1:
+        parser.error("--steps must be larger: the search alone costs more than these runs may")
     where = options.setting if options.choices == "bits" else f"{options.setting}-{options.choices}"
     found: dict[str, dict[str, np.ndarray]] = {}
     for name in options.methods:
