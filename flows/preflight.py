@@ -64,7 +64,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     if settings.initial_set.file is not None:
         start_members(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
-    settings.adapter.recipe(settings.benchmark.task).ranks(layers)
+    _check_adapter(settings, layers)
     _check_objective(settings)
     _check_harness(settings)
     check_runner(settings.evaluation.runner)
@@ -133,6 +133,17 @@ def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
             got=f"benchmark.max_length {benchmark.max_length}",
             expected=f"at most {limit} tokens",
             remedy="lower benchmark.max_length",
+        )
+
+
+def _check_adapter(settings: Settings, layers: list[TargetLayer]) -> None:
+    recipe = settings.adapter.recipe(settings.benchmark.task)
+    recipe.ranks(layers)
+    if recipe.theta == "none" and not recipe.expert_bits and not recipe.compensation_rank:
+        raise CoaloraError(
+            "something of a configuration-aware adapter follows the configuration",
+            got="adapter.theta=none without pairs for low bits and without compensation, which is Shared-LoRA",
+            remedy="set adapter.theta=others, adapter.expert_bits or adapter.compensation_rank",
         )
 
 

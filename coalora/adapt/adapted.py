@@ -2,7 +2,7 @@
 
 The methods share one class, so that a comparison differs in nothing else:
 `coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and as the recipe says with experts for
-          low bit-widths, which take theta's place there, and with the closed-form compensation of each choice;
+          low bit-widths, beside theta or in its place, and with the closed-form compensation of each choice;
 `paper`   theta's adjustment of a pair of full rank, as in the paper;
 `shared`  the pair of full rank alone (U = 0);
 `lq-lora` the pair of full rank, started from the compensation of one configuration (`start_from_compensation`);

@@ -6,8 +6,8 @@ have, and these are what an adapter for one configuration alone finds. So layer 
     y = q(W_l, c_l) x + s (B_l + B_l,b) (I + U_l) (A_l + A_l,b) x,
 
 of the same rank as before. The terms are there for bit-widths up to a limit only: above it the error is small, steps
-are few, and the shared pair alone does better. Where a choice has a term, U_l = 0 by default (`AdapterRecipe.theta`):
-the term learns what U can, and low bits do better without it (docs/results.md).
+are few, and the shared pair alone does better. Where a choice has a term, U_l may be left out (`AdapterRecipe.theta:
+others`): the term learns what U can, and low bits do better without it (docs/results.md).
 
 The terms start at zero, or with B_l,b where the closed-form compensation of the quantization error puts it (`start`),
 which is worth more at low bits than any number of steps that a run can afford. Then A_l itself starts as the

@@ -35,7 +35,7 @@ class AdapterRecipe:
     r: int = 16
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    theta: Literal["all", "others", "none"] = "others"
+    theta: Literal["all", "others", "none"] = "all"
     embedding_dim: int = 8
     hidden_dim: int = 128
     compensation_rank: int = 0

@@ -260,3 +260,10 @@ def test_a_runner_without_its_extra_is_refused_before_anything_runs(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else original(name, *a))
     assert f"pip install 'coalora[{runner}]'" in refused(tiny(f"evaluation.runner={runner}"))
     preflight(tiny("evaluation.runner=processes"))
+
+
+def test_an_adapter_that_follows_no_configuration_is_refused() -> None:
+    text = refused(tiny("adapter.theta=none", "adapter.expert_bits=0"))
+    assert "which is Shared-LoRA" in text
+    assert "set adapter.theta=others" in text
+    preflight(tiny("adapter.theta=none", "adapter.expert_bits=2"))

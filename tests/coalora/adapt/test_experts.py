@@ -43,7 +43,7 @@ def test_untrained_experts_change_nothing(tiny_llama, make_adapted, text_split) 
 
 
 def test_the_layer_runs_the_formula(tiny_llama, make_adapted) -> None:
-    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=3, theta="all")
+    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=3)
     adapted.switch(at(adapted, 0))
     U = adapted.adjustments(at(adapted, 0))
     layer, index = adapted.layers[3], 3

@@ -186,6 +186,18 @@ def test_a_bundle_is_small_and_holds_no_base_weights(tiny_llama, make_bundle, tm
     assert sorted(files(tmp_path)) == ["adapter.safetensors", "configurations.json", "tables.safetensors"]
 
 
+def test_a_bundle_that_names_no_choices_for_theta_has_it_for_all(tiny_llama, make_bundle, tmp_path) -> None:
+    bundle, _ = make_bundle(tiny_llama, expert_bits=3, theta="all")
+    bundle.save(tmp_path)
+    tensors, header = read_tensors(tmp_path / "adapter.safetensors")
+    del header["recipe"]["theta"]
+    write_tensors(tmp_path / "adapter.safetensors", tensors, header)
+    older = Bundle.load(tmp_path)
+    for k in (0, 7):
+        expected, found = (b.adapt_to(np.full(14, k)).tensors for b in (bundle, older))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_exports_have_the_same_bytes_in_every_process(tiny_llama, make_bundle, tmp_path) -> None:
     bundle, _ = make_bundle(tiny_llama)
     tiny_llama().save_pretrained(tmp_path / "model")
