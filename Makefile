@@ -40,7 +40,7 @@ $(VENV)/gptq/.ready: $(READY) requirements-gptq.lock
 	@touch $@
 
 test-gptq: $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
-	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/test_gptq.py
+	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py
 
 bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
 	for name in switch step memory search evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
@@ -50,7 +50,7 @@ bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (bench
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy coalora tasks flows benchmarks infra
+	$(BIN)/mypy coalora pipeline tasks flows benchmarks infra
 
 lock: $(READY)   ## resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra pipeline --extra dev --python-version 3.11 --no-annotate --no-header \

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import tempfile
 
-from tasks.environment import set_default_storage
+from pipeline.environment import set_default_storage
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -26,14 +26,14 @@ import benchmarks._one_thread  # noqa: F401 (before torch and Prefect)
 from benchmarks._report import report
 from coalora.files import read_json
 from flows.calibration import calibration_chain
-from flows.definitions import load_settings
 from flows.run import PipelineRun
 from flows.training import training_chain
-from tasks.engine import DirectRunner
-from tasks.evaluation import SHARD, evaluate_shard, shard_bounds
-from tasks.selection import select_budgets
-from tasks.store import Store
-from tasks.workers import WorkerPool, open_pool
+from pipeline.settings.definitions import load_settings
+from pipeline.stages.runner import DirectRunner
+from pipeline.store.store import Store
+from pipeline.workers.pool import WorkerPool, open_pool
+from tasks.evaluate import SHARD, evaluate_shard, shard_bounds
+from tasks.select import select_budgets
 
 SHARD_SIZE = 2
 CHANGES = [

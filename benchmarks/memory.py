@@ -1,4 +1,4 @@
-"""Memory of the target layers in every mode, against the formulas of `coalora.models.quantized`.
+"""Memory of the target layers in every mode, against the formulas of `coalora.models.switching.quantized`.
 
 Each mode runs in a process of its own: a decoder with random weights from a checkpoint on disk, three configurations,
 one training step each. Counted are the bytes of the tensors that the target layers and their switch hold on the device;
@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks._report import report
 from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
 from coalora.models.loading import default_device, default_dtype, load_model
-from coalora.models.masters import MasterMode
-from coalora.models.quantized import WeightMode, nbytes
+from coalora.models.switching.masters import MasterMode
+from coalora.models.switching.quantized import WeightMode, nbytes
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 

@@ -9,7 +9,7 @@ import numpy as np
 from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.files import digest
-from coalora.models.quantized import check_configuration
+from coalora.models.switching.quantized import check_configuration
 from coalora.quant.scheme import Choice, Scheme
 from coalora.quant.space import MIXED, ChoiceSpace
 

@@ -21,10 +21,10 @@ from coalora.errors import CoaloraError
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from flows.cli import run_command
-from flows.definitions import validate_settings
+from pipeline.settings.definitions import validate_settings
+from pipeline.settings.sections import RuntimeSettings, Settings
+from pipeline.store.store import Artifact, Store
 from tasks.export import write_export
-from tasks.settings import RuntimeSettings, Settings
-from tasks.store import Artifact, Store
 
 ARTIFACTS = ("base", "benchmark", "tables", "bundle")
 

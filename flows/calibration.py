@@ -6,11 +6,11 @@ from prefect import flow
 from pydantic import BaseModel
 
 from flows.run import PipelineRun
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Artifact
 from tasks.base import prepare_base, prepare_benchmark
-from tasks.calibration import calibrate
-from tasks.costs import apply_cost
-from tasks.settings import Settings
-from tasks.store import Artifact
+from tasks.calibrate import calibrate
+from tasks.cost import apply_cost
 
 STAGES = [prepare_base, prepare_benchmark, calibrate, apply_cost]
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from coalora.errors import CoaloraError
-from flows.definitions import DEFAULT_FILE
+from pipeline.settings.definitions import DEFAULT_FILE
 
 
 def parser(program: str, description: str, *, parts: Sequence[str] = ()) -> argparse.ArgumentParser:

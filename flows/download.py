@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flows.cli import log_to_terminal, run_command
 from flows.upload import add_server_arguments, server_settings
-from tasks.s3.address import S3Address
+from pipeline.s3.address import S3Address
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     storage = server_settings(options)
     log_to_terminal()
 
-    from tasks.s3.retrieval import retrieve
+    from pipeline.s3.retrieval import retrieve
 
     found = retrieve(address, options.out, storage, only=options.only)
     print(

@@ -11,14 +11,14 @@ from coalora.evaluate.harness import harness_version
 from flows.calibration import Calibrated
 from flows.run import PipelineRun
 from flows.training import Trained
-from tasks.evaluation import evaluate_method, evaluate_shard, shard_bounds
+from pipeline.inputs.resident import release_models
+from pipeline.settings.sections import Settings
+from pipeline.stages.stage import Pool
+from pipeline.store.store import Artifact
+from tasks.evaluate import evaluate_method, evaluate_shard, shard_bounds
 from tasks.harness import evaluate_harness, include_digest
 from tasks.reference import train_reference
-from tasks.resident import release_models
-from tasks.selection import select_budgets
-from tasks.settings import Settings
-from tasks.stage import Pool
-from tasks.store import Artifact
+from tasks.select import select_budgets
 
 STAGES = [select_budgets, evaluate_shard, evaluate_method, evaluate_harness, train_reference]
 

@@ -9,10 +9,10 @@ from flows.calibration import Calibrated
 from flows.evaluation import Evaluated
 from flows.run import PipelineRun
 from flows.training import Trained
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Artifact
 from tasks.export import export_budget, make_bundle
-from tasks.results import assemble
-from tasks.settings import Settings
-from tasks.store import Artifact
+from tasks.result import assemble
 
 STAGES = [make_bundle, export_budget, assemble]
 

@@ -17,16 +17,16 @@ from pydantic import Field
 
 from coalora.errors import CoaloraError
 from flows.calibration import calibration
-from flows.definitions import change_settings, check_name
-from flows.deployed import check_deployment, check_server
 from flows.evaluation import evaluation
 from flows.export import export
-from flows.preflight import preflight
 from flows.publishing import ALL_STAGES, Published, publication
 from flows.run import PipelineRun
 from flows.training import training
-from tasks.progress import get_logger
-from tasks.settings import Settings
+from pipeline.orchestration.deployed import check_deployment, check_server
+from pipeline.orchestration.progress import get_logger
+from pipeline.preflight import preflight
+from pipeline.settings.definitions import change_settings, check_name
+from pipeline.settings.sections import Settings
 
 STAGE_NAMES = sorted({stage.name for stage in ALL_STAGES})
 
@@ -59,7 +59,7 @@ def pipeline(
         "%d target layers, %d weights, %d choices for each: %.4g to %.4g %s",
         len(found.layers), found.n_weights, found.n_choices, low, high, found.cost_words,
     )  # fmt: skip
-    from tasks.tracking_live import followed  # imports MLflow, which is slow
+    from pipeline.tracking.live import followed  # imports MLflow, which is slow
 
     run = PipelineRun.under_prefect(name, settings, refresh)
     with followed(name, run.settings, run.identity(ALL_STAGES)) as tracked:
@@ -80,7 +80,7 @@ def check_refresh(refresh: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from flows.cli import parser
-    from flows.definitions import load_settings
+    from pipeline.settings.definitions import load_settings
 
     options = parser(
         "flows.pipeline", "Run a pipeline: base model in, registered and exported adapters out."
@@ -99,10 +99,10 @@ def show(published: Published, settings: Settings) -> None:
     from rich.console import Console
 
     from coalora.files import read_json
-    from tasks.report.page import ReportFiles
-    from tasks.report.terminal import print_result
-    from tasks.tracking_place import default_place
-    from tasks.tracking_values import scrub_text
+    from pipeline.report.page import ReportFiles
+    from pipeline.report.terminal import print_result
+    from pipeline.tracking.place import default_place
+    from pipeline.tracking.values import scrub_text
 
     folder = Path(published.folder)
     console = Console()

@@ -21,12 +21,12 @@ from pathlib import Path
 from coalora.errors import CoaloraError
 from flows.cli import run_command
 from flows.upload import add_server_arguments, server_settings
-from tasks.prune import Garbage, find_garbage, remove
-from tasks.references import references_of
-from tasks.s3.address import S3Address
-from tasks.s3.client import S3Location
-from tasks.s3.garbage import check_published, delete_left_over, left_over, published_runs, withdraw
-from tasks.store import Store
+from pipeline.s3.address import S3Address
+from pipeline.s3.client import S3Location
+from pipeline.s3.garbage import check_published, delete_left_over, left_over, published_runs, withdraw
+from pipeline.store.prune import Garbage, find_garbage, remove
+from pipeline.store.references import references_of
+from pipeline.store.store import Store
 
 DAYS = 7.0
 

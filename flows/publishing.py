@@ -19,7 +19,10 @@ from flows.export import Exported
 from flows.run import PipelineRun
 from flows.training import STAGES as TRAINING
 from flows.training import Trained
-from tasks.progress import get_logger
+from pipeline.orchestration.progress import get_logger
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Artifact
+from pipeline.tracking.values import scrub
 from tasks.publish import (
     register_version,
     remove_stale,
@@ -30,11 +33,8 @@ from tasks.publish import (
     write_run_folder,
 )
 from tasks.publish_s3 import publish_run
-from tasks.reporting import make_report
-from tasks.settings import Settings
-from tasks.showing import show_result, show_round
-from tasks.store import Artifact
-from tasks.tracking_values import scrub
+from tasks.report import make_report
+from tasks.show import show_result, show_round
 
 ALL_STAGES = [*CALIBRATION, *TRAINING, *EVALUATION, *EXPORT, make_report]
 

@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(arguments)
     log_to_terminal()
 
-    from tasks.restoring import from_dvc, from_mlflow
-    from tasks.tracking import default_place
+    from pipeline.tracking.tracker import default_place
+    from pipeline.versioning.restoring import from_dvc, from_mlflow
 
     if options.mlflow_run:
         uri = default_place(options.tracking_uri).tracking_uri

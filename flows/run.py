@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from coalora.files import digest
-from tasks.checkpoints import checkpoint_every
-from tasks.corpus import input_files
-from tasks.engine import PrefectRunner, Runner, Stage
-from tasks.fingerprint import files_digest, model_digest
-from tasks.given import read_set_file
-from tasks.journal import Journal
-from tasks.settings import Settings
-from tasks.stage import Pool
-from tasks.store import Artifact
-from tasks.workers import WorkerPool, open_pool
+from pipeline.inputs.corpus import input_files
+from pipeline.inputs.fingerprint import files_digest, model_digest
+from pipeline.inputs.sets import read_set_file
+from pipeline.settings.sections import Settings
+from pipeline.stages.checkpoints import checkpoint_every
+from pipeline.stages.runner import PrefectRunner, Runner, Stage
+from pipeline.stages.stage import Pool
+from pipeline.store.journal import Journal
+from pipeline.store.store import Artifact
+from pipeline.workers.pool import WorkerPool, open_pool
 
 
 @dataclass

@@ -20,11 +20,11 @@ from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from flows.adapt import read_run
 from flows.cli import log_to_terminal, run_command
-from tasks.engine import DirectRunner
-from tasks.loaders import BaseModel
-from tasks.scoring import TEXT_SCORE, put_text, score_budget
-from tasks.settings import RuntimeSettings, Settings
-from tasks.store import Artifact, Store
+from pipeline.inputs.loaders import BaseModel
+from pipeline.settings.sections import RuntimeSettings, Settings
+from pipeline.stages.runner import DirectRunner
+from pipeline.store.store import Artifact, Store
+from tasks.score_text import TEXT_SCORE, put_text, score_budget
 
 COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tokens")
 

@@ -17,16 +17,16 @@ from coalora.calibrate.costs import budget_name
 from coalora.files import write_json
 from flows.calibration import Calibrated, calibration_chain
 from flows.cli import log_to_terminal, parser, run_command
-from flows.definitions import load_settings
 from flows.evaluation import Evaluated, evaluation_chain
 from flows.export import Exported, export_chain
 from flows.pipeline import check_refresh
-from flows.preflight import preflight
 from flows.publishing import Rounds, publication_chain, report_chain
 from flows.run import PipelineRun
 from flows.training import Trained, training_chain
-from tasks.engine import DirectRunner
-from tasks.store import Artifact
+from pipeline.preflight import preflight
+from pipeline.settings.definitions import load_settings
+from pipeline.stages.runner import DirectRunner
+from pipeline.store.store import Artifact
 
 OUTPUTS = Path("outputs")
 PARTS = ("calibration", "training", "evaluation", "export", "registration")

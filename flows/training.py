@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from coalora.adapt.adapted import Method
 from flows.calibration import Calibrated
 from flows.run import PipelineRun
-from tasks.given import given_set
-from tasks.initial import initial_set
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Artifact
+from tasks.given_set import given_set
+from tasks.initial_set import initial_set
 from tasks.search import search_round
-from tasks.settings import Settings
-from tasks.store import Artifact
-from tasks.training import train_round
+from tasks.train import train_round
 
 STAGES = [initial_set, given_set, train_round, search_round]
 

@@ -2,7 +2,8 @@
 
     python -m flows.upload runs/demo/latest --to s3://BUCKET/PREFIX
 
-`storage.publish: true` in the settings does the same at the end of every run. tasks/s3/manifest.py states the layout.
+`storage.publish: true` in the settings does the same at the end of every run. pipeline/s3/manifest.py states the
+layout.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from coalora.errors import CoaloraError
 from coalora.files import read_json
 from flows.adapt import read_run
 from flows.cli import log_to_terminal, run_command
-from tasks.s3.address import S3Address
-from tasks.settings_storage import StorageSettings, storage_settings
+from pipeline.s3.address import S3Address
+from pipeline.settings.storage import StorageSettings, storage_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise CoaloraError("a place to publish in must be named", remedy="give --to s3://BUCKET/PREFIX")
     log_to_terminal()
 
+    from pipeline.s3.client import S3Location
+    from pipeline.s3.publication import publish
     from tasks.publish_s3 import tag_address, words
-    from tasks.s3.client import S3Location
-    from tasks.s3.publication import publish
 
     found = publish(options.run, S3Location.of(storage))
     print(f"{found.address}: {words(found)}")

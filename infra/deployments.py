@@ -13,8 +13,8 @@ from typing import Any
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
 from flows.cli import run_command
-from flows.definitions import DEFAULT_FILE, read_pipelines
-from flows.deployed import FILE_VARIABLE, check_server, require_server_named
+from pipeline.orchestration.deployed import FILE_VARIABLE, check_server, require_server_named
+from pipeline.settings.definitions import DEFAULT_FILE, read_pipelines
 
 FLOW = "pipeline"
 _PAGE = 200

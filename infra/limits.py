@@ -14,8 +14,8 @@ from typing import Any
 
 from coalora.errors import CoaloraError
 from flows.cli import run_command
-from flows.deployed import check_server, require_server_named
-from tasks.slots import GPU, machine_tag
+from pipeline.orchestration.deployed import check_server, require_server_named
+from pipeline.orchestration.slots import GPU, machine_tag
 
 
 def set_limits(client: Any, gpus: int, machines: Mapping[str, int] | None = None) -> list[str]:

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from coalora.errors import CoaloraError
 from infra.processes import Process, free_port, require_free, start, stop, wait_until
 from infra.services import BUCKET, PORTS, Service, client_environment, services
-from tasks.environment import coalora_home
+from pipeline.environment import coalora_home
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT = 180.0  # seconds: the first start of each server runs its migrations

@@ -10,13 +10,13 @@ from coalora.data import build
 from coalora.errors import CoaloraError
 from coalora.files import write_json
 from coalora.models.pretrain import PretrainRecipe, pretrain
-from tasks.corpus import documents, examples
-from tasks.engine import stage
-from tasks.fingerprint import MODEL_FILES, model_digest
-from tasks.loaders import MODEL, REFERENCE, BaseModel
-from tasks.progress import Progress
-from tasks.settings import BenchmarkSettings, ModelSettings, RuntimeSettings
-from tasks.store import Artifact, Scalar, Store
+from pipeline.inputs.corpus import documents, examples
+from pipeline.inputs.fingerprint import MODEL_FILES, model_digest
+from pipeline.inputs.loaders import MODEL, REFERENCE, BaseModel
+from pipeline.orchestration.progress import Progress
+from pipeline.settings.sections import BenchmarkSettings, ModelSettings, RuntimeSettings
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
 
 
 @stage("base", tags=("gpu",))

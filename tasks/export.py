@@ -12,9 +12,8 @@ from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from coalora.models.loading import load_config
-from tasks.adapted import build_adapted, parameters
-from tasks.engine import stage
-from tasks.loaders import (
+from pipeline.inputs.adapted import build_adapted, parameters
+from pipeline.inputs.loaders import (
     SELECTED,
     BaseModel,
     load_benchmark,
@@ -23,8 +22,9 @@ from tasks.loaders import (
     load_set,
     load_tables,
 )
-from tasks.settings import AdapterSettings, ExportSettings, RuntimeSettings
-from tasks.store import Artifact, Scalar, Store
+from pipeline.settings.sections import AdapterSettings, ExportSettings, RuntimeSettings
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
 
 
 @stage("bundle")

@@ -9,12 +9,12 @@ import torch
 from coalora.adapt.adapted import Method
 from coalora.evaluate.harness import run_harness
 from coalora.files import write_json
-from tasks.engine import stage
-from tasks.fingerprint import files_digest
-from tasks.loaders import BaseModel, load_benchmark, load_selected, load_tables
-from tasks.resident import resident_model
-from tasks.settings import AdapterSettings, RuntimeSettings
-from tasks.store import Artifact, Scalar, Store
+from pipeline.inputs.fingerprint import files_digest
+from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
+from pipeline.inputs.resident import resident_model
+from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
 
 HARNESS = "harness.json"
 

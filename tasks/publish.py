@@ -14,12 +14,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from coalora.files import digest, read_json, write_json
-from tasks.git import git_commit
-from tasks.loaders import SET
-from tasks.progress import get_logger
-from tasks.results import RESULT
-from tasks.settings import Settings
-from tasks.store import Artifact, Store
+from pipeline.inputs.loaders import SET
+from pipeline.orchestration.progress import get_logger
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Artifact, Store
+from pipeline.versioning.git import git_commit
+from tasks.result import RESULT
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def version_set(
     *, pipeline: str, identity: str, round_index: int, configurations: Artifact, root: str, push: bool = False
 ) -> str:
     """Write a round's set into the checkout and add it to DVC, tagged with run and round; returns its md5."""
-    from tasks.versioning import push_file, version_file, write_set
+    from pipeline.versioning.sets import push_file, version_file, write_set
 
     payload = read_json(Store().path(configurations) / SET)
     tags: dict[str, str | int] = {"pipeline": pipeline, "run": identity[:8], "round": round_index}
@@ -43,7 +43,7 @@ def version_set(
 @task(name="remove-stale-sets", cache_policy=NO_CACHE)
 def remove_stale(*, pipeline: str, last_round: int, root: str) -> None:
     """Remove the sets of later rounds that an earlier run left."""
-    from tasks.versioning import remove_stale_sets
+    from pipeline.versioning.sets import remove_stale_sets
 
     for path in remove_stale_sets(pipeline, last_round, Path(root)):
         get_logger().info("%s: removed, this run has no such round (DVC keeps its bytes)", path)
@@ -61,7 +61,7 @@ def track_round(
     md5: str | None,
 ) -> str:
     """Log a round's set to the round's nested MLflow run; returns its id."""
-    from tasks.tracking_parts import track_set
+    from pipeline.tracking.parts import track_set
 
     def call() -> str:
         parent = _open_run(pipeline, settings, identity)
@@ -75,7 +75,7 @@ def track_training(
     *, pipeline: str, settings: Settings, identity: str, round_index: int, method: str, state: Artifact
 ) -> None:
     """Log a round's loss curve to the pipeline's MLflow run; CoA's also to the round's, which it ends."""
-    from tasks.tracking_parts import track_state
+    from pipeline.tracking.parts import track_state
 
     def call() -> None:
         track_state(_open_run(pipeline, settings, identity), round_index, method, state)
@@ -102,7 +102,7 @@ def track_run(
         sets, versions: of every round, its configurations and their md5 in DVC.
         states: method -> its training states, round by round.
     """
-    from tasks.tracking_parts import log_datasets, log_result, track_set, track_state
+    from pipeline.tracking.parts import log_datasets, log_result, track_set, track_state
 
     def call() -> str:
         run = _open_run(pipeline, settings, identity)
@@ -131,8 +131,8 @@ def register_version(
     md5: str | None,
 ) -> dict[str, Any]:
     """Register the bundle as a model version; `champion` moves only when the hypervolume improves."""
-    from tasks.registry import register
-    from tasks.report.table import markdown_table
+    from pipeline.report.table import markdown_table
+    from pipeline.tracking.registry import register
 
     content = read_json(Store().path(result) / RESULT)
     volume = content["hypervolume"]
@@ -185,13 +185,13 @@ def write_run_folder(
 
 
 def _open_run(pipeline: str, settings: Settings, identity: str) -> Any:
-    from tasks.tracking_live import open_pipeline_run
+    from pipeline.tracking.live import open_pipeline_run
 
     return open_pipeline_run(pipeline, settings, identity)
 
 
 def _patiently(call: Callable[[], T], settings: Settings) -> T:
-    from tasks.tracking_faults import patiently
-    from tasks.tracking_live import tracking_uri
+    from pipeline.tracking.faults import patiently
+    from pipeline.tracking.live import tracking_uri
 
     return patiently(call, tracking_uri(settings))

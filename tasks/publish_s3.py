@@ -9,13 +9,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from coalora.errors import CoaloraError
-from tasks.progress import get_logger
-from tasks.settings import TrackingSettings
-from tasks.settings_storage import StorageSettings
-from tasks.tracking_values import one_line
+from pipeline.orchestration.progress import get_logger
+from pipeline.settings.sections import TrackingSettings
+from pipeline.settings.storage import StorageSettings
+from pipeline.tracking.values import one_line
 
 if TYPE_CHECKING:
-    from tasks.s3.publication import Publication
+    from pipeline.s3.publication import Publication
 
 ADDRESS_TAG = "s3_address"
 
@@ -23,8 +23,8 @@ ADDRESS_TAG = "s3_address"
 @task(name="publish-to-s3", cache_policy=NO_CACHE)
 def publish_run(*, folder: str, storage: StorageSettings, tracking: TrackingSettings, run_id: str | None) -> str:
     """Publish a run folder, and tag its MLflow run and registered versions with the address; returns that."""
-    from tasks.s3.client import S3Location
-    from tasks.s3.publication import publish
+    from pipeline.s3.client import S3Location
+    from pipeline.s3.publication import publish
 
     found = publish(Path(folder), S3Location.of(storage))
     get_logger().info("%s: %s", found.address, words(found))
@@ -48,7 +48,7 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
     """
     from mlflow.exceptions import MlflowException
 
-    from tasks.tracking import open_tracker
+    from pipeline.tracking.tracker import open_tracker
 
     try:
         client = open_tracker(tracking.experiment, tracking.tracking_uri).client

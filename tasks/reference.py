@@ -12,14 +12,14 @@ from pathlib import Path
 from coalora.evaluate.losses import score_configurations
 from coalora.files import write_json
 from coalora.train.loop import train
-from tasks.adapted import build_adapted
-from tasks.checkpoints import place, tell
-from tasks.engine import stage
-from tasks.loaders import BaseModel, load_benchmark, load_selected, load_tables
-from tasks.progress import Progress
-from tasks.settings import AdapterSettings, ReferenceMethod, RuntimeSettings, TrainingSettings
-from tasks.store import Artifact, Scalar, Store
-from tasks.training import training_recipe
+from pipeline.inputs.adapted import build_adapted
+from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
+from pipeline.orchestration.progress import Progress
+from pipeline.settings.sections import AdapterSettings, ReferenceMethod, RuntimeSettings, TrainingSettings
+from pipeline.stages.checkpoints import place, tell
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
+from tasks.train import training_recipe
 
 REFERENCE_SCORE = "score.json"
 

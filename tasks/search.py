@@ -18,13 +18,13 @@ from coalora.search.pareto import is_non_dominated
 from coalora.search.propose import propose
 from coalora.search.segments import segment_filter
 from coalora.search.surrogate import Surrogate
-from tasks.adapted import build_adapted
-from tasks.checkpoints import Memo
-from tasks.engine import stage
-from tasks.loaders import ROUND, SET, BaseModel, load_benchmark, load_set, load_tables
-from tasks.progress import Progress
-from tasks.settings import AdapterSettings, RuntimeSettings, SearchSettings
-from tasks.store import Artifact, Scalar, Store
+from pipeline.inputs.adapted import build_adapted
+from pipeline.inputs.loaders import ROUND, SET, BaseModel, load_benchmark, load_set, load_tables
+from pipeline.orchestration.progress import Progress
+from pipeline.settings.sections import AdapterSettings, RuntimeSettings, SearchSettings
+from pipeline.stages.checkpoints import Memo
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
 
 
 @stage("search", tags=("gpu",))

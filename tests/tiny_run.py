@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 
 from flows.calibration import Calibrated, calibration_chain
-from flows.definitions import load_settings
 from flows.evaluation import Evaluated, evaluation_chain
 from flows.export import Exported, export_chain
 from flows.run import PipelineRun
 from flows.training import Trained, training_chain
-from tasks.engine import Stage
+from pipeline.settings.definitions import load_settings
+from pipeline.settings.sections import Settings
+from pipeline.stages.runner import Stage
+from pipeline.store.store import Artifact
 from tasks.publish import write_run_folder
-from tasks.reporting import make_report
-from tasks.settings import Settings
-from tasks.store import Artifact
+from tasks.report import make_report
 
 CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",

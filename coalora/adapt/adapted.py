@@ -29,8 +29,8 @@ from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
 from coalora.models.loading import Task
-from coalora.models.masters import MasterMode
-from coalora.models.quantized import FULL_PRECISION, QuantizedBase, WeightMode
+from coalora.models.switching.masters import MasterMode
+from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase, WeightMode
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace

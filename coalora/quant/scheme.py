@@ -212,9 +212,9 @@ def get_scheme(name: str) -> Scheme:
     # Written as a plain import, not importlib: source digests follow import statements. Here and not at the
     # top, because a scheme's module imports this one.
     import coalora.quant.float16
-    import coalora.quant.gptq
-    import coalora.quant.integer
-    import coalora.quant.nf  # noqa: F401
+    import coalora.quant.gptq.scheme
+    import coalora.quant.integer.scheme
+    import coalora.quant.nf.scheme  # noqa: F401
 
     if name not in _SCHEMES:
         raise CoaloraError("unknown quantization scheme", got=name, expected=f"one of {sorted(_SCHEMES)}")

@@ -19,7 +19,7 @@ from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base, write_base
 from coalora.export.bundle import Bundle
 from coalora.models.choices import Part, Rule, layer_choices
-from coalora.models.quantized import QuantizedBase
+from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import FAMILIES, find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-CODE = ("coalora", "tasks", "flows", "infra", "dvc.yaml", ".dvcignore")
+CODE = ("coalora", "pipeline", "tasks", "flows", "infra", "dvc.yaml", ".dvcignore")
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path  # isort: skip
 
 from prefect import flow
 
-from tasks.engine import PrefectRunner, stage
-from tasks.progress import Progress
-from tasks.settings import RuntimeSettings
-from tasks.store import Artifact, Store
+from pipeline.orchestration.progress import Progress
+from pipeline.settings.sections import RuntimeSettings
+from pipeline.stages.runner import PrefectRunner, stage
+from pipeline.store.store import Artifact, Store
 
 
 @stage("hold", tags=("gpu",))

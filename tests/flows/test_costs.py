@@ -13,17 +13,17 @@ from coalora.export.base import load_base
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from flows.calibration import Calibrated, calibration_chain
-from flows.definitions import load_settings
 from flows.evaluation import evaluation_chain
 from flows.export import Exported, export_chain
-from flows.preflight import preflight
 from flows.run import PipelineRun
 from flows.training import Trained, training_chain
-from tasks.loaders import load_input_statistics, load_tables
-from tasks.report.table import markdown_table
-from tasks.results import RESULT
-from tasks.settings import Settings
-from tasks.store import Store
+from pipeline.inputs.loaders import load_input_statistics, load_tables
+from pipeline.preflight import preflight
+from pipeline.report.schema import RESULT
+from pipeline.report.table import markdown_table
+from pipeline.settings.definitions import load_settings
+from pipeline.settings.sections import Settings
+from pipeline.store.store import Store
 from tests.tiny_run import CHANGES, _Plain, at_home
 
 RULES = (

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ORCHESTRATION = ("prefect", "mlflow", "dvc", "boto3", "botocore", "s3fs", "moto", "distributed", "ray")
 # The wheel names none of these either.
 PIPELINE_ONLY = ("pydantic", "yaml", "pandas", "datasets", "matplotlib", "jinja2", "rich", "fastapi")
-OURS = ("coalora", "tasks", "flows", "tests", "benchmarks")
+OURS = ("coalora", "pipeline", "tasks", "flows", "tests", "benchmarks")
 # What coalora may import at the top: the wheel's dependencies, and what they bring with them for certain.
 WHEEL = {
     "torch",
@@ -67,7 +67,8 @@ def breaches(package: str, forbidden: tuple[str, ...], *, top_level: bool = Fals
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("coalora", (*ORCHESTRATION, "tasks", "flows", "infra", "tests", "benchmarks")),
+        ("coalora", (*ORCHESTRATION, "pipeline", "tasks", "flows", "infra", "tests", "benchmarks")),
+        ("pipeline", ("tasks", "flows", "infra", "tests", "benchmarks")),
         ("tasks", ("flows", "infra", "tests", "benchmarks")),
         ("flows", ("infra", "tests", "benchmarks")),
         ("infra", ("tests", "benchmarks")),
@@ -87,7 +88,11 @@ def test_coalora_imports_only_the_wheels_dependencies_at_import_time() -> None:
 
 def test_imports_are_absolute() -> None:
     relative = [
-        n for p in ("coalora", "tasks", "flows") for f in modules(p) for n, _ in imported(f) if n.startswith(".")
+        n
+        for p in ("coalora", "pipeline", "tasks", "flows")
+        for f in modules(p)
+        for n, _ in imported(f)
+        if n.startswith(".")
     ]
     assert relative == []
 
@@ -106,11 +111,17 @@ def test_the_scan_sees_an_import_wherever_it_stands(tmp_path: Path) -> None:
 def test_every_module_of_coalora_is_importable_without_the_pipelines_packages(tmp_path: Path) -> None:
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in modules("coalora")]
     # Triton comes with CUDA builds of torch; only these need it, and only tensors on a GPU ask for them.
-    names = [
-        name for name in names if not (name.startswith("coalora.kernels.") and name.endswith(("_triton", "_jobs")))
-    ]
+    names = [name for name in names if not name.endswith((".triton", ".jobs", "quant.kernels.packed"))]
     # huggingface_hub reads YAML; PEFT and transformers must do without the rest, and without the tests' oracles.
-    blocked = [*ORCHESTRATION, *(p for p in PIPELINE_ONLY if p != "yaml"), "tasks", "flows", "bitsandbytes", "botorch"]
+    blocked = [
+        *ORCHESTRATION,
+        *(p for p in PIPELINE_ONLY if p != "yaml"),
+        "pipeline",
+        "tasks",
+        "flows",
+        "bitsandbytes",
+        "botorch",
+    ]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
     program = f"""
 import sys

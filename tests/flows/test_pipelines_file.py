@@ -12,10 +12,10 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
-from flows.definitions import load_settings, read_pipelines
 from flows.pipeline import pipeline
-from flows.preflight import preflight
-from tasks.settings import Settings
+from pipeline.preflight import preflight
+from pipeline.settings.definitions import load_settings, read_pipelines
+from pipeline.settings.sections import Settings
 from tests.flows.architectures import ARCHITECTURES, write_model
 
 ROOT = Path(__file__).parents[2]

@@ -16,13 +16,13 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.errors import CoaloraError
 from flows.prune import main
-from tasks.engine import DirectRunner, stage
-from tasks.journal import Journal
-from tasks.prune import find_garbage, remove
-from tasks.references import References
-from tasks.store import Artifact, Store
-from tasks.versioning import write_set
-from tests.tasks.stores import ROOT
+from pipeline.stages.runner import DirectRunner, stage
+from pipeline.store.journal import Journal
+from pipeline.store.prune import find_garbage, remove
+from pipeline.store.references import References
+from pipeline.store.store import Artifact, Store
+from pipeline.versioning.sets import write_set
+from tests.pipeline.store.stores import ROOT
 
 DAY = 24 * 3600.0
 
@@ -156,7 +156,7 @@ def test_a_run_under_way_keeps_what_it_lists_however_old(home: Home) -> None:
     journal = home.journal("aaaa", 1)
     home.age()
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom tasks.journal import Journal\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pipeline.store.journal import Journal\n"
         "with Journal(Path(sys.argv[1])).in_use():\n    print('used', flush=True)\n    time.sleep(60)\n"
     )
     run = subprocess.Popen(
@@ -194,7 +194,7 @@ def test_a_run_folder_a_copy_and_a_set_under_dvc_each_keep_what_they_name(home: 
 
 
 def test_mlflows_runs_and_versions_keep_their_runs_until_they_are_deleted(home: Home) -> None:
-    from tasks.tracking import open_tracker
+    from pipeline.tracking.tracker import open_tracker
 
     home.journal("aaaa", 1)
     home.journal("bbbb", 2)

@@ -10,7 +10,7 @@ import pytest
 from coalora.errors import CoaloraError
 from flows.publishing import Rounds
 from flows.run import PipelineRun
-from tasks.store import Artifact
+from pipeline.store.store import Artifact
 from tests.tiny_run import tiny_run
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-import tasks.scoring
+import tasks.score_text
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted
 from flows.score import main
-from tasks.loaders import BaseModel
+from pipeline.inputs.loaders import BaseModel
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 PROSE = "A model reads what another one wrote, naïvely. " * 9
@@ -69,7 +69,7 @@ def test_a_budgets_perplexity_is_that_of_its_export(
 def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(
     run: TinyRun, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, measured = tasks.scoring.device_model, []
+    original, measured = tasks.score_text.device_model, []
 
     def model(*args: Any) -> Any:
         measured.append(args[4])
@@ -77,7 +77,7 @@ def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(
             raise RuntimeError("out of memory")
         return original(*args)
 
-    monkeypatch.setattr(tasks.scoring, "device_model", model)
+    monkeypatch.setattr(tasks.score_text, "device_model", model)
     with pytest.raises(RuntimeError, match="out of memory"):
         score(run, book, "--budget", "2.5", "3", "3.5")
     rows = score(run, book, "--budget", "2.5", "3", "3.5")

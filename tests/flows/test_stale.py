@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from coalora.errors import CoaloraError
-from flows.deployed import FILE_VARIABLE, check_deployment, require_server_named
 from infra.deployments import stale_deployments
+from pipeline.orchestration.deployed import FILE_VARIABLE, check_deployment, require_server_named
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.git import git_commit
-from tasks.loaders import load_set, load_tables
+from pipeline.inputs.loaders import load_set, load_tables
+from pipeline.report.round import round_rows
+from pipeline.store.store import Artifact
+from pipeline.versioning.git import git_commit
 from tasks.publish import remove_stale, track_round, track_run, version_set, write_run_folder
-from tasks.report.round import round_rows
-from tasks.store import Artifact
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 

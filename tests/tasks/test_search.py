@@ -11,8 +11,8 @@ from coalora.configurations import ConfigurationSet
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
 from coalora.search.surrogate import Surrogate
+from pipeline.settings.sections import SearchSettings
 from tasks.search import _candidates
-from tasks.settings import SearchSettings
 
 SPACE = ChoiceSpace("nf", bits=[2, 3, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[64])
 N, K = 5, len(SPACE)

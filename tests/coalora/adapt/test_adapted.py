@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coalora.errors import CoaloraError
-from coalora.models.quantized import FULL_PRECISION
+from coalora.models.switching.quantized import FULL_PRECISION
 
 IDS = torch.arange(2 * 7).view(2, 7)
 

@@ -11,7 +11,7 @@ import torch
 
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.files import file_sha256
-from coalora.models.quantized import QuantizedBase
+from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace

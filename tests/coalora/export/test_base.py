@@ -13,7 +13,7 @@ from coalora.calibrate.tables import calibration_tables
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base, write_base
 from coalora.files import read_tensors, write_tensors
-from coalora.models.quantized import QuantizedBase
+from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 

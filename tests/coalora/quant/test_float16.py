@@ -9,7 +9,7 @@ import torch
 from coalora.errors import CoaloraError
 from coalora.files import write_tensors
 from coalora.quant.float16 import FloatChoice, FloatScheme
-from coalora.quant.integer import IntChoice
+from coalora.quant.integer.scheme import IntChoice
 
 FLOAT = FloatScheme()
 BF16, FP16 = FLOAT.choices()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coalora.errors import CoaloraError
-from coalora.quant.nf import NFChoice
+from coalora.quant.nf.scheme import NFChoice
 from coalora.quant.space import ChoiceSpace
 
 

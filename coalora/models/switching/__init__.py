@@ -1,0 +1,1 @@
+"""Weight switching: one resident model that takes any configuration."""

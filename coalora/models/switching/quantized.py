@@ -1,0 +1,306 @@
+"""Weight switching: one resident model that takes any configuration without being loaded again.
+
+The full-precision weights of the target layers stay as *masters* (`coalora.models.switching.masters` says where).
+Switching quantizes the layers whose choice changed; a byte-limited cache keeps their packed tensors, 4 to 16 times
+smaller than float32 weights, so that a training set whose members share choices pays for quantization once. On a CPU,
+what the limit leaves is spent on whole weights (`coalora.models.switching.slots`).
+
+Memory of the target layers, in bytes; P weights of w bytes each (4 in float32, 2 in bfloat16), the largest layer
+L weights, C = cache_bytes, b = average bits of the configuration held now:
+
+    weights       held on the device                        besides, while a layer is quantized or multiplied
+    dequantized   P w + C                                   about 6 L (2 L where the cache is off)
+    packed        P b/8 + C                                 about L (w + 4)
+
+    master        held
+    device        P w more on the device
+    cpu           P w in RAM (none more than the model's own weights had, for `packed`)
+    mmap          none (pages of the checkpoint that the system may drop)
+
+On a CPU `P/4` more for the scales measured once for each layer. K choices never exist side by side: nothing grows with
+the size of the choice space.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coalora.errors import CoaloraError
+from coalora.models.switching.masters import MasterMode, Masters
+from coalora.models.switching.packed import move_rest, pack_layer
+from coalora.models.switching.slots import WeightSlots
+from coalora.models.targets import TargetLayer
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme
+from coalora.quant.space import ChoiceSpace
+
+FULL_PRECISION = -1
+_UNFINISHED = -2  # a switch that failed has left the layer in between
+WeightMode = Literal["dequantized", "packed"]
+Packed = dict[str, Tensor]
+
+
+class QuantizedBase:
+    """The target layers of a model, and the configuration that they hold now.
+
+    Args:
+        model: the base model, before or after PEFT has wrapped it (layers are found by name, once).
+        layers: its N target layers.
+        space: the K choices; a configuration is an int array (N,) of indices into it.
+        statistics: of the layers' inputs, for calibrated schemes.
+        cache_bytes: limit of the cache of packed layers and, on a CPU, of weights that wait; 0 turns it off.
+        master: where the full-precision weights live.
+        weights: `dequantized` writes weights into the model; `packed` makes its layers dequantize on the fly, forward
+            and backward, bit for bit alike.
+        checkpoint: for master `mmap`, the folder or file of safetensors that the model was loaded from.
+        device: for weights `packed`, where the model shall run: its other tensors are moved there, and its target
+            layers never are. None: where it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[TargetLayer],
+        space: ChoiceSpace,
+        *,
+        statistics: Sequence[InputStatistics] | None = None,
+        cache_bytes: int = 1 << 28,
+        master: MasterMode = "device",
+        weights: WeightMode = "dequantized",
+        checkpoint: Path | str | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if space.needs_statistics and statistics is None:
+            raise CoaloraError(
+                "a calibrated scheme quantizes with the statistics of the layers' inputs",
+                got=f"scheme {space.scheme_name!r} without statistics",
+                remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
+            )
+        if weights not in get_args(WeightMode):
+            raise CoaloraError(
+                "weights are held in a known way", got=weights, expected=" or ".join(get_args(WeightMode))
+            )
+        self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
+        self.layers = list(layers)
+        self.space = space
+        self.cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._cache: OrderedDict[tuple[int, int], Packed] = OrderedDict()
+        self._measured: dict[tuple[int, str], Tensor | None] = {}
+        modules = [_innermost(model.get_submodule(layer.name)) for layer in self.layers]
+        stored = [module.get_parameter("weight").data for module in modules]
+        self._device = device if device is not None and weights == "packed" else stored[0].device
+        packed = weights == "packed"
+        self._masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
+        self._held: list[Packed] | None = [{} for _ in layers] if packed else None
+        if packed:
+            del stored
+            for index, module in enumerate(modules):
+                pack_layer(module, _Source(self, index), self._device)
+            move_rest(model, {id(module) for module in modules}, self._device)
+        self._slots = None if packed else WeightSlots(modules, self.layers, [FULL_PRECISION] * len(layers))
+        self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
+
+    @property
+    def masters(self) -> Masters:
+        """The full-precision weights, out x in, in layer order; not to be written to."""
+        return self._masters
+
+    def switch(self, configuration: np.ndarray) -> None:
+        """Make the model hold `configuration` (N,); only layers that change are touched.
+
+        Raises:
+            CoaloraError: wrong length or an index outside the space.
+        """
+        target = check_configuration(configuration, len(self.layers), len(self.space.choices))
+        changed = [int(index) for index in np.flatnonzero(target != self.configuration)]
+        if self._held is not None:
+            for index in changed:  # released before the next one is made
+                self._held[index] = {}
+                self.configuration[index] = FULL_PRECISION
+        else:
+            self.configuration[changed] = _UNFINISHED
+        written = [index for index in changed if not self._taken(index, int(target[index]))]
+        parts = [self._lookup(index, int(target[index])) for index in written]
+        made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)])
+        self._write_together(written, target, made)
+        for index, packed in zip(written, made, strict=True):
+            self._remember(index, int(target[index]), packed)
+            self._written(index, int(target[index]))
+        self.configuration = target.copy()
+
+    def restore(self) -> None:
+        """Make the model hold the full-precision weights."""
+        for index in map(int, np.flatnonzero(self.configuration != FULL_PRECISION)):
+            if self._held is not None:
+                self._held[index] = {}
+            elif not self._taken(index, FULL_PRECISION):
+                self._weights[index].copy_(self._masters[index])
+                self._written(index, FULL_PRECISION)
+        self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
+
+    def residual(self, index: int, choice: int) -> Tensor:
+        """W - q(W, c) (out, in) of layer `index` under choice `choice`, in float32; nothing is switched."""
+        master = self._masters[index]
+        quantized = self._scheme(choice).fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        return master.float() - quantized.to(master.dtype).float()
+
+    def weight(self, index: int) -> Tensor:
+        """The weight (out, in) that layer `index` computes with now; not to be written to."""
+        return self._weights[index] if self._held is None else self._maker(index)()
+
+    def _maker(self, index: int) -> Callable[[], Tensor]:
+        """How to make the weight (out, in) of packed layer `index`, whatever is switched to meanwhile."""
+        assert self._held is not None
+        k, packed = int(self.configuration[index]), self._held[index]
+        if k == FULL_PRECISION:
+            return lambda: self._masters[index]
+        return lambda: self._dequantized(index, k, packed)
+
+    def held(self) -> list[Tensor]:
+        """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers, scales."""
+        packed = [*self._cache.values(), *(self._held or [])]
+        measured = [tensor for tensor in self._measured.values() if tensor is not None]
+        parked = [] if self._slots is None else self._slots.parked()
+        return [*self._masters.held(), *(t for tensors in packed for t in tensors.values()), *measured, *parked]
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        assert self._slots is not None
+        return self._slots.weights
+
+    def _taken(self, index: int, choice: int) -> bool:
+        """Whether layer `index` computes with `choice` from now on, because its weight was waiting."""
+        if self._slots is None or self._device.type != "cpu":
+            return False
+        return self._slots.take(index, choice, self.cache_bytes - self._cached_bytes)
+
+    def _written(self, index: int, choice: int) -> None:
+        if self._slots is not None:
+            self._slots.holds(index, choice)
+
+    def _scheme(self, choice: int) -> Scheme:
+        return self.space.scheme_of(choice)
+
+    def _set(self, index: int, k: int, packed: Packed | None) -> Packed | None:
+        """Put choice `k` into layer `index`, from the cache's tensors where there are some; what was packed for it."""
+        scheme, choice = self._scheme(k), self.space.choices[k]
+        if packed is None and (self.cache_bytes or self._held is not None):
+            packed = scheme.quantize_packed(
+                self._masters[index], choice, self._statistics[index], self._measure(index, scheme)
+            )
+        if self._held is not None:
+            self._held[index] = packed or {}
+        elif packed is not None:
+            if self._device.type == "cuda":  # written together
+                return packed
+            scheme.dequantize_packed(packed, choice, self.layers[index].shape, self._weights[index])
+        else:
+            scheme.requantize(
+                self._masters[index],
+                choice,
+                self._statistics[index],
+                out=self._weights[index],
+                measured=self._measure(index, scheme),
+            )
+        return packed
+
+    def _write_together(self, changed: list[int], target: np.ndarray, made: list[Packed | None]) -> None:
+        """On a GPU, the weights of all layers at once: a launch for each layer would cost more than its work."""
+        if self._held is not None or self._device.type != "cuda":
+            return
+        groups: dict[str, list[tuple[Packed, Choice, Tensor]]] = {}
+        for index, packed in zip(changed, made, strict=True):
+            k = int(target[index])
+            if packed is not None:
+                job = (packed, self.space.choices[k], self._weights[index])
+                groups.setdefault(self._scheme(k).name, []).append(job)
+        for name, jobs in groups.items():
+            get_scheme(name).dequantize_packed_many(jobs)
+
+    def _measure(self, index: int, scheme: Scheme) -> Tensor | None:
+        if self._device.type != "cpu":  # reading the weight once more costs nothing there
+            return None
+        key = (index, scheme.name)
+        if key not in self._measured:
+            self._measured[key] = scheme.measure(self._masters[index])
+        return self._measured[key]
+
+    def _dequantized(self, index: int, k: int, packed: Packed) -> Tensor:
+        layer = self.layers[index]
+        dtype = self._masters.dtypes[index]
+        out = torch.empty(layer.shape, dtype=dtype, device=self._device)
+        self._scheme(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
+        return out
+
+    def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def]
+        """`function` for all layers: on a CPU by as many threads as torch may use, each layer in one of them."""
+        threads = min(torch.get_num_threads(), len(arguments)) if self._device.type == "cpu" else 1
+        if threads < 2:
+            return [function(*given) for given in arguments]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda given: function(*given), arguments))
+
+    def _lookup(self, index: int, choice: int) -> Packed | None:
+        key = (index, choice)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
+
+    def _remember(self, index: int, choice: int, packed: Packed | None) -> None:
+        key = (index, choice)
+        if packed is None or key in self._cache or nbytes(packed.values()) > self.cache_bytes:
+            return
+        self._cache[key] = packed
+        self._cached_bytes += nbytes(packed.values())
+        while self._cached_bytes > self.cache_bytes:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= nbytes(dropped.values())
+        if self._slots is not None:
+            self._slots.shrink(self.cache_bytes - self._cached_bytes)
+
+
+class _Source:
+    """How a packed layer makes the weight that it holds now, as its module stores it."""
+
+    def __init__(self, base: QuantizedBase, index: int) -> None:
+        self._base, self._index = base, index
+
+    def __call__(self) -> Callable[[], Tensor]:
+        layer, make = self._base.layers[self._index], self._base._maker(self._index)
+        return lambda: layer.matrix(make()).contiguous()
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
+
+
+def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:
+    """`configuration` as an int64 array (N,), or an error that says what is wrong with it."""
+    array = np.asarray(configuration)
+    if array.shape != (n_layers,) or not np.issubdtype(array.dtype, np.integer):
+        raise CoaloraError(
+            "a configuration holds one choice index for every target layer",
+            got=f"shape {array.shape}, dtype {array.dtype}",
+            expected=f"integers of shape ({n_layers},)",
+        )
+    if array.min() < 0 or array.max() >= n_choices:
+        raise CoaloraError(
+            "a configuration's choice indices lie inside the choice space",
+            got=f"{array.min()} to {array.max()}",
+            expected=f"0 to {n_choices - 1}",
+        )
+    return array.astype(np.int64)

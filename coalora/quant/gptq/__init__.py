@@ -1,0 +1,1 @@
+"""GPTQ by gptqmodel: the scheme `gptq`."""

@@ -1,0 +1,1 @@
+"""Group-wise integers: the scheme `int`."""

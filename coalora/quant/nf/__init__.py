@@ -1,0 +1,1 @@
+"""NormalFloat with double quantization: the scheme `nf`."""

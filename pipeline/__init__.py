@@ -1,0 +1,1 @@
+"""What stands around the method: settings, stage cache, store, S3, MLflow, DVC, workers, report."""

@@ -1,0 +1,1 @@
+"""Inputs of stages: data files, and the models and tables behind artifacts."""

@@ -1,0 +1,134 @@
+"""Raw benchmark data: what settings name, read as texts or as labelled examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from coalora.data.classification import Examples, read_table, to_examples
+from coalora.data.text import pydoc_topics, split_documents, text_file
+from coalora.errors import CoaloraError
+from pipeline.settings.data import BenchmarkSettings, HubSettings
+
+# Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
+_BYTES_A_TOKEN = 16
+
+
+def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
+    """Texts of `train`, `search` and `validation`; parts that have no file of their own are split off train."""
+    if settings.hub is not None:
+        return _hub_documents(settings, settings.hub)
+    given: dict[str, list[str]] = {}
+    if settings.files is not None:
+        source = text_file(settings.files.train)
+        for part in ("search", "validation"):
+            path = getattr(settings.files, part)
+            if path is not None:
+                given[part] = text_file(path)
+    else:
+        source = pydoc_topics()
+    fractions = {"search": settings.search_fraction, "validation": settings.validation_fraction}
+    fractions = {part: share for part, share in fractions.items() if part not in given}
+    parts = split_documents(source, fractions, seed=settings.split_seed) if fractions else {"train": source}
+    return parts | given
+
+
+def examples(settings: BenchmarkSettings) -> dict[str, Examples | None]:
+    """Labelled examples of `train`, `validation`, and of `search` where it has a file of its own."""
+    columns, label, regression = settings.text_columns, settings.label_column, settings.num_labels == 1
+    if settings.hub is not None:
+        hub = settings.hub
+        return {
+            "train": _hub_examples(hub, hub.train_split, columns, label, regression=regression),
+            "validation": _hub_examples(hub, hub.validation_split, columns, label, regression=regression),
+            "search": None,
+        }
+    files = settings.files
+    if files is None or files.validation is None:  # settings have been validated: cannot happen
+        raise CoaloraError("classification reads files or the hub", got=settings.name)
+    return {
+        "train": read_table(files.train, columns, label, regression=regression),
+        "validation": read_table(files.validation, columns, label, regression=regression),
+        "search": None if files.search is None else read_table(files.search, columns, label, regression=regression),
+    }
+
+
+def _hub_documents(settings: BenchmarkSettings, hub: HubSettings) -> dict[str, list[str]]:
+    column, share = settings.text_columns[0], settings.search_fraction
+    train_bytes = validation_bytes = None
+    if hub.streaming and settings.n_train is not None and settings.n_validation is not None:
+        # The search's documents are split off the training split: both parts have to get their blocks.
+        train_bytes = (
+            settings.max_length * _BYTES_A_TOKEN * max(settings.n_train / (1 - share), settings.n_search / share)
+        )
+        validation_bytes = settings.max_length * _BYTES_A_TOKEN * settings.n_validation
+    train = _take(_rows(hub, hub.train_split), column, train_bytes)
+    parts = split_documents(train, {"search": share}, seed=settings.split_seed)
+    return parts | {"validation": _take(_rows(hub, hub.validation_split), column, validation_bytes)}
+
+
+def _take(rows: Iterator[dict[str, Any]], column: str, n_bytes: float | None) -> list[str]:
+    """Texts until there are `n_bytes` of them; all for None."""
+    texts: list[str] = []
+    taken = 0
+    for row in rows:
+        _check_row(row, [column], [column])
+        texts.append(row[column])
+        taken += len(row[column].encode())
+        if n_bytes is not None and taken >= n_bytes:
+            break
+    return texts
+
+
+def _hub_examples(hub: HubSettings, split: str, columns: list[str], label: str, *, regression: bool) -> Examples:
+    texts: list[tuple[str, ...]] = []
+    labels: list[Any] = []
+    for row in _rows(hub, split):
+        _check_row(row, [*columns, label], columns)
+        texts.append(tuple(row[c] for c in columns))
+        labels.append(row[label])
+    return to_examples(texts, labels, f"{hub.path} {split}", regression=regression)
+
+
+def _check_row(row: dict[str, Any], wanted: list[str], texts: list[str]) -> None:
+    if missing := [c for c in wanted if c not in row]:
+        raise CoaloraError(
+            "the data set must have the named columns",
+            got=f"no {', '.join(missing)}",
+            expected=f"some of {', '.join(sorted(row))}",
+            remedy="set benchmark.text_columns and benchmark.label_column",
+        )
+    for column in texts:
+        if not isinstance(row[column], str):
+            raise CoaloraError(
+                "a text column holds texts",
+                got=f"{column}: {row[column]!r}",
+                expected=f"some of {', '.join(sorted(c for c, v in row.items() if isinstance(v, str)))}",
+                remedy="set benchmark.text_columns",
+            )
+
+
+def _rows(hub: HubSettings, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a split. A stream is read as it is consumed, so that the network can fail at any row."""
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(
+            hub.path, hub.name, revision=hub.revision, split=split, streaming=hub.streaming
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CoaloraError(
+            "the data set must be reachable on the hub",
+            got=" ".join(word for word in (hub.path, hub.name, split) if word) + f": {reason}",
+            remedy="check benchmark.hub and the network, or use benchmark.files with local files",
+        ) from error
+
+
+def input_files(settings: BenchmarkSettings) -> list[Path]:
+    """The local files that the benchmark is read from."""
+    if settings.files is None:
+        return []
+    files = settings.files
+    return [Path(p) for p in (files.train, files.validation, files.search) if p is not None]

@@ -1,0 +1,74 @@
+"""Content digests of input files: part of cache keys, so that a changed file runs again and a moved one does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from coalora.errors import CoaloraError
+from coalora.files import digest, file_sha256
+from pipeline.environment import coalora_home
+
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".py")
+# A file written within one tick of its file system's clock after it was hashed looks the same as before.
+_SETTLED_NS = 2_000_000_000
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Digest of the contents of `paths`, in order.
+
+    Files are hashed once and remembered by path, size, and times of modification and change.
+    """
+    memory_file = coalora_home() / "fingerprints.json"
+    memory = _read_memory(memory_file)
+    known = len(memory)
+    found = []
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        sha256 = memory.get(key) or file_sha256(path)
+        found.append(sha256)
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
+            memory[key] = sha256
+    if len(memory) > known:
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+        part = memory_file.with_name(f".{memory_file.name}.{os.getpid()}")
+        part.write_text(json.dumps(memory, indent=1, sort_keys=True), encoding="utf-8")
+        os.replace(part, memory_file)
+    return digest(found)
+
+
+def _read_memory(file: Path) -> dict[str, str]:
+    """What was remembered; nothing where the file is missing or damaged: its content can be had again."""
+    try:
+        memory = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    well_formed = isinstance(memory, dict) and all(isinstance(v, str) and len(v) == 64 for v in memory.values())
+    return memory if well_formed else {}
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make up a saved model and its tokenizer.
+
+    Raises:
+        CoaloraError: there is no config.json, or no safetensors weights.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES) if folder.is_dir() else []
+    names = [p.name for p in files]
+    if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
+        raise CoaloraError(
+            "a local base model is a folder with config.json and safetensors weights",
+            got=f"{folder}: {', '.join(names) or 'nothing there'}",
+            remedy="set model.name_or_path to a folder that save_pretrained wrote (pickled weights are not read)",
+        )
+    return files
+
+
+def model_digest(folder: Path) -> str:
+    """Digest of a saved model's files."""
+    files = model_files(folder)
+    return digest([[p.name for p in files], files_digest(files)])

@@ -1,0 +1,127 @@
+"""What stages read: the base model, the benchmark, calibration tables and configuration sets behind artifacts.
+
+Apart from the stages that make them: editing how something is made does not touch the keys of those that read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coalora.calibrate.statistics import load_statistics
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import ConfigurationSet
+from coalora.data.benchmark import Benchmark
+from coalora.errors import CoaloraError
+from coalora.files import read_json, write_json
+from coalora.models.loading import load_model, load_tokenizer
+from coalora.quant.scheme import InputStatistics
+from pipeline.inputs.fingerprint import model_digest
+from pipeline.settings.sections import RuntimeSettings
+from pipeline.store.store import Artifact, Scalar, Store
+
+REFERENCE = "reference.json"
+MODEL = "model"
+TABLES = "tables.safetensors"
+STATISTICS = "statistics.safetensors"
+SET = "configurations.json"
+ROUND = "round.json"  # beside the set that a search round made
+SELECTED = "selected.json"
+
+
+@dataclass
+class BaseModel:
+    """The model behind a `base` artifact."""
+
+    artifact: Artifact
+
+    @property
+    def _reference(self) -> dict | None:
+        file = Store().path(self.artifact) / REFERENCE
+        return read_json(file) if file.is_file() else None
+
+    @property
+    def path(self) -> Path:
+        """Folder of config, weights and tokenizer.
+
+        Raises:
+            CoaloraError: the model that a reference names is gone or has changed since.
+        """
+        reference = self._reference
+        if reference is None:
+            return Store().path(self.artifact) / MODEL
+        path = Path(str(self.artifact.meta["path"]))
+        if not path.is_dir() or model_digest(path) != reference["digest"]:
+            raise CoaloraError(
+                "the base model must stay as it was when the run began",
+                got=f"{path} is missing or has changed",
+                remedy="restore it, or start the pipeline again",
+            )
+        return path
+
+    @property
+    def name(self) -> str:
+        return str(self.artifact.meta["name"])
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights' files: the identity that adapters and configurations are bound to."""
+        reference = self._reference
+        return reference["digest"] if reference else model_digest(self.path)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, trust_remote_code=self._trusted)
+
+    def load(self, benchmark: Benchmark, runtime: RuntimeSettings, *, seed: int) -> PreTrainedModel:
+        """The model for the benchmark's task; `seed` decides a new classification head."""
+        model = load_model(
+            self.path,
+            benchmark.task,
+            num_labels=benchmark.num_labels,
+            dtype=getattr(torch, runtime.dtype),
+            device=torch.device(runtime.device),
+            seed=seed,
+            trust_remote_code=self._trusted,
+        )
+        if model.config.pad_token_id is None:  # decoders with a classification head find the last token by it
+            model.config.pad_token_id = self.tokenizer().pad_token_id
+        return model
+
+    @property
+    def _trusted(self) -> bool:
+        reference = self._reference
+        return bool(reference and reference["trust_remote_code"])
+
+
+def load_benchmark(artifact: Artifact) -> Benchmark:
+    return Benchmark.load(Store().path(artifact))
+
+
+def load_tables(artifact: Artifact) -> CalibrationTables:
+    return CalibrationTables.load(Store().path(artifact) / TABLES)
+
+
+def load_input_statistics(artifact: Artifact, measured: CalibrationTables) -> list[InputStatistics]:
+    """Statistics of the layers' inputs from a calibration artifact, in the order of its layers."""
+    return load_statistics(Store().path(artifact) / STATISTICS, measured.layers)
+
+
+def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[str, Scalar]) -> Artifact:
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_json(folder / SET, members.to_dict(measured))
+        return {"n_members": len(members), **meta}
+
+    return Store().put("configuration-set", write)
+
+
+def load_set(artifact: Artifact, measured: CalibrationTables) -> ConfigurationSet:
+    return ConfigurationSet.from_dict(read_json(Store().path(artifact) / SET), measured)
+
+
+def load_selected(artifact: Artifact, measured: CalibrationTables) -> np.ndarray:
+    """Configurations (n_budgets, N) of a selection, in the order of its budgets."""
+    return ConfigurationSet.from_dict(read_json(Store().path(artifact) / SELECTED), measured).configurations

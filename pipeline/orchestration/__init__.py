@@ -1,0 +1,1 @@
+"""Prefect as a person meets it: progress, waiting for GPUs, deployments."""

@@ -1,0 +1,83 @@
+"""What can be wrong around a run that Prefect starts: no server, or a deployment without its pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from coalora.errors import CoaloraError
+from pipeline.settings.definitions import DEFAULT_FILE, read_pipelines
+
+# Set in a deployment's job variables where it was made from another file than pipelines.yaml.
+FILE_VARIABLE = "COALORA_PIPELINES"
+
+
+def pipelines_file() -> str:
+    """The file that deployments are made from."""
+    return os.environ.get(FILE_VARIABLE) or DEFAULT_FILE
+
+
+def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, Any] | None = None) -> None:
+    """Refuse a run of a deployment whose pipeline was renamed or removed: it carries the settings of back then.
+
+    Args:
+        deployment: that started this run; None where none did.
+        name: the run's parameter; a person may give a run of a deployment another name.
+        pipelines: the definitions; by default those of `pipelines_file()`.
+
+    Raises:
+        CoaloraError: neither name is defined.
+    """
+    if deployment is None:
+        return
+    file = pipelines_file()
+    known = read_pipelines(file) if pipelines is None else pipelines
+    if deployment in known or name in known:
+        return
+    raise CoaloraError(
+        "a deployment belongs to a pipeline of the file that it was made from",
+        got=f"deployment 'pipeline/{deployment}', and {file} defines no {deployment!r} any more",
+        expected=f"one of {', '.join(sorted(known))}",
+        remedy=f"deploy again (prefect --no-prompt deploy --all --prefect-file {file}) and remove what is left behind "
+        f"(python -m infra.deployments --file {file} --remove); a deployment of another file names it in its job "
+        f"variables ({FILE_VARIABLE})",
+    )
+
+
+def require_server_named() -> None:
+    """For commands that change what is on a server.
+
+    Raises:
+        CoaloraError: PREFECT_API_URL is not set.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise CoaloraError(
+            "the Prefect server must be named",
+            got="no PREFECT_API_URL",
+            remedy="start one (prefect server start), then export PREFECT_API_URL=http://127.0.0.1:4200/api",
+        )
+
+
+def check_server() -> None:
+    """Refuse to start where PREFECT_API_URL names a server that does not answer: Prefect itself ends in a traceback.
+
+    Raises:
+        CoaloraError: it does not answer.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+    if problem is not None:
+        raise CoaloraError(
+            "Prefect's server must answer",
+            got=f"nothing at {url} ({type(problem).__name__})",
+            remedy="start it (prefect server start), or correct PREFECT_API_URL, or unset it to run without a server",
+        )

@@ -1,0 +1,199 @@
+"""Checks that need files or shapes, made before anything runs: nothing may fail after hours for a typing error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from coalora.calibrate.tables import calibration_tables
+from coalora.data.classification import read_header
+from coalora.errors import CoaloraError
+from coalora.evaluate.harness import check_tasks
+from coalora.models.loading import load_config, meta_model
+from coalora.models.pretrain import PretrainRecipe, llama_config
+from coalora.models.targets import TargetLayer, find_target_layers
+from pipeline.inputs.choices import choices_of
+from pipeline.inputs.corpus import input_files
+from pipeline.inputs.costs import priced_tables
+from pipeline.inputs.fingerprint import model_files
+from pipeline.inputs.sets import read_set_file, start_members
+from pipeline.settings.sections import Settings
+from pipeline.tracking.faults import require_server
+from pipeline.tracking.place import default_place
+from pipeline.workers.pool import check_runner
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the settings amount to: N layers, P weights, K choices, and the bits and costs that can be had."""
+
+    layers: list[TargetLayer]
+    n_choices: int
+    bits_range: tuple[float, float]
+    cost_range: tuple[float, float]
+    cost_words: str
+
+    @property
+    def n_weights(self) -> int:
+        return sum(layer.n_weights for layer in self.layers)
+
+
+def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
+    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC, MLflow and S3.
+
+    Args:
+        root: where DVC must be initialised, MLflow's server answer, and S3 be reachable where a run is published;
+            None leaves all three out.
+
+    Raises:
+        CoaloraError: the first thing that is wrong.
+    """
+    _check_files(settings)
+    config = base_config(settings)
+    _check_sizes(settings, config)
+    layers = target_layers(settings, config)
+    space, allowed = choices_of(settings.choices, layers)
+    for scheme in space.schemes:
+        scheme.require_packages()
+    # All but the errors, which take the weights.
+    tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
+    if settings.initial_set.file is not None:
+        start_members(read_set_file(settings.initial_set.file), tables)
+    _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
+    _check_adapter(settings, layers)
+    _check_objective(settings)
+    _check_harness(settings)
+    check_runner(settings.evaluation.runner)
+    if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
+        raise CoaloraError(
+            "DVC must be initialised where configuration sets are versioned",
+            got=f"no .dvc in {root}",
+            remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
+        )
+    if root is not None:
+        require_server(default_place(settings.tracking.tracking_uri).tracking_uri)
+    if root is not None and settings.storage.publish:
+        from pipeline.s3.client import S3Location  # boto3 is imported where it is wanted alone
+
+        S3Location.of(settings.storage).check()
+    return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
+
+
+def base_config(settings: Settings) -> PretrainedConfig:
+    """The base model's architecture."""
+    model = settings.model
+    if model.pretrain is not None:
+        return llama_config(PretrainRecipe(**model.pretrain.model_dump()))
+    return load_config(str(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def target_layers(settings: Settings, config: PretrainedConfig | None = None) -> list[TargetLayer]:
+    """The N target layers, from the architecture alone (meta device, no weights)."""
+    task = settings.benchmark.task
+    num_labels = settings.benchmark.num_labels if task == "classification" else None
+    model = meta_model(config or base_config(settings), task, num_labels=num_labels)
+    return find_target_layers(model, settings.target_modules)
+
+
+def _check_files(settings: Settings) -> None:
+    model, benchmark = settings.model, settings.benchmark
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        model_files(Path(model.name_or_path))
+    for path in input_files(benchmark):
+        if not path.is_file():
+            raise CoaloraError(
+                "a benchmark file must exist",
+                got=path,
+                remedy="correct the path, for example --set benchmark.files.train=PATH",
+            )
+        if benchmark.task == "classification":
+            read_header(path, [*benchmark.text_columns, benchmark.label_column])
+
+
+def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
+    benchmark = settings.benchmark
+    n_samples, n_train = settings.calibration.n_samples, benchmark.n_train
+    if n_train is not None and n_samples > n_train:
+        raise CoaloraError(
+            "calibration reads training examples",
+            got=f"calibration.n_samples {n_samples}",
+            expected=f"at most benchmark.n_train, {n_train}",
+            remedy="lower calibration.n_samples or raise benchmark.n_train",
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and config.model_type == "roberta":
+        limit -= config.pad_token_id + 1  # its positions are counted from behind the padding token's
+    if limit is not None and benchmark.max_length > limit:
+        raise CoaloraError(
+            "examples fit the positions of the base model",
+            got=f"benchmark.max_length {benchmark.max_length}",
+            expected=f"at most {limit} tokens",
+            remedy="lower benchmark.max_length",
+        )
+
+
+def _check_adapter(settings: Settings, layers: list[TargetLayer]) -> None:
+    recipe = settings.adapter.recipe(settings.benchmark.task)
+    recipe.ranks(layers)
+    if recipe.theta == "none" and not recipe.expert_bits and not recipe.compensation_rank:
+        raise CoaloraError(
+            "something of a configuration-aware adapter follows the configuration",
+            got="adapter.theta=none without pairs for low bits and without compensation, which is Shared-LoRA",
+            remedy="set adapter.theta=others, adapter.expert_bits or adapter.compensation_rank",
+        )
+
+
+def _check_objective(settings: Settings) -> None:
+    objective = settings.training.objective
+    if objective.distillation and objective.teacher == "base" and settings.benchmark.task == "classification":
+        raise CoaloraError(
+            "a classifier's base has no trained head to teach",
+            got="training.objective.teacher base for a classification benchmark",
+            remedy="set training.objective.teacher=adapted",
+        )
+
+
+def _check_harness(settings: Settings) -> None:
+    asked = settings.evaluation
+    if not asked.harness_tasks:
+        return
+    if settings.benchmark.task != "language-modeling":
+        raise CoaloraError(
+            "harness tasks are for language models",
+            got=f"evaluation.harness_tasks with benchmark.task {settings.benchmark.task}",
+            remedy="set evaluation.harness_tasks=[]",
+        )
+    check_tasks(asked.harness_tasks, asked.harness_include)
+
+
+def _check_budgets(settings: Settings, cost_range: tuple[float, float], unit: str) -> None:
+    low, high = cost_range
+    initial: Sequence[float | None] = (settings.initial_set.min_budget, settings.initial_set.max_budget)
+    named = [("evaluation.budgets", b) for b in settings.evaluation.budgets]
+    named += [(f"initial_set.{n}_budget", b) for n, b in zip(("min", "max"), initial, strict=True) if b is not None]
+    for key, budget in named:
+        if not low <= budget <= high:
+            raise CoaloraError(
+                "budgets lie inside the choice space",
+                got=f"{key} {budget:g} {unit}",
+                expected=f"{_inside(low, np.ceil)} to {_inside(high, np.floor)} {unit}",
+                remedy=f"correct {key}, or allow other choices (choices.allow)",
+            )
+    start, end = (default if asked is None else asked for asked, default in zip(initial, cost_range, strict=True))
+    if start >= end:
+        raise CoaloraError(
+            "initial_set.min_budget lies below initial_set.max_budget, by default the ends of the choice space",
+            got=f"{start:g} and {end:g} {unit}",
+            expected=f"rising, inside {low:.6g} to {high:.6g} {unit}",
+            remedy="correct initial_set, or allow more choices (choices.allow) where there is only one",
+        )
+
+
+def _inside(value: float, rounding: Callable[[float], float]) -> str:
+    """An end of the range with enough digits, rounded into the range: what the message names is accepted."""
+    scale = 1000 if value >= 1 else 10.0 ** (3 - np.floor(np.log10(value or 1)))
+    return f"{rounding(value * scale) / scale:.{max(3, round(np.log10(scale)))}f}"

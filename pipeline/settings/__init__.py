@@ -1,0 +1,1 @@
+"""Typed settings of a pipeline, and the pipelines by name."""

@@ -1,0 +1,262 @@
+"""Cache key of a pipeline stage: what it is asked for, and all the code that answers.
+
+Prefect's own policies hash the body of the task alone (`TASK_SOURCE`), so that an edit in the library
+returns stale results, or the run id (`DEFAULT`), so that nothing is ever reused. Here the key covers every
+file of ours that the stage's module reaches by imports, the versions of the numerical packages, and the
+content of the inputs.
+
+Code is compared as a syntax tree without docstrings: comments and formatting do not retrain. Computed module
+names (`import_module(f"coalora.{name}")`) cannot be followed; a name written out as a string is.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from coalora.errors import CoaloraError
+from pipeline.store.artifacts import Artifact
+
+PACKAGES = ("coalora", "pipeline", "tasks")
+VERSIONED = ("torch", "transformers", "peft", "numpy", "scipy", "gptqmodel")  # absent ones count as such
+
+# Plumbing around the stages: editing it must not retrain.
+EXCLUDED = (
+    "pipeline.store.artifacts",
+    "pipeline.stages.checkpoints",
+    "pipeline.stages.runner*",
+    "pipeline.environment",
+    "pipeline.faults",
+    "pipeline.store.journal",
+    "pipeline.stages.keys",
+    "pipeline.store.locks",
+    "pipeline.orchestration.progress*",
+    "pipeline.s3*",
+    "pipeline.settings.sections*",  # fields and checks alone; their values are inputs of the stages
+    "pipeline.store.shared*",
+    "pipeline.stages.stage",
+    "pipeline.store.store*",
+    "pipeline.tracking.tracker*",
+    "pipeline.versioning.sets",
+    "pipeline.workers.pool*",
+)
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> list[Path]:
+    """Files that a module reaches by import statements, itself included, sorted.
+
+    Followed: imports at the top, inside functions and under `TYPE_CHECKING`; the `__init__.py` files on the
+    way; modules named by a string. Only modules of `packages` are followed, and none of `EXCLUDED`.
+
+    Args:
+        module: dotted name, or a file (of a package or not).
+        packages: top-level packages; looked for beside the module's own first, then on the import path.
+
+    Raises:
+        CoaloraError: there is no such module.
+    """
+    return sorted(_closure(module, packages).values())
+
+
+def source_digest(module: str | Path, packages: Sequence[str] = PACKAGES) -> str:
+    """sha256 over (module name, code) of `source_closure`; the same wherever the checkout lies."""
+    files = _closure(module, packages)
+    return _sha256([[name, _parse(file.read_bytes())[1]] for name, file in sorted(files.items())])
+
+
+def function_source_digest(function: Callable[..., Any], packages: Sequence[str] = PACKAGES) -> str:
+    """`source_digest` of the module that defines the function.
+
+    Raises:
+        CoaloraError: the function has no source file (a builtin, or typed into a prompt).
+    """
+    plain = inspect.unwrap(function)
+    try:
+        file = inspect.getsourcefile(plain)
+    except TypeError:
+        file = None
+    if file is None or not Path(file).is_file():
+        raise CoaloraError("a stage is defined in a source file", got=repr(function))
+    return source_digest(Path(file), packages)
+
+
+def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any], *, source: str | None = None) -> str:
+    """`<stage>-<sha256>` of the stage's name, code, package versions and inputs.
+
+    Args:
+        inputs: by argument: pydantic models, `Artifact` (digest and kind count, not `meta`), str, int, finite
+            float, bool, None, and lists and str-keyed dicts of these.
+        source: digest of the code; `function_source_digest(function)` by default.
+
+    Raises:
+        TypeError: an input is of another type; names the argument.
+    """
+    material = {
+        "stage": stage,
+        "source": source if source is not None else function_source_digest(function),
+        "versions": {name: _version(name) for name in VERSIONED},
+        "inputs": {name: _canonical(value, name) for name, value in inputs.items()},
+    }
+    return f"{stage}-{_sha256(material)}"
+
+
+def artifacts_in(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Artifact]]:
+    """(argument, artifact) of every artifact among the inputs, inside lists and dicts too."""
+
+    def walk(where: str, value: Any) -> Iterator[tuple[str, Artifact]]:
+        if isinstance(value, Artifact):
+            yield where, value
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from walk(f"{where}[{index}]", item)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(f"{where}[{key!r}]", item)
+
+    for name, value in inputs.items():
+        yield from walk(name, value)
+
+
+def _canonical(value: Any, where: str) -> Any:
+    """JSON of one input. `where` is how an error calls it."""
+    if isinstance(value, Artifact):
+        return {"artifact": value.digest, "kind": value.kind}
+    if isinstance(value, BaseModel):
+        nested = next(artifacts_in({f"{where}.{name}": field for name, field in value}), None)
+        if nested is not None:  # its `meta` would get into the key, and its bytes past the check
+            raise TypeError(f"input {nested[0]!r}: an Artifact is an argument of its own, not a settings field")
+        return value.model_dump(mode="json")
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
+    raise TypeError(
+        f"input {where!r} of type {type(value).__name__} ({value!r:.80}) cannot be part of a cache key; "
+        "expected a pydantic model, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
+    )
+
+
+def _closure(module: str | Path, packages: Sequence[str]) -> dict[str, Path]:
+    """{module name: file}."""
+    root, name, file = _start(module)
+    found = {name: file}
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        for target in _targets(current, found[current], packages):
+            parts = target.split(".")
+            for length in range(1, len(parts) + 1):
+                step = ".".join(parts[:length])
+                if step in found or any(fnmatchcase(step, pattern) for pattern in EXCLUDED):
+                    continue
+                located = _locate(step, root)
+                if located is not None:
+                    found[step] = located
+                    pending.append(step)
+    return found
+
+
+def _start(module: str | Path) -> tuple[Path, str, Path]:
+    """(folder of the top-level package, module name, file) of where to start."""
+    if isinstance(module, str):
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise CoaloraError("the stage's module can be imported", got=module)
+        module = Path(spec.origin)
+    file = module.resolve()
+    if not file.is_file():
+        raise CoaloraError("the stage's module is a file", got=str(module))
+    parts = [] if file.name == "__init__.py" else [file.stem]
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(parts), file
+
+
+def _locate(module: str, root: Path) -> Path | None:
+    """File of a module, without importing it. None for `from module import function`."""
+    top, *rest = module.split(".")
+    base = root
+    # A package, not just a folder of that name: tests/coalora must not hide coalora.
+    if not (root / top / "__init__.py").is_file() and not (root / f"{top}.py").is_file():
+        spec = find_spec(top)
+        if spec is None or spec.origin is None:
+            return None
+        base = Path(spec.origin).resolve().parent
+        base = base.parent if spec.submodule_search_locations else base
+    path = base.joinpath(top, *rest)
+    for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+        if file.is_file():
+            return file.resolve()
+    return None
+
+
+def _targets(module: str, file: Path, packages: Sequence[str]) -> Iterator[str]:
+    """Names in `packages` that the file mentions: modules, and perhaps names inside them."""
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for level, name in _parse(file.read_bytes())[0]:
+        if level > len(package):
+            continue  # beyond the top-level package: Python refuses it as well
+        prefix = package[: len(package) - level + 1] if level else []
+        target = ".".join([*prefix, *filter(None, [name])])
+        if target.split(".")[0] in packages:
+            yield target
+
+
+@lru_cache(maxsize=4096)
+def _parse(source: bytes) -> tuple[tuple[tuple[int, str], ...], str]:
+    """((level, dotted name) of everything imported, digest of the code)."""
+    tree = ast.parse(source)
+    imports: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [node.module] if node.module else []
+            imports += [(node.level, ".".join([*base, alias.name])) for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _DOTTED.fullmatch(node.value):
+            imports.append((0, node.value))  # registries of lazily imported modules
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            _drop_docstring(node)
+    code = ast.dump(tree, annotate_fields=False)
+    return tuple(dict.fromkeys(imports)), hashlib.sha256(code.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    first = node.body[0] if node.body else None
+    value = first.value if isinstance(first, ast.Expr) else None
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        node.body = node.body[1:]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _sha256(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""Runs the stages of the pipeline, cached: inside a Prefect flow, or without any server.
+
+A stage's result record (the small `Artifact`, as JSON) lies at the stage's key in Prefect's local result
+storage. `PrefectRunner` lets Prefect read and write the records; `DirectRunner` does it through
+`prefect.results.ResultStore`, without the API: what a flow has computed is reused by `dvc repro`, and the
+other way round. A cache hit of Prefect's does not look at the files that the record refers to, so that both
+hash the stored files before they trust a record, and rebuild what is damaged.
+
+A runner computes a key while it holds the key's lock (`pipeline.store.locks`), and looks again once it has it: of two
+runs that need a result at once one computes it, and the other waits and takes it. With a shared store
+(`pipeline.store.shared`) records and artifacts are looked for there, too, and what was computed here is uploaded
+before the lock is given back.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar, cast
+
+from prefect import Task
+from prefect.context import FlowRunContext
+from prefect.filesystems import LocalFileSystem
+from prefect.results import ResultStore, get_result_store
+from prefect.serializers import JSONSerializer
+from prefect.settings import get_current_settings
+
+from coalora.errors import CoaloraError
+from pipeline.faults import database_faults
+from pipeline.orchestration.progress import get_logger
+from pipeline.orchestration.slots import tags_of_call, told_of_waiting
+from pipeline.stages.plans import Planner
+from pipeline.stages.records import Plan, StageRecord, run_name, write_record
+from pipeline.stages.stage import Call, Pool, Stage, current_call, stage
+from pipeline.store.artifacts import Artifact
+from pipeline.store.store import Store
+
+T = TypeVar("T")
+
+__all__ = ["DirectRunner", "Plan", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
+
+
+class Submitted(Protocol):
+    """What Prefect's futures and those of `concurrent.futures` have in common."""
+
+    def result(self) -> Artifact: ...
+
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> object: ...
+
+
+class Runner(ABC):
+    """Runs stages with caching; `history` lists what was done, in the order of the calls.
+
+    Args:
+        store: where the artifacts' files are; `Store()` by default.
+        retries: how often Prefect runs a failed stage again; None leaves it to the stage.
+        timeout_seconds: Prefect's limit for one stage; None leaves it to the stage.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        *,
+        retries: int | None = None,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        self.store = store if store is not None else Store()
+        self.history: list[StageRecord] = []
+        limits = {"retries": retries, "timeout_seconds": timeout_seconds}
+        self.task_options: dict[str, Any] = {k: v for k, v in limits.items() if v is not None}
+
+    def run(self, stage: Stage, /, *, refresh: bool = False, **inputs: Any) -> Artifact:
+        """The stage's artifact for these inputs: the recorded one if its files are whole, else a new one.
+
+        What the function raises arrives unchanged, and nothing is recorded then.
+
+        Args:
+            refresh: compute again, whatever is recorded (Prefect's own `tasks.refresh_cache` counts too).
+
+        Raises:
+            TypeError: missing, unknown or unsupported inputs.
+            CoaloraError: the stage has to run, and an artifact among its inputs is missing or damaged.
+        """
+        plan = self._plan(stage, inputs, refresh)
+        try:
+            with _calling(plan):
+                record = self._record(plan, self._execute(plan))
+            self.history.append(record)
+            return record.artifact
+        finally:
+            plan.release()
+
+    def run_many(
+        self,
+        stage: Stage,
+        calls: Sequence[Mapping[str, Any]],
+        *,
+        workers: int = 1,
+        refresh: bool = False,
+        pool: Pool | None = None,
+    ) -> list[Artifact]:
+        """`run` for each of `calls`, at most `workers` at a time; artifacts in the order of the calls.
+
+        When one fails, none is begun any more, those under way are finished and recorded, and the error arrives
+        unchanged: the next run goes on with what is missing.
+
+        Args:
+            pool: workers in other processes that the function runs in; threads of this process by default.
+        """
+        if workers == 1 and pool is None:
+            return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
+        records: dict[int, StageRecord] = {}
+        pending: dict[int, tuple[Plan, Submitted]] = {}
+        done: SimpleQueue[int] = SimpleQueue()
+
+        def tell(index: int) -> Callable[[object], None]:
+            return lambda _: done.put(index)
+
+        def finish() -> None:
+            index = done.get()  # whichever ends first: its worker gets the next call, though others go on
+            plan, submitted = pending.pop(index)
+            try:
+                records[index] = self._record(plan, submitted.result())
+            finally:
+                plan.release()
+
+        def finish_all() -> None:
+            while pending:
+                finish()
+
+        with self._workers(workers) as submit:
+            try:
+                for index, inputs in enumerate(calls):
+                    if len(pending) == workers:
+                        finish()
+                    plan = self._plan(stage, inputs, refresh, pool, before_waiting=finish_all)
+                    with _calling(plan):  # what is submitted runs in a copy of this context
+                        submitted = submit(plan)
+                    submitted.add_done_callback(tell(index))
+                    pending[index] = plan, submitted
+                finish_all()
+            except BaseException:
+                while pending:
+                    with suppress(Exception):  # the first failure is the one that is told
+                        finish()
+                raise
+            finally:
+                in_order = [records[index] for index in sorted(records)]
+                self.history += in_order
+        return [record.artifact for record in in_order]
+
+    def _plan(
+        self,
+        stage: Stage,
+        inputs: Mapping[str, Any],
+        refresh: bool,
+        pool: Pool | None = None,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> Plan:
+        refresh = refresh or get_current_settings().tasks.refresh_cache
+        planner = Planner(self.store, stage, self._result_store(stage))
+        return planner.plan(inputs, refresh=refresh, pool=pool, before_waiting=before_waiting)
+
+    def _record(self, plan: Plan, artifact: Artifact) -> StageRecord:
+        """Share what a finished call has made, and say what was done."""
+        shared = self.store.shared
+        if shared is not None:
+            sent = self.store.share(artifact)
+            # After its artifact, and also where a record was there: what a run without the shared store has made.
+            if not artifact.of_this_machine and (plan.executions or shared.record(plan.key) is None):
+                shared.write_record(plan.key, artifact)
+            if sent:
+                get_logger().info("%s: %.1f MB to %s", plan.stage.name, sent / 1e6, shared)
+        record = StageRecord(
+            stage=plan.stage.name,
+            key=plan.key,
+            cached=not plan.executions,
+            rebuilt=bool(plan.damaged and plan.executions),
+            seconds=time.perf_counter() - plan.started,
+            artifact=artifact,
+        )
+        how = "reused" if record.cached else "rebuilt" if record.rebuilt else "computed"
+        get_logger().info("%s: %s %s (%.1f s)", plan.stage.name, how, artifact.digest[:12], record.seconds)
+        return record
+
+    @abstractmethod
+    def call(self, task: Task[..., T], /, **inputs: Any) -> T:
+        """Run a task for its effect outside (tracking, versioning, a report): never cached, idempotent by itself."""
+
+    @abstractmethod
+    def _result_store(self, stage: Stage) -> ResultStore:
+        """Where the stage's records are."""
+
+    @abstractmethod
+    def _execute(self, plan: Plan) -> Artifact:
+        """Return the verified record, or run the function and record its artifact."""
+
+    @abstractmethod
+    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Submitted]]:
+        """A function that begins a plan beside others and returns its future."""
+
+
+class PrefectRunner(Runner):
+    """Runs stages as task runs of the current flow run: states, retries, tags and timeouts are Prefect's."""
+
+    def _result_store(self, stage: Stage) -> ResultStore:
+        if FlowRunContext.get() is None:
+            raise CoaloraError("PrefectRunner runs inside a flow", remedy="call it in a @flow, or use DirectRunner")
+        task = stage.task
+        # `_sync`: inside a running event loop the call would return a coroutine instead.
+        return cast(ResultStore, get_result_store().update_for_task(task, _sync=True))  # type: ignore[call-arg]
+
+    def _execute(self, plan: Plan) -> Artifact:
+        task = self._task(plan)
+        with told_of_waiting(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
+            return task(**plan.call)
+
+    @contextmanager
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
+        """Through the flow's task runner: threads, unless the flow was given another."""
+
+        def submit(plan: Plan) -> Submitted:
+            return cast(Submitted, self._task(plan).submit(**plan.call))
+
+        yield submit
+
+    def _task(self, plan: Plan) -> Task[..., Artifact]:
+        # A verified record goes through Prefect as well, so that the run page shows the stage as cached.
+        return plan.stage.task.with_options(
+            cache_policy=replace(plan.stage.policy, key=plan.key),
+            refresh_cache=plan.reuse is None,
+            task_run_name=run_name(plan.stage.name, plan.call),
+            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None, elsewhere=plan.elsewhere),
+            **self.task_options,
+        )
+
+    def call(self, task: Task[..., T], /, **inputs: Any) -> T:
+        with database_faults():
+            return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
+
+
+class DirectRunner(Runner):
+    """Runs stages as plain calls, without flow, server or API: `python -m flows.<stage>` in DVC stages.
+
+    Records are those of Prefect's local storage path. A storage block set as Prefect's default result storage
+    can be read with the API only, and is not shared with.
+    """
+
+    def _result_store(self, stage: Stage) -> ResultStore:
+        return ResultStore(
+            result_storage=LocalFileSystem(basepath=str(get_current_settings().results.local_storage_path)),
+            serializer=JSONSerializer(),
+            cache_result_in_memory=False,
+        )
+
+    def _execute(self, plan: Plan) -> Artifact:
+        if plan.reuse is not None:
+            return plan.reuse
+        artifact = plan.stage.task.fn(**plan.call)
+        write_record(plan.results, plan.key, artifact)
+        return artifact
+
+    @contextmanager
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
+        with ThreadPoolExecutor(workers, thread_name_prefix="coalora") as pool:
+            yield lambda plan: pool.submit(copy_context().run, self._execute, plan)
+
+    def call(self, task: Task[..., T], /, **inputs: Any) -> T:
+        with database_faults():
+            return task.fn(**inputs)
+
+
+@contextmanager
+def _calling(plan: Plan) -> Iterator[None]:
+    token = current_call.set(Call(plan.key, plan.executions, plan.pool))
+    try:
+        yield
+    finally:
+        current_call.reset(token)

@@ -1,0 +1,180 @@
+"""A stage of the pipeline: a function from settings and artifacts to one artifact, as a cached Prefect task.
+
+Trap (Prefect 3.8.8): a cache policy that raises is only logged, and the task then runs uncached. The runners
+of `pipeline.stages.runner` therefore compute the key first, let its errors out, and hand it to the policy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Any, Protocol
+
+import prefect
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+
+from coalora.allocator import keep_freed_memory
+from coalora.errors import CoaloraError
+from pipeline.stages.checkpoints import scratch_of
+from pipeline.stages.keys import function_source_digest, stage_key
+from pipeline.store.artifacts import Artifact
+
+_RESERVED = {"refresh", "return_state", "wait_for"}  # arguments of `run` and of Prefect's task call
+
+
+class Pool(Protocol):
+    """Workers in other processes (`pipeline.workers.pool`)."""
+
+    def run(self, stage: Stage, key: str, inputs: dict[str, Any]) -> Artifact:
+        """Run a stage's function there, and wait for it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a runner tells the function of a stage: note that it has run in `executions`; run it in `pool`, if any."""
+
+    key: str
+    executions: list[str]
+    pool: Pool | None = None
+
+
+# Set by the runner around a task call.
+current_call: ContextVar[Call | None] = ContextVar("coalora_call", default=None)
+
+
+@dataclass
+class StageKeyPolicy(CachePolicy):
+    """Prefect cache policy of a stage; `key` is the key that a runner has computed already."""
+
+    owner: Stage | None = None
+    key: str | None = None
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str | None:
+        if self.key is not None or self.owner is None:
+            return self.key
+        return self.owner.key(inputs)
+
+
+class Stage:
+    """A function `fn(*, ...) -> Artifact`, its Prefect task, and its cache key. Made by `stage`.
+
+    The code is digested when the stage is defined: what an edit on disk changes later is not what runs here.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Artifact],
+        name: str,
+        *,
+        tags: Iterable[str] = (),
+        retries: int = 0,
+        timeout_seconds: float | None = None,
+    ) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+            raise CoaloraError("a stage's name is lower case letters, digits and single dashes", got=name)
+        self.name = name
+        self.fn = fn
+        self.signature = inspect.signature(fn)
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in _RESERVED:
+                raise CoaloraError(
+                    "a stage takes named keyword-only arguments",
+                    got=f"{name}({parameter})",
+                    expected=f"`*` before it, and none of {sorted(_RESERVED)}",
+                )
+        self.source = function_source_digest(fn)
+        self.policy = StageKeyPolicy(owner=self)
+        self.task = prefect.task(
+            name=name,
+            tags=set(tags),
+            retries=retries,
+            timeout_seconds=timeout_seconds,
+            cache_policy=self.policy,
+            persist_result=True,
+            result_serializer="json",
+            cache_result_in_memory=False,  # another process may rewrite the record
+        )(self._checked())
+
+    def __call__(self, **inputs: Any) -> Artifact:
+        """The plain function: neither cached nor tracked."""
+        return self.fn(**inputs)
+
+    def bind(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs with the function's defaults filled in. Raises TypeError for missing or unknown ones."""
+        try:
+            bound = self.signature.bind(**inputs)
+        except TypeError as error:
+            raise TypeError(f"stage {self.name!r}: {error}") from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def key(self, inputs: Mapping[str, Any]) -> str:
+        """Cache key for these inputs. Raises TypeError as `pipeline.stages.keys.stage_key` does."""
+        return stage_key(self.name, self.fn, self.bind(inputs), source=self.source)
+
+    def measured(self, inputs: Mapping[str, Any]) -> Artifact:
+        """Call the function and note what it cost. Raises TypeError where it returns no artifact."""
+        started = time.perf_counter()
+        keep_freed_memory()
+        with scratch_of(self.key(inputs)):
+            result = self.fn(**inputs)
+        if not isinstance(result, Artifact):
+            raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
+        # Kept with the record, not with the content: a reused result still tells what it cost.
+        facts = {"stage": self.name, "seconds": round(time.perf_counter() - started, 3)}
+        return result.model_copy(update={"meta": {**result.meta, **facts}})
+
+    def _checked(self) -> Callable[..., Artifact]:
+        """The function as runners call it: here, or in the pool that the runner has opened."""
+
+        @wraps(self.fn)
+        def run(**inputs: Any) -> Artifact:
+            call = current_call.get()
+            if call is None:
+                return self.measured(inputs)
+            call.executions.append(self.name)
+            return self.measured(inputs) if call.pool is None else call.pool.run(self, call.key, inputs)
+
+        return run
+
+    def __reduce__(self) -> tuple[Callable[..., Stage], tuple[str, str]]:
+        """By name: another process has the code, and compares the key (`pipeline.workers.pool.work`)."""
+        return _stage_named, (self.fn.__module__, self.fn.__qualname__)
+
+
+def _stage_named(module: str, name: str) -> Stage:
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def stage(
+    name: str, *, tags: Iterable[str] = (), retries: int = 0, timeout_seconds: float | None = None
+) -> Callable[[Callable[..., Artifact]], Stage]:
+    """Decorator: make a `Stage` of `fn(*, ...) -> Artifact`.
+
+    Args:
+        name: lower case, digits, dashes; start of its cache keys.
+        tags: Prefect tags (concurrency limits go by tag).
+        retries: how often Prefect runs a failed stage again; `DirectRunner` runs it once.
+        timeout_seconds: Prefect's limit for one run; none in `DirectRunner`.
+    """
+
+    def decorate(fn: Callable[..., Artifact]) -> Stage:
+        return Stage(fn, name, tags=tags, retries=retries, timeout_seconds=timeout_seconds)
+
+    return decorate

@@ -1,0 +1,1 @@
+"""Content-addressed store of artifacts: on this machine, and shared through S3."""

@@ -1,0 +1,1 @@
+"""MLflow: runs, curves, and the model registry."""

@@ -1,0 +1,132 @@
+"""Faults of MLflow's server or database, as messages that say what to do.
+
+Nothing is lost by them: stages lie in the store, and what is logged can be logged again. So a locked database is
+waited for, and an error names the way on instead of MLflow's traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import TypeVar
+
+from coalora.errors import CoaloraError
+from pipeline.faults import LOCKED
+from pipeline.orchestration.progress import get_logger
+from pipeline.tracking.values import scrub_text
+
+T = TypeVar("T")
+AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"
+DELAYS = (1.0, 2.0, 4.0)  # seconds; MLflow lets SQLite wait 20 at each try
+
+_FULL = re.compile(r"database or disk is full|No space left on device", re.IGNORECASE)
+_AWAY = re.compile(
+    r"Max retries exceeded|Connection refused|Connection aborted|RemoteDisconnected|Read timed out|NameResolutionError"
+    r"|too many 5\d\d error responses",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED", re.IGNORECASE)
+_ARTIFACTS = re.compile(r"mlflow-artifacts|/artifacts/", re.IGNORECASE)
+
+
+def require_server(uri: str, *, seconds: float = 10.0) -> None:
+    """Refuse the URI of a server that does not answer, before anything is computed; databases pass.
+
+    Raises:
+        CoaloraError: no answer, or not MLflow's.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds) as answer:
+            content = answer.read(100)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return  # it lives; MLflow's client has the credentials (MLFLOW_TRACKING_USERNAME and the like)
+        raise _unreachable(uri, f"HTTP {error.code}") from error
+    except (OSError, ValueError) as error:
+        raise _unreachable(uri, str(getattr(error, "reason", error))) from error
+    if content.strip() != b"OK":
+        raise _unreachable(uri, "something else than an MLflow server")
+
+
+def patiently(fn: Callable[[], T], uri: str, *, delays: tuple[float, ...] = DELAYS) -> T:
+    """`fn()`, repeated while the database is locked; `fn` must do nothing twice.
+
+    Args:
+        uri: where it logs to, for messages.
+        delays: seconds between tries.
+
+    Raises:
+        CoaloraError: locked to the end, server away, disk full, or access denied. Other errors pass unchanged.
+    """
+    for delay in (*delays, None):
+        try:
+            return fn()
+        except CoaloraError:
+            raise
+        except Exception as error:
+            if delay is not None and LOCKED.search(_chain(error)):
+                get_logger().warning("MLflow's database is locked: next try in %g s", delay)
+                time.sleep(delay)
+                continue
+            told = explanation(error, uri)
+            if told is None:
+                raise
+            raise told from error
+    raise AssertionError("the last try returns or raises")
+
+
+def explanation(error: BaseException, uri: str) -> CoaloraError | None:
+    """What to do about an error of MLflow's; None where it is none of the known faults."""
+    text, where = _chain(error), scrub_text(uri)
+    if LOCKED.search(text):
+        return CoaloraError(
+            "MLflow's database takes writes",
+            got=f"{where} is locked by another process",
+            remedy="end what holds it (`fuser FILE` names it); for several runs at once track on a server "
+            f"(`make up`, then `source .coalora/stack/env`). Then {AGAIN}",
+        )
+    if _FULL.search(text) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+        return CoaloraError(
+            "there is room for what MLflow keeps", got=f"no space left for {where}", remedy=f"make room, then {AGAIN}"
+        )
+    if _DENIED.search(text):
+        return CoaloraError(
+            "MLflow lets this user write",
+            got=f"{where} refuses: {scrub_text(str(error))[:300]}",
+            remedy=f"set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. Then {AGAIN}",
+        )
+    if _AWAY.search(text):
+        if _ARTIFACTS.search(text) and "/api/2.0/mlflow/" not in text:
+            return CoaloraError(
+                "MLflow's artifact store takes files",
+                got=f"{where} answers, but not for artifacts: {scrub_text(str(error))[:300]}",
+                remedy=f"see the server's log: its S3 store may be away, or the bucket missing. Then {AGAIN}",
+            )
+        return _unreachable(uri, scrub_text(str(error))[:300])
+    return None
+
+
+def _unreachable(uri: str, reason: str) -> CoaloraError:
+    return CoaloraError(
+        "the MLflow server answers",
+        got=f"{scrub_text(uri)}: {reason}",
+        remedy="start it (`make up`), correct MLFLOW_TRACKING_URI or tracking.tracking_uri, or unset both to track in "
+        f"a local database. Then {AGAIN}",
+    )
+
+
+def _chain(error: BaseException) -> str:
+    """The texts of an error and its causes."""
+    texts, seen = [], set[int]()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        texts.append(f"{type(at).__name__}: {at}")
+        at = at.__cause__ or at.__context__
+    return "\n".join(texts)

@@ -1,0 +1,125 @@
+"""What the MLflow runs of a pipeline hold: the run's own datasets, curves, results and figures, and every round's.
+
+Each function logs one part and may be repeated. Names are those of the reports; metrics are grouped by the word before
+the slash, as MLflow's page shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from coalora.calibrate.costs import budget_name
+from coalora.data.benchmark import SPLITS, Benchmark
+from coalora.files import read_json
+from pipeline.inputs.adapted import HISTORY
+from pipeline.inputs.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
+from pipeline.report.curves import curves_figure
+from pipeline.report.heatmap import heatmap_figure
+from pipeline.report.round import round_figure, round_rows
+from pipeline.report.rounds import rounds_figure
+from pipeline.report.schema import RESULT
+from pipeline.report.style import figure_png
+from pipeline.store.store import Artifact, Store
+from pipeline.tracking.run import TrackedRun
+
+CONTEXTS = {"train": "training", "search": "search", "validation": "evaluation"}
+SEARCHED = ("n_candidates", "n_accepted", "surrogate_error", "hypervolume_before", "hypervolume_after")
+
+
+def log_datasets(run: TrackedRun, benchmark: Artifact, source: Mapping[str, Any]) -> None:
+    """The three splits as inputs of the run, each with its size."""
+    data = load_benchmark(benchmark)
+    for name in SPLITS:
+        run.log_dataset(
+            f"{data.name}/{name}",
+            source,
+            f"{name[:3]}-{benchmark.digest[:16]}",
+            CONTEXTS[name],
+            profile=_profile(data, name),
+        )
+
+
+def _profile(data: Benchmark, name: str) -> dict[str, Any]:
+    split = getattr(data, name)
+    return {"num_rows": len(split), "num_tokens": int(split.lengths.sum()), "task": data.task}
+
+
+def track_set(parent: TrackedRun, round_index: int, configurations: Artifact, tables: Artifact, md5: str | None) -> str:
+    """Log a round's set to the round's nested run, once; returns the nested run's id.
+
+    Args:
+        md5: of the set's file in DVC; None where it is not versioned.
+    """
+    child = _round_run(parent, round_index)
+    if md5:
+        child.set_tags({"dvc_md5": md5})
+    child.log_once("set", configurations.digest, lambda run: _log_set(parent, run, configurations, tables))
+    return child.run_id
+
+
+def track_state(parent: TrackedRun, round_index: int, method: str, state: Artifact) -> None:
+    """Log a round's loss curve, once; CoA's to the round's nested run too, which ends with it."""
+    part = f"training-{method}-{round_index}"
+    parent.log_once(part, state.digest, lambda run: _log_training(run, method, state))
+    if method == "coa":
+        child = _round_run(parent, round_index)
+        child.log_once(part, state.digest, lambda run: _log_training(run, method, state))
+        child.finish()
+
+
+def _round_run(parent: TrackedRun, round_index: int) -> TrackedRun:
+    name = "initial set" if round_index == 0 else f"round {round_index}"
+    return parent.child(name, f"round-{round_index}", {"round": round_index}, {"round": str(round_index)})
+
+
+def _log_set(parent: TrackedRun, child: TrackedRun, configurations: Artifact, tables: Artifact) -> None:
+    """File and table, and, once the search has measured the set, picture and the search's numbers."""
+    folder = Store().path(configurations)
+    measured = load_tables(tables)
+    members = load_set(configurations, measured)
+    child.log_artifact(folder / SET, "configurations")
+    child.log_table(round_rows(members, measured), "configurations/table.json")
+    bits = measured.average_bits(members.configurations)
+    numbers: dict[str, Any] = {"n_members": len(members), "bits_min": float(bits.min()), "bits_max": float(bits.max())}
+    step = 0
+    if (folder / ROUND).is_file():
+        record = read_json(folder / ROUND)
+        step = record["round"]
+        numbers |= {name: record[name] for name in SEARCHED}
+        child.log_artifact(folder / ROUND, "configurations")
+        picture = figure_png(round_figure(members, measured, record))
+        child.log_bytes(picture, f"figures/round-{step:02d}.png")
+        parent.log_bytes(picture, f"figures/rounds/round-{step:02d}.png")
+    for run in (child, parent):
+        run.log_metrics({f"search/{name}": value for name, value in numbers.items()}, step=step)
+
+
+def _log_training(run: TrackedRun, method: str, state: Artifact) -> None:
+    """Loss and learning rate by step; charts of one quantity stand beside each other, a chart for each method."""
+    file = Store().path(state) / HISTORY
+    rows = read_json(file) if file.is_file() else []
+    points = [{"step": row["step"], f"loss/{method}": row["loss"], f"lr/{method}": row["lr"]} for row in rows]
+    run.log_history(points, "train/")
+
+
+def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
+    """What the report says: hypervolumes, numbers by budget and method, seconds by stage, figures, files."""
+    folder = Store().path(report)
+    result = read_json(folder / RESULT)
+    metric = result["benchmark"]["metric"]
+    for method in result["arms"]:
+        summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
+        for row in result["budgets"]:
+            at = budget_name(row["budget"], result["cost"]["kind"])
+            summary[f"{metric}/{at}/{method}"] = row["metric"][method]
+            summary[f"loss/{at}/{method}"] = row["loss"][method]
+        run.log_metrics(summary)
+    run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})
+    run.log_artifact(Store().path(tables) / TABLES, "calibration")
+    for name in ("report.html", "table.md", RESULT):
+        run.log_artifact(folder / name, "report")
+    run.log_artifact(folder / "front.png", "figures")
+    for name, draw in (("curves", curves_figure), ("rounds", rounds_figure), ("bits-by-layer", heatmap_figure)):
+        run.log_bytes(figure_png(draw(result)), f"figures/{name}.png")
+    run.set_description((folder / "table.md").read_text(encoding="utf-8"))

@@ -1,0 +1,243 @@
+"""The model registry: every trained bundle is a version, `champion` the best one measured on the same yardstick,
+`newest` the one that was made last.
+
+A hypervolume only compares with one of the same benchmark and reference point, so both are part of the tag
+`hypervolume_reference`, and the alias never moves across two of them by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models.model import Model
+from mlflow.pyfunc import save_model
+from packaging.version import Version
+
+import coalora
+from coalora.errors import CoaloraError
+from coalora.files import digest, file_sha256
+from pipeline.tracking.run import IDENTITY_TAG, TrackedRun
+from pipeline.tracking.values import flatten
+
+CHAMPION = "champion"
+NEWEST = "newest"  # MLflow keeps the word `latest` for itself
+HYPERVOLUME = "hypervolume"
+REFERENCE = "hypervolume_reference"
+DECISION = "coalora.champion_decision"  # set last: a version without it was cut short
+PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors")
+
+_MODEL_CODE = Path(__file__).with_name("registered_model.py")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # goes unquoted into URIs and searches
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What became of a bundle.
+
+    Attributes:
+        name: registered model.
+        version: its version, from 1.
+        champion_moved: whether this call made it the champion.
+        previous_hypervolume: of the champion before, None where there was none.
+        reason: why the alias moved, or why it did not.
+        created: whether this call created the version.
+    """
+
+    name: str
+    version: int
+    champion_moved: bool
+    previous_hypervolume: float | None
+    reason: str
+    created: bool
+
+
+def requirements(packages: Sequence[str] = PACKAGES) -> list[str]:
+    """Pinned requirements of what is installed.
+
+    MLflow's own inference loads the model in a new process and takes tens of seconds. The local part of a
+    version (2.13.0+cpu) is left out: no index serves it.
+    """
+    return [f"{name}=={Version(installed_version(name)).public}" for name in packages]
+
+
+def bundle_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's files."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
+
+
+def register(
+    run: TrackedRun,
+    bundle_folder: Path,
+    model_name: str,
+    *,
+    hypervolume: float,
+    tags: Mapping[str, str],
+    code_paths: Sequence[Path] | None = None,
+    identity: str | None = None,
+    description: str | None = None,
+) -> Registered:
+    """Register a bundle as a version of a model, and make it champion if it is better.
+
+    Repeating a call returns the version that the first one made. A call that was cut short is finished by
+    the next.
+
+    Args:
+        run: the run that it comes from.
+        bundle_folder: what `Bundle.save` wrote.
+        model_name: letters, digits, dots, dashes and underscores.
+        hypervolume: of the evaluated set; larger is better.
+        tags: of the version; must hold `hypervolume_reference`: benchmark, objectives and reference point.
+        code_paths: packages that travel with the model; by default `coalora`.
+        identity: equal for versions that are the same; by default the run's identity and the bundle's
+            contents.
+        description: of the version, in Markdown.
+
+    Raises:
+        CoaloraError: bad name, hypervolume or folder; `hypervolume_reference` is missing.
+    """
+    reference = tags.get(REFERENCE)
+    if not reference:
+        raise CoaloraError(
+            "a hypervolume says what it was measured on",
+            got=f"tags {sorted(tags)}",
+            expected=f"a tag {REFERENCE!r}",
+            remedy="set it to the benchmark and the reference point",
+        )
+    if not _NAME.fullmatch(model_name):
+        raise CoaloraError(
+            "a registered model has a plain name", got=repr(model_name), expected="letters, digits, . _ -"
+        )
+    if not math.isfinite(hypervolume):
+        raise CoaloraError("a hypervolume is a finite number", got=hypervolume)
+    if not bundle_folder.is_dir() or not any(bundle_folder.iterdir()):
+        raise CoaloraError("a bundle is a folder with files", got=bundle_folder, remedy="run the export first")
+
+    identity = identity or digest([run.identity, bundle_digest(bundle_folder)])
+    client = run.client
+    _create_registered_model(client, model_name)
+    found = _find(client, model_name, identity)
+    if found is not None and DECISION in found.tags:
+        return Registered(model_name, int(found.version), False, None, found.tags[DECISION], False)
+    made = found
+    if made is None:
+        plain = flatten(tags) | {HYPERVOLUME: repr(float(hypervolume)), IDENTITY_TAG: identity}
+        made = _create(run, bundle_folder, model_name, plain, code_paths or [Path(coalora.__file__).parent])
+    if description:
+        client.update_model_version(model_name, made.version, description)
+    client.set_registered_model_alias(model_name, NEWEST, made.version)
+    return _crown(client, model_name, made, created=found is None)
+
+
+def _find(client: MlflowClient, model_name: str, identity: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{model_name}' and tags.`{IDENTITY_TAG}` = '{identity}'")
+    return min(found, key=lambda v: int(v.version)) if found else None
+
+
+def _create_registered_model(client: MlflowClient, model_name: str) -> None:
+    try:
+        client.create_registered_model(model_name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _create(
+    run: TrackedRun, bundle_folder: Path, model_name: str, tags: Mapping[str, str], code_paths: Sequence[Path]
+) -> ModelVersion:
+    # By hand what mlflow.pyfunc.log_model does: that works on the process's tracking URI, not the client's.
+    client = run.client
+    logged = client.create_logged_model(run.tracker.experiment_id, model_name, source_run_id=run.run_id)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            with _without_type_remark():
+                save_model(
+                    path=str(folder),
+                    python_model=str(_MODEL_CODE),
+                    artifacts={"bundle": str(bundle_folder.resolve())},
+                    code_paths=[str(Path(p).resolve()) for p in code_paths],
+                    pip_requirements=requirements(),
+                    mlflow_model=Model(
+                        artifact_path=logged.artifact_location, model_id=logged.model_id, run_id=run.run_id
+                    ),
+                )
+            client.log_model_artifacts(logged.model_id, str(folder))
+        client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, 0)])
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    # A database's registry resolves models:/<id> by the process's tracking URI; a server by its own.
+    served = run.tracker.tracking_uri.startswith(("http://", "https://"))
+    source = logged.model_uri if served else logged.artifact_location
+    return client.create_model_version(
+        model_name,
+        source,
+        run_id=run.run_id,
+        tags=dict(tags),
+        model_id=logged.model_id,
+        await_creation_for=0,  # both stores answer when it is there
+    )
+
+
+@contextmanager
+def _without_type_remark() -> Iterator[None]:
+    """Drop MLflow's remark on answers of any type: a choice holds numbers and words. Other warnings pass.
+
+    Recorded and not filtered, since imports during `save_model` put filters of their own before ours.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        if "Any type hint is inferred" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(model_name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _crown(client: MlflowClient, model_name: str, made: ModelVersion, *, created: bool) -> Registered:
+    champion = _champion(client, model_name)
+    moved, previous, reason = _compare(made.tags, None if champion is None else champion.tags)
+    if champion is not None and champion.version == made.version:
+        moved, reason = True, "made champion by a call that was cut short"
+    if moved:
+        client.set_registered_model_alias(model_name, CHAMPION, made.version)
+    client.set_model_version_tag(model_name, made.version, DECISION, reason)
+    return Registered(model_name, int(made.version), moved, previous, reason, created)
+
+
+def _compare(new: Mapping[str, str], old: Mapping[str, str] | None) -> tuple[bool, float | None, str]:
+    """(becomes champion, hypervolume before, reason) from the tags of two versions."""
+    if old is None:
+        return True, None, "the first champion"
+    try:
+        previous = float(old[HYPERVOLUME])
+    except (KeyError, ValueError):
+        return False, None, "the champion has no hypervolume to compare with: move the alias by hand"
+    if old.get(REFERENCE) != new[REFERENCE]:
+        yardsticks = f"measured on {new[REFERENCE]!r}, the champion on {old.get(REFERENCE)!r}"
+        return False, previous, f"{yardsticks}: move the alias by hand"
+    hypervolume = float(new[HYPERVOLUME])
+    if hypervolume > previous:
+        return True, previous, f"hypervolume {hypervolume:.6g} is above the champion's {previous:.6g}"
+    return False, previous, f"hypervolume {hypervolume:.6g} is not above the champion's {previous:.6g}"

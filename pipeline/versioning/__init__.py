@@ -1,0 +1,1 @@
+"""DVC: versions of configuration sets, and their restoration."""

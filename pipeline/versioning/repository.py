@@ -1,0 +1,122 @@
+"""An open DVC repository: silent, with a bounded wait for its lock, and with its errors said as ours."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coalora.errors import CoaloraError
+from pipeline.orchestration.progress import format_seconds, get_logger
+from pipeline.tracking.values import one_line, scrub_text
+
+LOCK_TIMEOUT_SECONDS = 600.0
+_T = TypeVar("_T")
+
+
+def initialised(repo_root: Path) -> Path:
+    """The absolute root of a DVC repository.
+
+    Raises:
+        CoaloraError: there is none.
+    """
+    root = repo_root.resolve()
+    if not (root / ".dvc").is_dir():
+        raise CoaloraError(
+            "versioning needs an initialised DVC repository",
+            got=f"no .dvc in {root}",
+            remedy="run `dvc init` there (`--subdir` inside a larger git repository, `--no-scm` without git), "
+            "or set versioning.enabled=false",
+        )
+    return root
+
+
+def with_repository(
+    root: Path, command: str, do: Callable[[Any], _T], *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS
+) -> _T:
+    """`do(repo)` with an open `dvc.repo.Repo`; while another DVC command holds the lock, it is tried again.
+
+    Args:
+        root: folder that holds `.dvc`.
+        command: what a person would type instead, for messages.
+        timeout_seconds: how long to wait for the lock. The kernel frees the lock of a killed command.
+
+    Raises:
+        CoaloraError: the lock stays taken, a file of DVC's is damaged, or DVC refuses.
+    """
+    from dvc.lock import LockError
+
+    deadline, told = time.monotonic() + timeout_seconds, False
+    while True:
+        try:
+            return _once(root, command, do)
+        except LockError as error:
+            if time.monotonic() >= deadline:
+                raise CoaloraError(
+                    "one DVC command works in a checkout at a time",
+                    got=f"another one has held its lock for {format_seconds(timeout_seconds)}: {one_line(error)}",
+                    remedy=f"wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
+                    "finished stages are kept",
+                ) from error
+            if not told:
+                get_logger().info("waiting for another DVC command in %s to end", root)
+                told = True
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+
+def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, rule: str, remedy: str) -> _T:
+    """`with_repository` for what asks a remote, whose file system raises errors of its own library.
+
+    Raises:
+        CoaloraError: with this rule and remedy where the remote fails; else as `with_repository`.
+    """
+    try:
+        return with_repository(root, command, do)
+    except CoaloraError:
+        raise
+    except Exception as error:
+        got = scrub_text(f"{type(error).__name__}: {one_line(error)}")[:300]
+        raise CoaloraError(rule, got=got, remedy=remedy) from error
+
+
+def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
+    from dvc.utils.serialize import ParseError
+    from dvc.utils.strictyaml import YAMLValidationError
+    from scmrepo.exceptions import SCMError
+
+    # DVC shows progress bars and git advice whenever its logger would show errors; ours are raised.
+    logger = logging.getLogger("dvc")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with Repo(str(root)) as repo:
+            return do(repo)
+    except LockError:
+        raise
+    except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
+        raise CoaloraError(
+            "DVC's record of running commands must be readable",
+            got=one_line(error),
+            remedy=f"when no DVC command runs, delete {root / '.dvc/tmp/rwlock'} and run again: it holds nothing else",
+        ) from error
+    except (ParseError, YAMLValidationError) as error:
+        raise CoaloraError(
+            "dvc.lock and the .dvc files must be whole",
+            got=one_line(error),
+            remedy="resolve what git could not merge in it (`git checkout --theirs dvc.lock`, or delete the file: "
+            "`dvc repro` writes it anew without computing anything that is cached)",
+        ) from error
+    except (DvcException, SCMError) as error:
+        raise CoaloraError(
+            "DVC refused",
+            got=one_line(error),
+            remedy=f"see what `{command}` says in {root}, or set versioning.enabled=false",
+        ) from error
+    finally:
+        logger.setLevel(level)

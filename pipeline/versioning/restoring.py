@@ -1,0 +1,219 @@
+"""Bring a round's configuration set back: by the MLflow run that logged it, or by a revision of DVC's record of it.
+
+A set lies in MLflow (artifact of the round's run) and in DVC (cache and remotes, under its md5, which the MLflow run
+carries as a tag). What one of them no longer has is taken from the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coalora.configurations import SET_FORMAT
+from coalora.errors import CoaloraError
+from pipeline.inputs.loaders import SET
+from pipeline.tracking.values import one_line, scrub_text
+from pipeline.versioning.repository import initialised, with_remotes
+from pipeline.versioning.sets import FOLDER
+
+_ROUND = re.compile(r"round-(\d{2,})\.json")
+
+
+@dataclass(frozen=True)
+class RestoredSet:
+    """A set's file. `source` says in words where it came from."""
+
+    content: bytes
+    round_index: int
+    source: str
+
+    @property
+    def members(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.content)["members"])
+
+
+def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: str, root: Path) -> RestoredSet:
+    """The set of a pipeline's run (its last round by default), or of a round's own run.
+
+    Args:
+        root: checkout whose DVC is asked where MLflow's artifact is gone.
+
+    Raises:
+        CoaloraError: MLflow does not know the run, it has no such round, or no copy of the set can be had.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=tracking_uri)
+    try:
+        run = client.get_run(run_id)
+        rounds = _rounds(client, run)
+    except MlflowException as error:
+        raise CoaloraError(
+            "MLflow must know the run",
+            got=f"run {run_id} at {scrub_text(tracking_uri)}: {scrub_text(one_line(error))[:300]}",
+            remedy="copy the id from MLflow's page of the run, and name the server with --tracking-uri",
+        ) from error
+    if not rounds:
+        raise CoaloraError("the run must have logged configuration sets", got=f"run {run_id} without rounds")
+    found = _pick(rounds, round_index, f"run {run_id}")
+    md5 = rounds[found].data.tags.get("dvc_md5")
+    source = f"MLflow run {rounds[found].info.run_id}"
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = client.download_artifacts(rounds[found].info.run_id, f"configurations/{SET}", scratch)
+            content = Path(path).read_bytes()
+    except (MlflowException, OSError) as error:
+        if md5 is None:
+            raise CoaloraError(
+                "the run's artifact must still be there",
+                got=f"{source}: {scrub_text(one_line(error))[:300]}",
+                remedy="the set was not versioned with DVC either (versioning.enabled=false): run the pipeline again",
+            ) from error
+        content, source = _by_md5(md5, root), f"DVC, by the md5 that {source} names"
+    return _checked(content, md5, found, source)
+
+
+def from_dvc(
+    root: Path, *, rev: str | None = None, pipeline: str | None = None, round_index: int | None = None
+) -> RestoredSet:
+    """The set that DVC records at a git revision, from its cache or default remote.
+
+    Args:
+        rev: commit, branch, tag, or name of an experiment; None for the files as they are now (without git, too).
+        pipeline: needed where there are several.
+        round_index: the last one by default.
+
+    Raises:
+        CoaloraError: no such revision, pipeline or round; the bytes are neither in the cache nor in the remote.
+    """
+    from dvc.api import DVCFileSystem
+
+    root = initialised(root)
+    at = f"revision {rev}" if rev else "the working folder"
+
+    def read(_: Any) -> RestoredSet:
+        # Its own, read-only view of the repository: any revision, nothing is checked out.
+        fs = DVCFileSystem(str(root), rev=rev)
+        names = _folders(fs, FOLDER)
+        if not names or (pipeline is not None and pipeline not in names):
+            raise CoaloraError(
+                "DVC must have a configuration set of the pipeline",
+                got=f"{pipeline or 'nothing'} under {FOLDER}/ at {at}",
+                expected=", ".join(names) or "a set that a run has added and git has committed",
+                remedy="name another revision with --rev; `git log -- configurations` lists those that changed sets",
+            )
+        if pipeline is None and len(names) > 1:
+            raise CoaloraError("one pipeline must be named", got=", ".join(names), remedy="add --pipeline NAME")
+        folder = f"{FOLDER}/{pipeline or names[0]}"
+        rounds = {int(m[1]): n for n in _files(fs, folder) if (m := _ROUND.fullmatch(n))}
+        if not rounds:
+            raise CoaloraError("the pipeline must have rounds", got=f"none in {folder} at {at}")
+        found = _pick(rounds, round_index, f"{folder} at {at}")
+        path = f"{folder}/{rounds[found]}"
+        try:
+            content = fs.read_bytes(path)
+        except FileNotFoundError as error:
+            raise _not_in_dvc(f"{path} at {at}") from error
+        (recorded,) = yaml.safe_load(fs.read_text(f"{path}.dvc"))["outs"]
+        return _checked(content, recorded.get("md5"), found, f"DVC, {path} at {at}")
+
+    return _asking_remotes(root, "dvc pull", read)
+
+
+def _rounds(client: Any, run: Any) -> dict[int, Any]:
+    """{round: run that logged its set}, of a parent run or of a round's own."""
+    if "round" in run.data.tags and "mlflow.parentRunId" in run.data.tags:
+        return {int(run.data.tags["round"]): run}
+    children = client.search_runs(
+        [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", max_results=1000
+    )
+    return {int(child.data.tags["round"]): child for child in children if "round" in child.data.tags}
+
+
+def _pick(rounds: dict[int, Any], wanted: int | None, where: str) -> int:
+    if wanted is None:
+        return max(rounds)
+    if wanted not in rounds:
+        raise CoaloraError(
+            "the round must exist", got=f"round {wanted} of {where}", expected=", ".join(map(str, sorted(rounds)))
+        )
+    return wanted
+
+
+def _by_md5(md5: str, root: Path) -> bytes:
+    """Bytes that DVC keeps under an md5, from its cache or its default remote."""
+    from dvc.config import NoRemoteError
+
+    def read(repo: Any) -> bytes:
+        stores = [repo.cache.local]
+        with suppress(NoRemoteError):
+            stores.append(repo.cloud.get_remote_odb(hash_name="md5"))
+        for odb in stores:
+            path = odb.oid_to_path(md5)
+            if odb.fs.exists(path):
+                return bytes(odb.fs.cat_file(path))
+        raise _not_in_dvc(f"md5 {md5}")
+
+    return _asking_remotes(initialised(root), "dvc remote list", read)
+
+
+def _asking_remotes(root: Path, command: str, do: Callable[[Any], Any]) -> Any:
+    return with_remotes(
+        root,
+        command,
+        do,
+        rule="DVC's remote must be readable",
+        remedy="see what `dvc pull` says (`dvc remote list`, credentials, network)",
+    )
+
+
+def _not_in_dvc(what: str) -> CoaloraError:
+    return CoaloraError(
+        "a set is in DVC's cache or in its default remote",
+        got=f"{what}: in neither of them",
+        remedy="`dvc push` it where it was made (versioning.push=true does so at every round), and name that remote "
+        "here: `dvc remote add --default NAME s3://BUCKET/PREFIX`",
+    )
+
+
+def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> RestoredSet:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 is not None and found != md5:
+        raise CoaloraError(
+            "a set has the md5 that is recorded",
+            got=f"{found} from {source}",
+            expected=md5,
+            remedy="the copy was edited or damaged: `dvc checkout --force` brings a working file back",
+        )
+    try:
+        form = json.loads(content)["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CoaloraError("a configuration set is JSON", got=f"{source}: {error!r}", expected=SET_FORMAT) from error
+    if form != SET_FORMAT:
+        raise CoaloraError("the set is of this version's form", got=f"{form} from {source}", expected=SET_FORMAT)
+    return RestoredSet(content, round_index, source)
+
+
+def _folders(fs: Any, folder: str) -> list[str]:
+    return sorted(Path(e["name"]).name for e in _entries(fs, folder) if e["type"] == "directory")
+
+
+def _files(fs: Any, folder: str) -> list[str]:
+    return sorted(Path(e["name"]).name for e in _entries(fs, folder) if e["type"] == "file")
+
+
+def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+    try:
+        return list(fs.ls(folder, detail=True))
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,35 @@
+"""Stage `cost`: calibration tables that count something else than average bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.inputs.costs import priced_tables
+from pipeline.inputs.loaders import STATISTICS, TABLES, load_tables
+from pipeline.settings.sections import CostSettings
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
+
+
+@stage("cost")
+def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> Artifact:
+    """The same calibration with the cost that is asked for: a changed cost does not calibrate again.
+
+    Args:
+        content: digest of the latency table; None for other costs.
+    """
+    priced = priced_tables(load_tables(tables), cost)
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        priced.save(folder / TABLES)
+        source = Store().path(tables) / STATISTICS
+        try:  # read-only on both sides, and Hessians are large
+            os.link(source, folder / STATISTICS)
+        except OSError:
+            shutil.copyfile(source, folder / STATISTICS)
+        low, high = priced.cost_range()
+        return {**tables.meta, "cost": cost.kind, "min_cost": low, "max_cost": high}
+
+    return Store().put("calibration", write)

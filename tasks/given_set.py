@@ -1,0 +1,20 @@
+"""Stage `given-set`: a set of an earlier run, such as `flows.restore` brings back, as the start of another run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.inputs.loaders import load_tables, put_set
+from pipeline.inputs.sets import start_members
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact
+
+
+@stage("given-set")
+def given_set(*, tables: Artifact, content: dict[str, Any]) -> Artifact:
+    """The members of `content` as the set of round 0.
+
+    The content itself is the input, so that it decides the cache key, wherever the file lies.
+    """
+    measured = load_tables(tables)
+    return put_set(start_members(content, measured), measured, {"round": 0})

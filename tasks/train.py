@@ -1,0 +1,129 @@
+"""Stage `train`: steps of one method on one configuration set, going on from where an earlier stage stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coalora.adapt.adapted import Method
+from coalora.files import write_json, write_tensors
+from coalora.train.loop import TrainingRecipe, train
+from coalora.train.objective import Objective
+from coalora.train.parallel import Parallel, post, spawn
+from pipeline.inputs.adapted import HISTORY, STATE, build_adapted, load_state
+from pipeline.inputs.loaders import BaseModel, load_benchmark, load_set, load_tables
+from pipeline.orchestration.progress import Progress
+from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
+from pipeline.stages.checkpoints import Place, place, tell
+from pipeline.stages.runner import stage
+from pipeline.store.store import Artifact, Scalar, Store
+
+
+def training_recipe(training: TrainingSettings, total_steps: int) -> TrainingRecipe:
+    """The recipe of a run of `total_steps` under these settings."""
+    fields = training.model_dump(exclude={"initial_steps", "round_steps", "objective"})
+    return TrainingRecipe(total_steps=total_steps, objective=Objective(**training.objective.model_dump()), **fields)
+
+
+@stage("train", tags=("gpu",))
+def train_round(
+    *,
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: Method,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
+    rounds: int,
+    round_index: int,
+    runtime: RuntimeSettings,
+    seed: int,
+) -> Artifact:
+    """Parameters and optimizer state after this round's steps.
+
+    Args:
+        previous: state of the round before; None starts afresh.
+        method: as in `AdaptedModel`; `paper` draws configurations uniformly, as the paper does.
+        rounds: search rounds of the whole run: the learning-rate schedule spans them all.
+    """
+    inputs = (base, benchmark, tables, configurations, previous, method, adapter, training, rounds, round_index)
+    progress = Progress(f"training {method}, round {round_index}")
+
+    def listen(kind: str, content: Any) -> None:
+        if kind == "progress":
+            progress(content[0], content[1], **content[2])
+        else:
+            tell(content)
+
+    if runtime.processes > 1:
+        found = dict(spawn(run_steps, runtime.processes, *inputs, runtime, seed, place(), on_message=listen))
+    else:
+        found = run_steps(*inputs, runtime, seed, place(), progress)
+    step, records = found.pop("step"), found.pop("records")
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        write_tensors(folder / STATE, found, {"step": step, "method": method})
+        write_json(folder / HISTORY, [{**record, "round": round_index} for record in records])
+        return {"step": step, "loss": records[-1]["loss"] if records else None}
+
+    return Store().put("training-state", write)
+
+
+def run_steps(
+    base: Artifact,
+    benchmark: Artifact,
+    tables: Artifact,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: Method,
+    adapter: AdapterSettings,
+    training: TrainingSettings,
+    rounds: int,
+    round_index: int,
+    runtime: RuntimeSettings,
+    seed: int,
+    scratch: Place | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The steps of one round in this process, alone or as one of `runtime.processes`, of which the first tells of them.
+
+    Returns:
+        The state's tensors by name, and `step` and `records`.
+    """
+    data, measured = load_benchmark(benchmark), load_tables(tables)
+    adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
+    if not adapted.named_parameters():
+        # A language model without adapter: nothing to learn, and the stage says so by an empty state.
+        return {"step": 0, "records": []}
+    members = load_set(configurations, measured)
+    recipe = training_recipe(training, training.initial_steps + rounds * training.round_steps)
+    if method == "paper":
+        recipe = replace(recipe, sampling="uniform")
+    among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
+    state, records = train(
+        adapted,
+        data.train,
+        members.configurations,
+        measured.average_bits(members.configurations),
+        recipe,
+        steps=training.initial_steps if round_index == 0 else training.round_steps,
+        seed=seed,
+        state=None if previous is None else load_state(previous),
+        parallel=among,
+        progress=(progress or _post_progress) if among.rank == 0 else None,
+        checkpoints=None if scratch is None else scratch.checkpoints(tell if progress else _post_words(among.rank)),
+    )
+    return {**state.tensors, "step": state.step, "records": records}
+
+
+def _post_progress(done: int, total: int, **values: float) -> None:
+    post("progress", [done, total, values])
+
+
+def _post_words(rank: int) -> Callable[[str], None]:
+    """All processes read the checkpoint, one speaks of it."""
+    return lambda words: post("words", words) if rank == 0 else None

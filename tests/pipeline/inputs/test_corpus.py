@@ -1,0 +1,220 @@
+"""Raw data is read from where the settings say, split without overlap, and refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coalora.data.classification import Examples
+from coalora.errors import CoaloraError
+from pipeline.inputs.corpus import documents, examples, input_files
+from pipeline.settings.data import BenchmarkSettings
+
+Rows = list[dict[str, Any]]
+Stub = Callable[[dict[str, Rows]], list[dict[str, Any]]]
+
+
+def text(**fields: Any) -> BenchmarkSettings:
+    return BenchmarkSettings.model_validate({"name": "b", "task": "language-modeling", **fields})
+
+
+def classes(**fields: Any) -> BenchmarkSettings:
+    return BenchmarkSettings.model_validate({"name": "b", "task": "classification", **fields})
+
+
+class Stream:
+    """Counts the rows that were taken."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.taken = rows, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            self.taken += 1
+            if isinstance(row, Exception):
+                raise row
+            yield row
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[dict[str, Any]], dict[str, Stream]]]:
+    """`hub(train=[...], validation=[...])`: the rows that the hub serves; returns the calls and the streams."""
+
+    def make(**splits: Any) -> tuple[list[dict[str, Any]], dict[str, Stream]]:
+        calls: list[dict[str, Any]] = []
+        streams = {name: Stream(rows) for name, rows in splits.items() if not isinstance(rows, Exception)}
+
+        def load_dataset(path: str, name: str | None = None, **options: Any) -> Stream:
+            calls.append({"path": path, "name": name, **options})
+            if isinstance(splits[options["split"]], Exception):
+                raise splits[options["split"]]
+            return streams[options["split"]]
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        return calls, streams
+
+    return make
+
+
+def write_corpus(path: Path, first: int, n: int) -> str:
+    path.write_text("\n\n".join(f"document {i} " + "word " * 500 for i in range(first, first + n)))
+    return str(path)
+
+
+def test_builtin_text_is_split_in_three_without_overlap() -> None:
+    parts = documents(text(builtin="pydoc-topics", search_fraction=0.2, validation_fraction=0.2))
+    assert set(parts) == {"train", "search", "validation"}
+    # By content: some topics have one text, and equal texts stay together.
+    distinct = [set(part) for part in parts.values()]
+    assert sum(map(len, distinct)) == len(set.union(*distinct)) > 50
+    assert len(parts["train"]) > len(parts["search"])
+
+
+def test_another_split_seed_deals_other_documents() -> None:
+    first, second = (documents(text(builtin="pydoc-topics", search_fraction=0.3, split_seed=s)) for s in (0, 1))
+    assert first != second
+    assert documents(text(builtin="pydoc-topics", search_fraction=0.3)) == first
+
+
+def test_files_of_their_own_are_not_split_off(tmp_path: Path) -> None:
+    train = write_corpus(tmp_path / "train.txt", 0, 40)
+    files = {"train": train, "validation": write_corpus(tmp_path / "validation.txt", 100, 3)}
+    parts = documents(text(files=files, search_fraction=0.3))
+    assert len(parts["validation"]) == 3
+    assert len(parts["train"]) + len(parts["search"]) == 40
+    assert parts["search"]
+    files["search"] = write_corpus(tmp_path / "search.txt", 200, 2)
+    parts = documents(text(files=files))
+    assert [len(parts[p]) for p in ("train", "search", "validation")] == [40, 2, 3]
+
+
+def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CoaloraError, match="a text file must exist") as caught:
+        documents(text(files={"train": str(tmp_path / "none.txt")}))
+    assert "none.txt" in str(caught.value)
+
+
+def test_examples_come_from_files_with_the_named_columns(tmp_path: Path) -> None:
+    for part, label in (("train", 0), ("validation", 1)):
+        (tmp_path / f"{part}.csv").write_text(f"premise,hypothesis,y\na,b,{label}\n")
+    files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "validation")}
+    settings = classes(files=files, text_columns=["premise", "hypothesis"], label_column="y")
+    parts = examples(settings)
+    assert parts["train"] is not None
+    assert parts["validation"] is not None
+    assert parts["train"].texts == [("a", "b")]
+    assert (parts["train"].labels, parts["validation"].labels, parts["search"]) == ([0], [1], None)
+    with_search = settings.model_copy(
+        update={"files": settings.files.model_copy(update={"search": files["train"]})}  # type: ignore[union-attr]
+    )
+    assert examples(with_search)["search"] == parts["train"]
+
+
+def test_hub_is_asked_for_path_name_revision_and_splits(hub: Callable[..., Any]) -> None:
+    calls, _ = hub(train=[{"s": "x", "label": 1}], dev=[{"s": "y", "label": 0}])
+    source = {"path": "nyu-mll/glue", "name": "sst2", "revision": "abc", "validation_split": "dev"}
+    parts = examples(classes(hub=source, text_columns=["s"]))
+    expected = {"path": "nyu-mll/glue", "name": "sst2", "revision": "abc", "streaming": False}
+    assert calls == [{**expected, "split": "train"}, {**expected, "split": "dev"}]
+    assert parts == {"train": Examples([("x",)], [1]), "validation": Examples([("y",)], [0]), "search": None}
+
+
+def test_hub_without_streaming_is_read_whole(hub: Callable[..., Any]) -> None:
+    rows = [{"text": f"text {i} " + "word " * 200} for i in range(50)]
+    _, streams = hub(train=rows, validation=rows[:7])
+    parts = documents(text(hub={"path": "p"}, n_train=1, n_validation=1, search_fraction=0.3))
+    assert len(parts["train"]) + len(parts["search"]) == 50
+    assert len(parts["validation"]) == 7
+    assert streams["train"].taken == 50
+
+
+@pytest.mark.parametrize(("max_length", "n_train"), [(8, 4), (64, 4), (8, 32)])
+def test_a_stream_is_read_as_far_as_its_blocks_need(hub: Callable[..., Any], max_length: int, n_train: int) -> None:
+    size = 100
+    rows = [{"text": f"{i:09d} " + "w" * (size - 10)} for i in range(100_000)]
+    _, streams = hub(train=rows, validation=rows)
+    settings = text(
+        hub={"path": "p", "streaming": True}, n_train=n_train, n_validation=2, n_search=3,
+        max_length=max_length, search_fraction=0.25,
+    )  # fmt: skip
+    parts = documents(settings)
+    # Enough for one byte a token and for 12; never the whole corpus.
+    for part, n_blocks in (("train", n_train), ("search", 3), ("validation", 2)):
+        assert sum(map(len, parts[part])) >= n_blocks * max_length * 10 * 0.5, part
+    blocks = max(n_train / 0.75, 3 / 0.25)
+    assert streams["train"].taken == pytest.approx(blocks * max_length * 16 / size, abs=1)
+    assert streams["validation"].taken == pytest.approx(2 * max_length * 16 / size, abs=1)
+
+
+def test_a_missing_text_column_is_named_with_those_that_are_there(hub: Callable[..., Any]) -> None:
+    hub(train=[{"body": "x", "url": "u"}], validation=[])
+    with pytest.raises(CoaloraError, match="named columns") as caught:
+        documents(text(hub={"path": "p"}))
+    assert caught.value.got == "no text"
+    assert caught.value.expected == "some of body, url"
+    assert "benchmark.text_columns" in str(caught.value.remedy)
+
+
+def test_a_missing_label_column_is_named(hub: Callable[..., Any]) -> None:
+    hub(train=[{"text": "x", "y": 1}], validation=[])
+    with pytest.raises(CoaloraError, match="no label; expected: some of text, y"):
+        examples(classes(hub={"path": "p"}))
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"]])
+def test_a_column_without_texts_is_refused(hub: Callable[..., Any], value: object) -> None:
+    hub(train=[{"text": value, "body": "x", "label": 0}], validation=[])
+    for read in (lambda: documents(text(hub={"path": "p"})), lambda: examples(classes(hub={"path": "p"}))):
+        with pytest.raises(CoaloraError, match=r"a text column holds texts; got: text: .*; expected: some of body"):
+            read()
+
+
+def test_a_split_without_labels_is_refused(hub: Callable[..., Any]) -> None:
+    hub(train=[{"text": "x", "label": 0}], validation=[{"text": "x", "label": -1}])
+    with pytest.raises(CoaloraError, match="labels are class indices; got: glue validation: -1"):
+        examples(classes(hub={"path": "glue"}))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'p' on the Hub\nmore"),
+        ValueError("Unknown split \"valid\". Should be one of ['train']."),
+        FileNotFoundError("Dataset 'p' doesn't exist"),
+        OSError(),
+    ],
+)
+def test_an_unreachable_hub_is_bad_input_with_a_way_out(hub: Callable[..., Any], error: Exception) -> None:
+    hub(train=error)
+    with pytest.raises(CoaloraError, match="reachable on the hub") as caught:
+        documents(text(hub={"path": "p", "name": "en"}))
+    assert str(caught.value.got).startswith("p en train: " + (str(error).splitlines() or ["OSError"])[0])
+    assert "benchmark.files" in str(caught.value.remedy)
+
+
+def test_a_stream_that_breaks_off_is_reported_the_same_way(hub: Callable[..., Any]) -> None:
+    hub(train=[{"text": "x"}, ConnectionError("reset by peer")], validation=[])
+    with pytest.raises(CoaloraError, match="reset by peer"):
+        documents(text(hub={"path": "p", "streaming": True}, n_train=10, n_validation=10))
+
+
+def test_input_files_are_those_that_are_named() -> None:
+    assert input_files(text(builtin="pydoc-topics")) == []
+    assert input_files(text(hub={"path": "p"})) == []
+    assert input_files(text(files={"train": "a", "search": "c"})) == [Path("a"), Path("c")]
+    named = {"train": "a", "validation": "b", "search": "c"}
+    assert input_files(classes(files=named)) == [Path("a"), Path("b"), Path("c")]
+
+
+def test_a_single_label_reads_values(tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        (tmp_path / f"{part}.csv").write_text("text,label\na,0.25\nb,5\n", encoding="utf-8")
+    files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "validation")}
+    found = examples(classes(files=files, num_labels=1))["train"]
+    assert found is not None
+    assert found.labels == [0.25, 5.0]
+    with pytest.raises(CoaloraError, match=r"class indices; got: train\.csv: 0\.25"):
+        examples(classes(files=files, num_labels=2))

@@ -1,0 +1,227 @@
+"""Scratch of stages: where it lies, when it goes, and that a search round goes on behind what it had measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tasks.search
+from coalora.files import read_json, write_json
+from pipeline.settings.sections import StageSettings
+from pipeline.stages.checkpoints import Memo, checkpoint_every, checkpoints_folder, discard, place, scratch_of
+from tasks.search import search_round
+from tasks.train import train_round
+from tests.tiny_run import TinyRun, at_home, tiny_run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[TinyRun]:
+    made = tiny_run()
+    with at_home(made.home):
+        yield made
+
+
+def test_scratch_is_kept_when_the_stage_fails_and_removed_when_it_is_done(home: Path) -> None:
+    def write() -> None:
+        found = place()
+        assert found is not None
+        found.folder.mkdir(parents=True, exist_ok=True)
+        (found.folder / "a").touch()
+
+    def fail() -> None:
+        with scratch_of("train-1"):
+            write()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (home / "checkpoints" / "train-1" / "a").exists()
+    with scratch_of("train-1"):
+        write()
+    assert not (home / "checkpoints" / "train-1").exists()
+    assert place() is None
+
+
+def test_checkpoints_can_be_switched_off() -> None:
+    with scratch_of("train-1"), checkpoint_every(None):
+        assert place() is None
+    with scratch_of("train-1"), checkpoint_every(7.0):
+        found = place()
+        assert found is not None
+        assert found.seconds == 7.0
+
+
+def test_how_often_is_no_input_of_a_stage() -> None:
+    assert "checkpoint_seconds" in StageSettings.model_fields
+    for stage in (train_round, search_round):
+        assert "stages" not in stage.signature.parameters
+
+
+def test_a_refresh_forgets_what_a_killed_stage_had_reached(home: Path) -> None:
+    (checkpoints_folder() / "train-1").mkdir(parents=True)
+    discard("train-1")
+    discard("train-1")
+    assert list((home / "checkpoints").iterdir()) == []
+
+
+def test_scratch_that_nobody_came_back_to_is_swept(home: Path) -> None:
+    for name, days in (("old", 31), ("young", 29)):
+        folder = checkpoints_folder() / name
+        folder.mkdir(parents=True)
+        then = time.time() - days * 86400
+        os.utime(folder, (then, then))
+    with scratch_of("train-1"):
+        pass
+    assert [p.name for p in (home / "checkpoints").iterdir()] == ["young"]
+
+
+def test_a_memo_goes_on_behind_its_numbers_exactly() -> None:
+    values = [0.1 + 0.2, 1e-17, 3.0]
+
+    def fail() -> None:
+        with scratch_of("search-1"):
+            memo = Memo("set", 5)
+            for value in values:
+                memo.add(value)
+            memo.save()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with scratch_of("search-1"):
+        assert Memo("set", 5).values == values
+        assert Memo("candidates", 5).values == []
+
+
+@pytest.mark.parametrize("content", ["[1.0", "{}", '["a"]', "[1.0, 2.0, 3.0]"])
+def test_a_damaged_memo_is_ignored_with_a_warning(content: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = checkpoints_folder() / "search-1"
+    folder.mkdir(parents=True)
+    (folder / "set.json").write_text(content)
+    with scratch_of("search-1"):
+        assert Memo("set", 2).values == []
+    assert "damaged and ignored" in caplog.text
+
+
+def test_outside_of_a_stage_nothing_is_written(home: Path) -> None:
+    memo = Memo("set", 2)
+    memo.add(1.0)
+    memo.save()
+    assert memo.values == [1.0]
+    assert not home.exists()
+
+
+def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COALORA_HOME", str(run.home))
+    s = run.settings
+    inputs = {
+        **run.calibrated.inputs(), "configurations": run.trained.sets[0], "state": run.trained.states["coa"][0],
+        "adapter": s.adapter, "search": s.search.model_copy(update={"rounds": 0}), "round_index": 1,
+        "runtime": s.runtime, "seed": s.seed,
+    }  # fmt: skip
+    original, measured = tasks.search.score_configurations, []
+
+    def score(*arguments, **options):
+        measured.append(1)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(tasks.search, "score_configurations", score)
+    with pytest.raises(KeyboardInterrupt):
+        search_round.task.fn(**inputs)
+    again = search_round.task.fn(**inputs)
+    assert again.digest == run.trained.sets[1].digest
+    n_set, n_candidates = (
+        s.initial_set.size,
+        read_json(run.home / "store" / again.digest[:2] / again.digest / "round.json"),
+    )
+    assert len(measured) == 1 + n_set + n_candidates["n_candidates"]  # one was begun twice
+    assert not (run.home / "checkpoints" / search_round.key(inputs)).exists()
+
+
+PROGRAM = """
+import os, sys
+import flows
+from coalora.files import read_json
+from pipeline.stages.checkpoints import checkpoint_every
+from pipeline.stages.runner import DirectRunner
+from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
+from pipeline.store.store import Artifact
+from tasks.train import train_round
+import logging
+from prefect.utilities.engine import capture_sigterm
+logging.getLogger("coalora").setLevel(logging.INFO)
+logging.getLogger("coalora").addHandler(logging.StreamHandler(sys.stdout))
+if __name__ == "__main__":
+    given = read_json(__import__("pathlib").Path(sys.argv[1]))
+    artifacts = {k: Artifact.model_validate(v) for k, v in given["artifacts"].items()}
+    # Prefect's flow runs take a termination signal so.
+    with capture_sigterm(), checkpoint_every(0.001):
+        found = DirectRunner().run(
+            train_round, **artifacts, previous=None, method="coa", adapter=AdapterSettings(**given["adapter"]),
+            training=TrainingSettings(**given["training"]), rounds=0, round_index=0,
+            runtime=RuntimeSettings(**given["runtime"]), seed=0,
+        )
+    print("DIGEST", found.digest, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
+    run: TinyRun, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A signal to the parent, caught or not: the processes stop at a boundary, the next call goes on there."""
+    steps = 60
+    runtime = run.settings.runtime.model_copy(update={"processes": 2})
+    training = run.settings.training.model_copy(update={"initial_steps": steps, "sampling": "adaptive"})
+    artifacts = run.calibrated.inputs() | {"configurations": run.trained.sets[0]}
+    write_json(
+        tmp_path / "given.json",
+        {"artifacts": {k: v.model_dump(mode="json") for k, v in artifacts.items()}, "runtime": runtime.model_dump(),
+         "adapter": run.settings.adapter.model_dump(), "training": training.model_dump()},
+    )  # fmt: skip
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def start(results: str) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "COALORA_HOME": str(run.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / results), "PREFECT_HOME": str(tmp_path / "prefect"),
+        }  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path / "given.json")], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    killed = start("results")
+    assert killed.stdout is not None
+    lines = []
+    for line in killed.stdout:
+        lines.append(line)
+        if "training coa, round 0: " in line:
+            os.kill(killed.pid, number)
+            break
+    code = killed.wait(60)
+    assert code == -number if number == signal.SIGKILL else code != 0, "".join(lines)
+    killed.stdout.read()  # until its children are gone, too
+    resumed = start("results").communicate(timeout=120)[0]
+    assert f"of {steps}" in resumed.split("resumed from the checkpoint at step ")[1]
+    undisturbed = start("others").communicate(timeout=120)[0]
+    assert "resumed" not in undisturbed
+    assert resumed.split("DIGEST ")[1].split()[0] == undisturbed.split("DIGEST ")[1].split()[0]

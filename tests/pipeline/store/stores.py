@@ -1,0 +1,124 @@
+"""A stage that leaves traces, run by processes of their own, and an S3 server: two folders are two machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Imports, waits for `start-<name>`, and runs the stage, which adds a line to `calls`, waits for `go`, and ends.
+PROGRAM = """
+import logging, os, sys, time
+from pathlib import Path
+from pipeline.environment import set_default_storage
+set_default_storage()
+import pipeline.store.shared
+from pipeline.stages.runner import DirectRunner, stage
+from pipeline.store.store import Store
+if "TTL" in os.environ:
+    pipeline.store.shared.SharedStore.__init__.__kwdefaults__["ttl"] = float(os.environ["TTL"])
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+logging.getLogger("coalora").setLevel(logging.INFO)
+traces = Path(os.environ["TRACES"])
+
+@stage("traced")
+def traced(*, n: int):
+    with (traces / "calls").open("a") as calls:
+        calls.write(f"{os.getpid()}\\n")
+    print("begun", flush=True)
+    while not (traces / "go").exists():
+        time.sleep(0.02)
+    return Store().put("text", lambda folder: (folder / "a.txt").write_text("n" * n) and None)
+
+runner = DirectRunner()
+print("ready", flush=True)
+while not (traces / f"start-{sys.argv[1]}").exists():
+    time.sleep(0.02)
+made = runner.run(traced, n=1)
+print("done", made.digest, runner.history[0].cached, (Store().path(made) / "a.txt").read_text(), flush=True)
+"""
+
+
+@dataclass
+class Traced:
+    """Processes that run the stage `traced`; `traces` is what they share."""
+
+    traces: Path
+    environment: dict[str, str]
+
+    @classmethod
+    def at(cls, folder: Path, **environment: str) -> Traced:
+        folder.mkdir(exist_ok=True)
+        (folder / "program.py").write_text(PROGRAM)
+        hidden = ("PREFECT_", "COALORA_", "AWS_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        own = {"PYTHONPATH": str(ROOT), "TRACES": str(folder), "PREFECT_HOME": str(folder / "prefect")}
+        return cls(folder, kept | own | environment)
+
+    def prepare(self, name: str, home: str = "home", **environment: str) -> subprocess.Popen[str]:
+        """Start a process that imports what it needs and waits for `let`: imports take longest."""
+        return subprocess.Popen(
+            [sys.executable, "program.py", name],
+            cwd=self.traces,
+            env=self.environment | {"COALORA_HOME": str(self.traces / home)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def let(self, name: str) -> None:
+        (self.traces / f"start-{name}").touch()
+
+    def go(self) -> None:
+        (self.traces / "go").touch()
+
+    @property
+    def calls(self) -> int:
+        """How often the stage's function has begun."""
+        return len((self.traces / "calls").read_text().split())
+
+
+def until(process: subprocess.Popen[str], words: str) -> str:
+    """Output up to the line with these words."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError(f"{words!r} never came:\n{''.join(lines)}")
+
+
+@contextmanager
+def s3_server(bucket: str = "shared-store") -> Iterator[dict[str, str]]:
+    """A local S3 server with a bucket; yields the variables that lead to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    try:
+        client: Any = boto3.client(
+            "s3", endpoint_url=variables["AWS_ENDPOINT_URL"], region_name="us-east-1",
+            aws_access_key_id="test", aws_secret_access_key="test",
+        )  # fmt: skip
+        client.create_bucket(Bucket=bucket)
+        yield variables
+    finally:
+        server.stop()

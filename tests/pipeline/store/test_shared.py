@@ -1,0 +1,325 @@
+"""Machines that share a store in S3 find each other's results, compute each once, and trust no byte unread."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+from coalora.errors import CoaloraError
+from pipeline.s3.client import S3Location
+from pipeline.s3.errors import StorageError
+from pipeline.stages.runner import DirectRunner, stage
+from pipeline.store.lease import Lease, read_lease
+from pipeline.store.shared import SharedStore, file_name, record_name, shared_store
+from pipeline.store.store import Artifact, Store
+from tests.pipeline.store.stores import Traced, s3_server, until
+
+pytestmark = pytest.mark.servers
+
+CALLS: list[str] = []
+
+
+@stage("shared-text")
+def text(*, n: int) -> Artifact:
+    CALLS.append("text")
+
+    def build(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("n" * n)
+        (folder / "b.txt").write_text("b")
+
+    return Store().put("text", build)
+
+
+@stage("shared-reader")
+def reader(*, table: Artifact) -> Artifact:
+    CALLS.append("reader")
+    found = (Store().path(table) / "sub" / "a.txt").read_text()
+    return Store().put("length", lambda folder: (folder / "n.txt").write_text(str(len(found))) and None)
+
+
+@stage("shared-place")
+def of_this_machine(*, n: int) -> Artifact:
+    CALLS.append("place")
+    return Store().put("base", lambda folder: (folder / "a").write_text(str(n)) and {"path": "/on/this/machine"})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3_server() as variables:
+        yield variables
+
+
+@pytest.fixture
+def shared(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SharedStore:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COALORA_STORE", f"s3://shared-store/{tmp_path.name}")
+    CALLS.clear()
+    found = shared_store()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
+    """`machine("a")` is a context on which everything local belongs to machine a."""
+
+    class Machine:
+        def __init__(self, name: str) -> None:
+            self.home = tmp_path / name
+            self.settings = temporary_settings({PREFECT_LOCAL_STORAGE_PATH: self.home / "results"})
+
+        def __enter__(self) -> Path:
+            monkeypatch.setenv("COALORA_HOME", str(self.home))
+            self.settings.__enter__()
+            return self.home
+
+        def __exit__(self, *error: object) -> None:
+            self.settings.__exit__(*error)
+
+    return Machine
+
+
+def names(shared: SharedStore) -> list[str]:
+    return [shared.location.name_of(found) for found in shared.location.list()]
+
+
+def ran(runner: DirectRunner) -> list[tuple[str, bool]]:
+    return [(record.stage, record.cached) for record in runner.history]
+
+
+def test_a_fresh_machine_finds_what_another_finished_and_downloads_only_what_it_reads(
+    shared: SharedStore, machine: type
+) -> None:
+    with machine("a"):
+        first = DirectRunner()
+        made = first.run(text, n=5)
+        length = first.run(reader, table=made)
+    assert set(names(shared)) == {
+        *(file_name(made.digest, name) for name in ("sub/a.txt", "b.txt", "manifest.json")),
+        *(file_name(length.digest, name) for name in ("n.txt", "manifest.json")),
+        *(record_name(record.key) for record in first.history),
+    }  # and no lease is left
+    with machine("b") as home:
+        second = DirectRunner()
+        assert second.run(text, n=5) == made  # `meta` and the seconds of the first machine included
+        assert second.run(reader, table=made) == length
+        assert ran(second) == [("shared-text", True), ("shared-reader", True)]
+        assert not list(home.glob("store/*/*"))  # nothing was read, nothing was downloaded
+        assert (Store().path(length) / "n.txt").read_text() == "5"
+        assert Store().verify(length) == []
+        assert len(list(home.glob("store/??/*"))) == 1
+        assert (Store().materialize(made, home / "copy") / "sub" / "a.txt").read_text() == "nnnnn"
+    assert CALLS == ["text", "reader"]
+
+
+def test_a_stage_that_runs_gets_its_inputs_from_the_shared_store(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=4)
+    with machine("b"):
+        runner = DirectRunner()
+        length = runner.run(reader, table=runner.run(text, n=4))
+        assert (Store().path(length) / "n.txt").read_text() == "4"
+    with machine("a"):
+        assert DirectRunner().run(reader, table=made) == length
+    assert CALLS == ["text", "reader"]
+
+
+def test_what_a_machine_made_alone_is_shared_when_it_is_used_again(
+    shared: SharedStore, machine: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine("a"):
+        with monkeypatch.context() as alone:
+            alone.delenv("COALORA_STORE")
+            made = DirectRunner().run(text, n=3)
+        assert names(shared) == []
+        runner = DirectRunner()
+        assert runner.run(text, n=3) == made
+        assert ran(runner) == [("shared-text", True)]
+    with machine("b"):
+        assert DirectRunner().run(text, n=3) == made
+    assert CALLS == ["text"]
+
+
+def test_a_reference_to_a_place_on_one_machine_is_made_on_each(shared: SharedStore, machine: type) -> None:
+    for name in "ab":
+        with machine(name):
+            made = DirectRunner().run(of_this_machine, n=1)
+            DirectRunner().run(of_this_machine, n=1)
+    assert CALLS == ["place", "place"]
+    assert shared.manifest(made) is not None  # its files are for workers, its record for nobody
+    assert not [name for name in names(shared) if name.startswith("records/")]
+
+
+def test_a_damaged_copy_here_is_replaced_by_the_shared_one(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=2)
+        file = Store().path(made) / "b.txt"
+        file.chmod(0o644)
+        file.write_text("altered")
+        assert DirectRunner().run(text, n=2) == made
+        assert (Store().path(made) / "b.txt").read_text() == "b"
+        assert Store().verify(made) == []
+    assert CALLS == ["text"]
+
+
+def test_a_damaged_shared_file_is_noticed_and_never_kept(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=2)
+    shared.location.put_bytes(file_name(made.digest, "b.txt"), b"B")
+    with machine("b") as home:
+        with pytest.raises(StorageError, match="an object is what its manifest says"):
+            Store().path(made)
+        assert not list(home.glob("store/??/*"))
+
+
+def test_a_shared_artifact_that_lost_a_file_is_made_anew_by_the_next_run(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=2)
+    shared.location.delete([file_name(made.digest, "b.txt")])  # as a bucket's lifecycle rule does
+    with machine("b"):
+        runner = DirectRunner()
+        with pytest.raises(StorageError, match="object must exist"):
+            runner.run(reader, table=runner.run(text, n=2))
+        again = DirectRunner()
+        again.run(reader, table=again.run(text, n=2))
+    assert CALLS == ["text", "reader", "text", "reader"]  # the first reader asked for the lost file
+    assert shared.manifest(made) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b'{"artifact": {"kind": "te', b'{"artifact": {"kind": 1}}', b"[]"])
+def test_a_truncated_shared_record_is_no_record(shared: SharedStore, machine: type, content: bytes) -> None:
+    with machine("a"):
+        runner = DirectRunner()
+        runner.run(text, n=2)
+        shared.location.put_bytes(record_name(runner.history[0].key), content)
+    with machine("b"):
+        again = DirectRunner()
+        again.run(text, n=2)
+        assert ran(again) == [("shared-text", False)]
+        assert json.loads(shared.location.get_bytes(record_name(again.history[0].key)) or b"")["artifact"]
+
+
+def test_an_upload_that_broke_off_is_no_result_and_is_made_whole(
+    shared: SharedStore, machine: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = S3Location.put_file
+
+    def put_file(self: S3Location, path: Path, name: str, **options: str) -> None:
+        if path.name == "a.txt":
+            raise StorageError("S3 must answer", got="cut")
+        original(self, path, name, **options)
+
+    with machine("a"):
+        with monkeypatch.context() as cut:
+            cut.setattr(S3Location, "put_file", put_file)
+            with pytest.raises(StorageError):
+                DirectRunner().run(text, n=6)
+        assert not [name for name in names(shared) if name.startswith(("records/", "locks/"))]
+        DirectRunner().run(text, n=6)  # nothing was lost: it goes up now
+    with machine("b"):
+        DirectRunner().run(text, n=6)
+    assert CALLS == ["text"]
+
+
+def test_a_download_that_was_killed_leaves_nothing_that_looks_whole(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=6)
+    with machine("b") as home:
+        work = home / "store" / ".tmp" / f"download-{made.digest}"
+        work.mkdir(parents=True)
+        (work / "b.txt").write_text("half")
+        assert (Store().path(made) / "b.txt").read_text() == "b"
+        assert not work.exists()
+
+
+@pytest.mark.parametrize("url", ["bucket/prefix", "https://bucket", "s3://", "s3://user:secret@bucket/prefix"])
+def test_an_address_that_is_none_is_said_without_secrets(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COALORA_STORE", url)
+    with pytest.raises(CoaloraError, match=r"COALORA_STORE.*s3://bucket/prefix") as caught:
+        Store().path(Artifact(kind="a", digest="0" * 64, nbytes=0))
+    assert "secret" not in str(caught.value)
+
+
+def lease(shared: SharedStore, ttl: float = 60.0) -> Lease:
+    return Lease(shared.location, "locks/a.json", ttl=ttl)
+
+
+def test_a_lease_has_one_holder_and_is_free_when_it_is_given_back(shared: SharedStore) -> None:
+    one, two = lease(shared), lease(shared)
+    assert one.try_acquire()
+    assert not two.try_acquire()
+    assert two.holder().startswith("process ")
+    one.release()
+    assert names(shared) == []
+    assert two.try_acquire()
+    two.release()
+
+
+def test_a_holder_that_lives_keeps_its_lease_beyond_the_ttl(shared: SharedStore) -> None:
+    one, two = lease(shared, ttl=2), lease(shared, ttl=2)
+    assert one.try_acquire()
+    end = time.monotonic() + 4.5
+    while time.monotonic() < end:
+        assert not two.try_acquire()
+        time.sleep(0.2)
+    one.release()
+
+
+def test_an_expired_lease_is_taken_over_by_one_of_many_and_its_old_holder_does_not_free_it(shared: SharedStore) -> None:
+    dead = lease(shared, ttl=1)
+    assert dead.try_acquire()
+    dead._stop.set()  # it is not heard of any more
+    heirs = [lease(shared, ttl=1) for _ in range(4)]
+    got: list[Lease] = []
+
+    def inherit(heir: Lease) -> None:
+        end = time.monotonic() + 4
+        while time.monotonic() < end and not got:
+            if heir.try_acquire():
+                got.append(heir)
+
+    threads = [threading.Thread(target=inherit, args=(heir,)) for heir in heirs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(got) == 1
+    dead.release()
+    seen = read_lease(shared.location, "locks/a.json")
+    assert seen is not None
+    assert seen.etag == got[0]._etag
+    got[0].release()
+
+
+def test_machines_wait_for_each_other_and_inherit_from_the_killed(
+    server: dict[str, str], shared: SharedStore, tmp_path: Path
+) -> None:
+    place = {"COALORA_STORE": f"s3://shared-store/{tmp_path.name}", "TTL": "3"}
+    traced = Traced.at(tmp_path / "traced", **server, **place)
+    killed, heir, third = (traced.prepare(name, home=name) for name in ("killed", "heir", "third"))
+    traced.let("killed")
+    until(killed, "begun")
+    traced.let("heir")
+    assert f"waiting for process {killed.pid} on " in until(heir, "waiting for")
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(30) == -signal.SIGKILL
+    assert "taken over from process" in until(heir, "begun")
+    traced.let("third")
+    until(third, "waiting for")
+    shutil.rmtree(tmp_path / "traced" / "killed")
+    traced.go()
+    assert "False n" in until(heir, "done")
+    assert "True n" in until(third, "done")  # computed elsewhere, downloaded, whole
+    assert (heir.wait(30), third.wait(30)) == (0, 0)
+    assert traced.calls == 2
+    assert not [name for name in names(shared) if name.startswith("locks/")]

@@ -1,0 +1,269 @@
+"""What files and shapes can tell is told before anything runs, and the paper's models have the sizes it states."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coalora.errors import CoaloraError
+from coalora.quant.space import ChoiceSpace
+from pipeline.preflight import preflight, target_layers
+from pipeline.settings.definitions import load_settings
+from pipeline.settings.sections import Settings
+from tests.flows.architectures import ARCHITECTURES, write_model
+
+TINY = Path(__file__).parents[1] / "flows" / "tiny.yaml"
+ROBERTA = {
+    "model_type": "roberta", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "vocab_size": 300, "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def tiny(*changes: str) -> Settings:
+    return load_settings("tiny", file=TINY, changes=changes)
+
+
+def refused(settings: Settings, **options: Any) -> str:
+    with pytest.raises(CoaloraError) as caught:
+        preflight(settings, **options)
+    return str(caught.value)
+
+
+def classifier(
+    folder: Path, *changes: str, config: dict[str, Any] = ROBERTA, rows: str = "text,label\na,0\n"
+) -> Settings:
+    """Settings of a classifier with local files."""
+    model = write_model(folder / "model", config)
+    for part in ("train", "validation"):
+        (folder / f"{part}.csv").write_text(rows)
+    return tiny(
+        "model.pretrain=null", f"model.name_or_path={model}", "benchmark.builtin=null",
+        "benchmark.task=classification", f"benchmark.files.train={folder}/train.csv",
+        f"benchmark.files.validation={folder}/validation.csv", *changes,
+    )  # fmt: skip
+
+
+def test_what_it_finds_is_counted_from_the_shapes() -> None:
+    found = preflight(tiny())
+    assert len(found.layers) == 14
+    assert found.n_weights == 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert found.n_choices == 6
+    low, high = found.bits_range
+    # bits + 8 / block_size + 16 / (block_size x 64), and a constant for each layer.
+    assert 2 + 8 / 64 + 16 / 4096 < low < 2.2
+    assert 4 + 8 / 32 + 16 / 2048 < high < 4.35
+
+
+def test_files_of_a_classifier_are_accepted(tmp_path: Path) -> None:
+    assert len(preflight(classifier(tmp_path)).layers) == 12
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    settings = classifier(tmp_path)
+    (tmp_path / "validation.csv").unlink()
+    text = refused(settings)
+    assert "a benchmark file must exist" in text
+    assert str(tmp_path / "validation.csv") in text
+    missing_search = classifier(tmp_path, "benchmark.files.search=nowhere.csv")
+    assert "nowhere.csv" in refused(missing_search)
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    text = refused(classifier(tmp_path, "benchmark.text_columns=[premise, text]"))
+    assert "'premise'" in text
+    assert "'text', 'label'" in text
+    assert "benchmark.text_columns" in text
+
+
+def test_an_unknown_ending_lists_the_formats(tmp_path: Path) -> None:
+    settings = classifier(tmp_path, "benchmark.files.train=train.xlsx")
+    (tmp_path / "train.xlsx").write_text("x")
+    text = refused(settings)
+    assert "train.xlsx" in text
+    assert ".csv, .tsv, .jsonl, .parquet" in text
+
+
+def test_text_needs_no_ending(tmp_path: Path) -> None:
+    (tmp_path / "corpus").write_text("some words\n")
+    preflight(tiny("benchmark.builtin=null", "benchmark.files.train=corpus"))
+
+
+@pytest.mark.parametrize("files", [{}, {"config.json": "{}"}, {"config.json": "{}", "pytorch_model.bin": "x"}])
+def test_a_model_folder_without_safetensors_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    text = refused(tiny("model.pretrain=null", f"model.name_or_path={folder}"))
+    assert "config.json and safetensors weights" in text
+    assert "pickled weights are not read" in text
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "./models/none", "a/b/c"])
+def test_a_model_that_is_nowhere_is_refused(name: str) -> None:
+    text = refused(tiny("model.pretrain=null", f"model.name_or_path={name}"))
+    assert name in text
+    assert "a hub id or a local folder" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        (["target_modules=[no_such_proj]"], ["every pattern of target_modules", "'no_such_proj'", "q_proj"]),
+        (["target_modules=[q_proj, qproj]"], ["no match for 'qproj'"]),
+        (["target_modules=[]"], ["not empty", "leave it out"]),
+        (["target_modules=[lm_head]"], ["must own its weight", "lm_head.weight", "embed_tokens.weight"]),
+        (["target_modules=[self_attn]"], ["must be a linear layer", "LlamaAttention"]),
+        (["choices.scheme=int4"], ["unknown quantization scheme", "int4", "nf"]),
+        (["choices.allow={bit: [2]}"], ["unknown field of scheme 'nf'", "'bits', 'scale_bits'"]),
+        (["choices.allow={bits: [2, 5]}"], ["unknown value of field 'bits'", "[5]", "(2, 3, 4, 8)"]),
+        (["choices.allow={bits: ['2']}"], ["unknown value of field 'bits'", "['2']"]),
+        (["choices.allow={bits: []}"], ["at least one choice"]),
+        (["choices.rules=[{layers: '*.mpl.*', scheme: int}]"], ["no match for '*.mpl.*'", "choices.rules"]),
+        (["choices.rules=[{layers: q_proj, scheme: int, allow: {block: [64]}}]"], ["unknown field of scheme 'int'"]),
+        (["choices.rules=[{layers: '*', max_bits: 3}, {layers: v_proj, min_bits: 4}]"], ["none for", "v_proj"]),
+        (["choices.also=[{scheme: int9}]"], ["unknown quantization scheme", "int9"]),
+        (["choices.rules=[{layers: '*', min_bits: 3}]"], ["evaluation.budgets 2.5 bits", "expected: 3.1"]),
+        (["evaluation.budgets=[2.0]"], ["evaluation.budgets 2 bits", "expected: 2.1", "choices.allow"]),
+        (["evaluation.budgets=[3, 7.5]"], ["evaluation.budgets 7.5 bits", "to 4.28"]),
+        (["initial_set.min_budget=1"], ["initial_set.min_budget 1 bits", "correct initial_set.min_budget"]),
+        (["initial_set.max_budget=9"], ["initial_set.max_budget 9 bits"]),
+        (["initial_set.min_budget=3.5", "initial_set.max_budget=3"], ["lies below", "3.5 and 3 bits", "rising"]),
+        (["initial_set.min_budget=3", "initial_set.max_budget=3"], ["lies below"]),
+        (["calibration.n_samples=65"], ["calibration.n_samples 65", "at most benchmark.n_train, 64"]),
+        (["benchmark.max_length=257"], ["benchmark.max_length 257", "at most 256 tokens"]),
+        (["model.pretrain.hidden_size=34", "model.pretrain.num_attention_heads=4"], ["model.pretrain.hidden_size"]),
+    ],
+)  # fmt: skip
+def test_what_the_shapes_contradict_is_refused(changes: list[str], fragments: Sequence[str]) -> None:
+    text = refused(tiny(*changes))
+    for fragment in fragments:
+        assert fragment in text
+
+
+def test_choices_may_differ_by_layer() -> None:
+    rules = "[{layers: '*.mlp.*', scheme: int, allow: {bits: [4, 8]}}, {layers: v_proj, scheme: float}]"
+    found = preflight(tiny(f"choices.rules={rules}", "evaluation.budgets=[5, 8]"))
+    assert found.n_choices == 6 + 12 + 2
+    joined = preflight(tiny("choices.also=[{scheme: int, allow: {bits: [8], mode: [sym]}}]"))
+    assert joined.n_choices == 6 + 3
+    assert joined.bits_range[1] > preflight(tiny()).bits_range[1]
+
+
+def test_a_scheme_whose_package_is_absent_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalora.quant.gptq.solver.find_spec", lambda name: None)
+    assert "pip install 'coalora[gptq]'" in refused(tiny("choices.scheme=gptq", "choices.allow={}"))
+
+
+def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:
+    one: dict[str, list[int | str]] = {
+        "bits": [3],
+        "scale_bits": [8],
+        "scale_dtype": ["bf16"],
+        "block_size": [64],
+        "scale_block_size": [64],
+    }
+    layers = target_layers(tiny())
+    nbytes = ChoiceSpace("nf", **one).packed_nbytes_table([layer.shape for layer in layers]).sum()
+    only = float(nbytes * 8 / sum(layer.n_weights for layer in layers))
+    text = refused(tiny(f"choices.allow={one}", f"evaluation.budgets=[{only!r}]"))
+    assert "allow more choices (choices.allow) where there is only one" in text
+
+
+def test_the_ends_of_the_space_that_the_message_names_are_accepted() -> None:
+    text = refused(tiny("evaluation.budgets=[1]"))
+    low, high = text.split("expected: ")[1].split(" bits")[0].split(" to ")
+    preflight(tiny(f"evaluation.budgets=[{low}, {high}]"))
+
+
+def test_an_encoder_counts_its_positions_from_behind_the_padding(tmp_path: Path) -> None:
+    preflight(classifier(tmp_path, "benchmark.max_length=64"))
+    assert "at most 64 tokens" in refused(classifier(tmp_path, "benchmark.max_length=65"))
+
+
+def test_an_unknown_family_needs_target_modules(tmp_path: Path) -> None:
+    config = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "vocab_size": 300, "max_position_embeddings": 64}  # fmt: skip
+    model = write_model(tmp_path / "neox", config)
+    changes = ["model.pretrain=null", f"model.name_or_path={model}"]
+    assert "set target_modules" in refused(tiny(*changes))
+    found = preflight(tiny(*changes, "target_modules=[dense_h_to_4h, dense_4h_to_h]"))
+    assert [layer.shape for layer in found.layers] == [(64, 32), (32, 64)]
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "encoder", ROBERTA)
+    assert "causal decoder" in refused(tiny("model.pretrain=null", f"model.name_or_path={model}"))
+
+
+def test_dvc_must_be_initialised_unless_versioning_is_off(tmp_path: Path) -> None:
+    text = refused(tiny(), root=tmp_path)
+    assert "dvc init" in text
+    assert "versioning.enabled=false" in text
+    preflight(tiny("versioning.enabled=false"), root=tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    preflight(tiny(), root=tmp_path)
+
+
+def test_checks_write_nothing(tmp_path: Path) -> None:
+    preflight(tiny("versioning.enabled=false"), root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_models_of_the_pipelines_have_the_layers_and_weights_that_are_stated(tmp_path: Path, name: str) -> None:
+    known = ARCHITECTURES[name]
+    model = write_model(tmp_path / "model", known.config)
+    changes = ["model.pretrain=null", f"model.name_or_path={json.dumps(str(model))}"]
+    if known.config["model_type"] in ("bert", "roberta"):
+        changes += ["benchmark.builtin=null", "benchmark.task=classification", "benchmark.hub.path=nyu-mll/glue"]
+    layers = target_layers(tiny(*changes))
+    assert len(layers) == known.n_layers
+    assert sum(layer.n_weights for layer in layers) == known.n_weights
+
+
+def test_harness_tasks_without_the_extra_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("coalora.evaluate.harness.version", missing)
+    preflight(tiny())
+    assert "pip install 'coalora[eval]'" in refused(tiny("evaluation.harness_tasks=[hellaswag]"))
+
+
+def test_harness_tasks_are_for_language_models(tmp_path: Path) -> None:
+    settings = classifier(tmp_path, "evaluation.harness_tasks=[hellaswag]")
+    assert "harness tasks are for language models" in refused(settings)
+
+
+@pytest.mark.parametrize(("runner", "package"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_runner_without_its_extra_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, runner: str, package: str
+) -> None:
+    original = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == package else original(name, *a))
+    assert f"pip install 'coalora[{runner}]'" in refused(tiny(f"evaluation.runner={runner}"))
+    preflight(tiny("evaluation.runner=processes"))
+
+
+def test_an_adapter_that_follows_no_configuration_is_refused() -> None:
+    text = refused(tiny("adapter.theta=none", "adapter.expert_bits=0"))
+    assert "which is Shared-LoRA" in text
+    assert "set adapter.theta=others" in text
+    preflight(tiny("adapter.theta=none", "adapter.expert_bits=2"))

@@ -1,0 +1,150 @@
+"""Faults of MLflow end in messages that say what to do; a locked database is waited for."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from mlflow.exceptions import MlflowException
+
+from coalora.errors import CoaloraError
+from pipeline.preflight import preflight
+from pipeline.settings.definitions import load_settings
+from pipeline.tracking.faults import explanation, patiently, require_server
+from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.tracker import Tracker
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
+    folder = tmp_path_factory.mktemp("mlflow")
+    run = Tracker(f"sqlite:///{folder}/mlflow.db", "faults", folder / "files").open_run("a", "a run")
+    engine = run.client._tracking_client.store.engine
+    # MLflow has SQLite wait 20 seconds for a lock; here it is met at once.
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 200"))
+    engine.dispose()
+    return run
+
+
+@contextmanager
+def locked(run: TrackedRun) -> Iterator[None]:
+    file = run.tracker.tracking_uri.removeprefix("sqlite:///")
+    holder = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+
+
+@contextmanager
+def answering(code: int, body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def test_a_locked_database_is_told_with_what_to_do(run: TrackedRun) -> None:
+    with locked(run), pytest.raises(CoaloraError, match=r"locked by another process.*fuser.*what was computed is kept"):
+        patiently(lambda: run.log_metrics({"loss": 1.0}), run.tracker.tracking_uri, delays=(0.1,))
+
+
+def test_a_database_that_is_freed_in_time_gets_everything_once(run: TrackedRun) -> None:
+    begun = threading.Event()
+
+    def hold() -> None:
+        with locked(run):
+            begun.set()
+            time.sleep(1.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    begun.wait()
+    rows = [{"step": i, "curve": float(i)} for i in range(5)]
+    patiently(lambda: run.log_history(rows), run.tracker.tracking_uri, delays=(0.3,) * 20)
+    thread.join()
+    assert len(run.client.get_metric_history(run.run_id, "curve")) == 5
+
+
+def test_a_server_that_went_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(CoaloraError, match=r"MLflow server answers.*127.0.0.1:9.*make up"):
+        patiently(lambda: Tracker(NOWHERE, "faults"), NOWHERE)
+
+
+def test_a_run_does_not_start_while_its_server_is_away() -> None:
+    changes = [f"tracking.tracking_uri={NOWHERE}", "versioning.enabled=false"]
+    settings = load_settings("tiny", file=Path(__file__).parents[2] / "flows" / "tiny.yaml", changes=changes)
+    preflight(settings)  # what only reads shapes needs no server
+    with pytest.raises(CoaloraError, match=r"MLflow server answers.*make up"):
+        preflight(settings, root=Path.cwd())
+
+
+def test_another_server_at_the_address_is_not_taken_for_mlflow() -> None:
+    with answering(200, b"<html>") as uri, pytest.raises(CoaloraError, match="something else than an MLflow server"):
+        require_server(uri)
+    with answering(503, b"") as uri, pytest.raises(CoaloraError, match="HTTP 503"):
+        require_server(uri)
+
+
+def test_a_healthy_server_one_with_a_login_and_a_database_pass() -> None:
+    with answering(200, b"OK") as uri:
+        require_server(uri)
+    with answering(401, b"") as uri:
+        require_server(uri)
+    require_server("sqlite:////nowhere/mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "there is room"),
+        (MlflowException("API request failed with error code 403 != 200"), "lets this user write.*MLFLOW_TRACKING"),
+        (
+            MlflowException("http://h/api/2.0/mlflow-artifacts/artifacts/x: too many 500 error responses"),
+            "artifact store takes files.*bucket",
+        ),
+    ],
+)
+def test_other_faults_name_their_remedy(error: Exception, words: str) -> None:
+    with pytest.raises(CoaloraError, match=words):
+        raise explanation(error, "http://user:secret@h:5000") or AssertionError("no explanation")
+
+
+def test_no_message_holds_a_password() -> None:
+    told = explanation(OSError(errno.ENOSPC, "No space left on device"), "http://user:S3CRET@host:5000")
+    assert "S3CRET" not in str(told)
+
+
+def test_what_is_no_fault_of_the_server_passes_unchanged() -> None:
+    error = ValueError("a mistake of ours")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="a mistake of ours") as caught:
+        patiently(fail, NOWHERE)
+    assert caught.value is error

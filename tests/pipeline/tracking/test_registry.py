@@ -1,0 +1,241 @@
+"""Claims of pipeline/tracking/registry.py and pipeline/tracking/registered_model.py, on a real sqlite registry.
+
+The bundle's class is a small stand-in with the interface of `coalora.export.bundle.Bundle`; it travels in
+`code_paths`, so that what the load uses is what was registered and not the checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import pipeline.tracking.registry as registry
+from coalora.errors import CoaloraError
+from pipeline.tracking.registry import DECISION, Registered, register, requirements
+from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.tracker import Tracker
+
+BUNDLE = """
+from pathlib import Path
+from types import SimpleNamespace
+
+class Bundle:
+    def __init__(self, text):
+        self.text = text
+
+    @classmethod
+    def load(cls, folder):
+        return cls((Path(folder) / "bundle.txt").read_text())
+
+    def adapt(self, budget):
+        if budget < 2:
+            raise ValueError("at least 2 bits")
+        return SimpleNamespace(average_bits=budget - 0.25, digest=self.text,
+                               configuration={"layer.0": {"bits": 3, "b1": "bf16"}})
+
+    def write(self, adapted, folder):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\\0bytes")
+        (folder / "adapter" / "adapter_config.json").write_text('{"r": 4}')
+"""
+
+LOAD = """
+import base64, json, sys
+import mlflow
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+answers = model.predict([{"budget": 3}, {"budget": 3.5, "include_adapter": True}])
+refused = []
+for wrong in ([{}], [{"budget": "3"}], [{"budget": True}], [{"budget": -1}], [{"budget": 3, "bugdet": 4}], [3]):
+    try:
+        model.predict(wrong)
+    except Exception as error:
+        refused.append(type(error).__name__)
+    else:
+        refused.append(None)
+print(json.dumps({"answers": answers, "refused": refused}))
+"""
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+    home = tmp_path_factory.mktemp("home")
+    return Tracker(f"sqlite:///{home / 'mlflow.db'}", "tests", home / "mlartifacts")
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = tmp_path_factory.mktemp("code") / "coalora"
+    (package / "export").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "export" / "__init__.py").write_text("")
+    (package / "export" / "bundle.py").write_text(BUNDLE)
+    return package
+
+
+@pytest.fixture
+def run(tracker: Tracker, request: pytest.FixtureRequest) -> TrackedRun:
+    return tracker.open_run(request.node.name[:100].replace("[", "-").replace("]", ""), "a run")
+
+
+def _bundle(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "bundle.txt").write_text(text)
+    return folder
+
+
+class Model:
+    """One registered model of a test, whose bundles differ by their text."""
+
+    def __init__(self, run: TrackedRun, code: Path, folder: Path) -> None:
+        self.run, self.code, self.folder, self.name = run, code, folder, run.identity[:80]
+
+    def add(self, text: str, hypervolume: float, reference: str = "sst2 (2.0, 8.0)") -> Registered:
+        return register(
+            self.run,
+            _bundle(self.folder / "bundle", text),
+            self.name,
+            hypervolume=hypervolume,
+            tags={"hypervolume_reference": reference, "git_commit": "abc", "hf_token": "S3CRET"},
+            code_paths=[self.code],
+        )
+
+    def champion(self) -> int:
+        return int(self.run.client.get_model_version_by_alias(self.name, "champion").version)
+
+    def versions(self) -> int:
+        return len(self.run.client.search_model_versions(f"name = '{self.name}'"))
+
+
+@pytest.fixture
+def model(run: TrackedRun, code: Path, tmp_path: Path) -> Model:
+    return Model(run, code, tmp_path)
+
+
+def test_the_champion_only_moves_to_a_larger_hypervolume(model: Model) -> None:
+    first = model.add("a", 0.5)
+    assert (first.version, first.champion_moved, first.previous_hypervolume) == (1, True, None)
+    worse = model.add("b", 0.4)
+    assert (worse.version, worse.champion_moved, worse.previous_hypervolume) == (2, False, 0.5)
+    equal = model.add("c", 0.5)
+    assert not equal.champion_moved
+    assert "not above" in equal.reason
+    assert model.champion() == 1
+    better = model.add("d", 0.5000001)
+    assert (better.champion_moved, better.previous_hypervolume) == (True, 0.5)
+    assert model.champion() == 4
+
+
+def test_a_hypervolume_of_another_yardstick_never_moves_the_champion(model: Model) -> None:
+    model.add("a", 0.5)
+    other = model.add("b", 0.9, reference="mnli (2.0, 8.0)")
+    assert not other.champion_moved
+    assert "mnli" in other.reason
+    assert "sst2" in other.reason
+    assert model.champion() == 1
+
+
+def test_registering_the_same_bundle_again_changes_nothing(model: Model) -> None:
+    first = model.add("a", 0.5)
+    model.add("b", 0.6)
+    again = model.add("a", 0.7)
+    assert (again.version, again.created, again.champion_moved) == (first.version, False, False)
+    assert again.reason == first.reason
+    assert (model.versions(), model.champion()) == (2, 2)
+
+
+def test_a_call_that_was_cut_short_is_finished_by_the_next(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_crown", cut)
+        with pytest.raises(KeyboardInterrupt):
+            model.add("a", 0.5)
+    assert model.versions() == 1
+    second = model.add("a", 0.5)
+    assert (second.version, second.created, second.champion_moved) == (1, False, True)
+    assert (model.versions(), model.champion()) == (1, 1)
+
+
+def test_a_version_carries_its_tags_and_no_secret(model: Model) -> None:
+    model.add("a", 0.25)
+    tags = model.run.client.get_model_version(model.name, "1").tags
+    assert (tags["hypervolume"], tags["git_commit"]) == ("0.25", "abc")
+    assert DECISION in tags
+    assert "S3CRET" not in str(tags)
+
+
+def test_the_champion_loads_by_its_own_code_and_answers_typed_budgets(
+    model: Model, tracker: Tracker, tmp_path: Path
+) -> None:
+    model.add("the bundle", 0.5)
+    script = tmp_path / "load.py"
+    script.write_text(textwrap.dedent(LOAD))
+    done = subprocess.run(
+        [sys.executable, str(script), tracker.tracking_uri, f"models:/{model.name}@champion"],
+        cwd=tmp_path,  # not the checkout
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["answers"] == [
+        {
+            "budget": 3.0,
+            "average_bits": 2.75,
+            "digest": "the bundle",
+            "configuration": {"layer.0": {"bits": 3, "b1": "bf16"}},
+            "adapter_safetensors": None,
+            "adapter_config": None,
+        },
+        {
+            "budget": 3.5,
+            "average_bits": 3.25,
+            "digest": "the bundle",
+            "configuration": {"layer.0": {"bits": 3, "b1": "bf16"}},
+            "adapter_safetensors": "AGJ5dGVz",
+            "adapter_config": '{"r": 4}',
+        },
+    ]
+    assert None not in result["refused"], result["refused"]
+
+
+def test_requirements_are_exact_and_can_be_installed_from_an_index() -> None:
+    pinned = dict(line.split("==") for line in requirements())
+    assert set(pinned) == {"mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors"}
+    assert not any("+" in version for version in pinned.values())
+
+
+def test_a_failed_upload_leaves_no_version(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(registry, "save_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.add("a", 0.5)
+    assert model.versions() == 0
+    found = model.run.client.search_logged_models([model.run.tracker.experiment_id])
+    assert [str(m.status) for m in found if m.source_run_id == model.run.run_id] == ["FAILED"]
+
+
+def test_bad_input_is_refused_before_anything_is_written(run: TrackedRun, tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "x")
+    tags = {"hypervolume_reference": "x"}
+    with pytest.raises(CoaloraError, match="hypervolume_reference"):
+        register(run, bundle, "bad", hypervolume=0.5, tags={})
+    with pytest.raises(CoaloraError, match="finite"):
+        register(run, bundle, "bad", hypervolume=float("nan"), tags=tags)
+    with pytest.raises(CoaloraError, match="plain name"):
+        register(run, bundle, "bad/name'", hypervolume=0.5, tags=tags)
+    with pytest.raises(CoaloraError, match="run the export"):
+        register(run, tmp_path / "missing", "bad", hypervolume=0.5, tags=tags)
+    assert not run.client.search_registered_models("name = 'bad'")

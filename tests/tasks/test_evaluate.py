@@ -1,0 +1,155 @@
+"""Shards change how an evaluation runs, never what it measures; what was finished is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+import pipeline.inputs.resident
+import tasks.evaluate
+from coalora.errors import CoaloraError
+from coalora.evaluate.losses import score
+from coalora.files import read_json
+from flows.evaluation import Evaluated, evaluation_chain
+from flows.run import PipelineRun
+from pipeline.inputs.adapted import build_adapted
+from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
+from pipeline.stages.runner import DirectRunner
+from pipeline.store.store import Store
+from tasks.evaluate import SCORES, evaluate_method, evaluate_shard, merge_shards, shard_bounds
+from tests.tiny_run import TinyRun, at_home, tiny_run
+
+METHODS = ("coa", "none", "shared", "paper")  # in the order in which they are evaluated
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[TinyRun]:
+    made = tiny_run()
+    with at_home(made.home):
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _own_records(tmp_path: Path) -> Iterator[None]:
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
+        yield
+
+
+def evaluate(run: TinyRun, runner: DirectRunner, **changes: Any) -> Evaluated:
+    settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
+    return evaluation_chain(PipelineRun("tiny", settings, runner, None, None), run.calibrated, run.trained)
+
+
+def stages(runner: DirectRunner) -> list[str]:
+    return [record.stage for record in runner.history if not record.cached]
+
+
+@pytest.mark.parametrize(("shard_size", "workers"), [(1, 1), (2, 1), (3, 2), (1, 4)])
+def test_any_cut_gives_the_same_bytes(run: TinyRun, shard_size: int, workers: int) -> None:
+    found = evaluate(run, DirectRunner(), shard_size=shard_size, workers=workers)
+    assert found.selection == run.evaluated.selection.model_copy(update={"meta": found.selection.meta})
+    for method in METHODS:
+        assert found.scores[method].digest == run.evaluated.scores[method].digest
+
+
+def test_scores_are_those_of_each_configuration_alone(run: TinyRun) -> None:
+    parts = run.calibrated
+    data, tables = load_benchmark(parts.benchmark), load_tables(parts.tables)
+    adapted = build_adapted(
+        BaseModel(parts.base), data, parts.tables, method="coa", adapter=run.settings.adapter,
+        runtime=run.settings.runtime, seed=run.settings.seed, state=run.trained.states["coa"][-1],
+    )  # fmt: skip
+    found = read_json(Store().path(run.evaluated.scores["coa"]) / SCORES)
+    rows = {
+        "members": load_set(run.evaluated.selection, tables).configurations,
+        "budgets": load_selected(run.evaluated.selection, tables),
+    }
+    for part, configurations in rows.items():
+        for i in reversed(range(len(configurations))):
+            adapted.switch(configurations[i])
+            alone = score(adapted, data.validation, batch_size=run.settings.evaluation.batch_size)
+            assert found[part]["loss"][i] == alone.loss
+            assert {name: values[i] for name, values in found[part]["metrics"].items()} == alone.metrics
+    adapted.full_precision()
+    assert found["full_precision"] == vars(score(adapted, data.validation, batch_size=8))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_evaluation_that_broke_off_goes_on_with_what_is_missing(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    n_shards = len(shard_bounds(run.evaluated.selection, 1))
+    assert n_shards > 3
+    original = tasks.evaluate.measure_configurations
+    measured: list[str] = []
+
+    def measure(adapted: Any, split: Any, rows: np.ndarray, *, batch_size: int, progress: Any) -> Any:
+        measured.append(progress.label)
+        if "shared, configurations 3 " in progress.label and measured.count(progress.label) == 1:
+            raise RuntimeError("out of memory")
+        return original(adapted, split, rows, batch_size=batch_size, progress=progress)
+
+    monkeypatch.setattr(tasks.evaluate, "measure_configurations", measure)
+    first = DirectRunner()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(run, first, shard_size=1, workers=workers)
+    finished = stages(first).count("evaluate-shard")
+    n = len(METHODS) * n_shards
+    assert 2 * n_shards + 2 <= finished < n  # all of `coa` and `none`, and what was done of `shared`
+    second = DirectRunner()
+    found = evaluate(run, second, shard_size=1, workers=workers)
+    assert stages(second).count("evaluate-shard") == n - finished
+    assert len(measured) == n + 1
+    assert {m: a.digest for m, a in found.scores.items()} == {m: a.digest for m, a in run.evaluated.scores.items()}
+
+
+def test_a_model_is_loaded_once_for_all_shards_of_a_method(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def build(*args: Any, method: str, **options: Any) -> Any:
+        loaded.append(method)
+        return build_adapted(*args, method=method, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.inputs.resident.build_adapted", build)
+    evaluate(run, DirectRunner(), shard_size=1)
+    assert loaded == list(METHODS)
+    assert not pipeline.inputs.resident._held  # and forgotten afterwards
+
+
+def test_progress_tells_every_configuration_of_the_whole(run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    n = run.evaluated.selection.meta["n_distinct"]
+    with caplog.at_level("INFO", logger="coalora"):
+        evaluate(run, DirectRunner(), shard_size=2)
+    assert f"evaluating coa, configurations 1 to 2 of {n}: 1/2, loss" in caplog.text
+    assert f"evaluating coa, configurations 3 to 4 of {n}: 2/2, loss" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [[], [0], [1], [0, 0, 1], [0, 1, 1]])
+def test_shards_that_do_not_cover_every_configuration_once_are_refused(kept: list[int]) -> None:
+    row = {"loss": 1.0, "metrics": {"accuracy": 0.5}}
+    shards = [
+        {"start": 0, "scores": [row] * 2, "full_precision": row},
+        {"start": 2, "scores": [row], "full_precision": None},
+    ]
+    inverse = np.array([0, 2, 1, 1])
+    assert merge_shards(shards[::-1], inverse, 3, 3)["budgets"] == {"loss": [1.0], "metrics": {"accuracy": [0.5]}}
+    with pytest.raises(CoaloraError, match="shards cover every configuration once"):
+        merge_shards([shards[i] for i in kept], inverse, 3, 3)
+
+
+def test_how_an_evaluation_is_cut_changes_neither_result_nor_run_folder(run: TinyRun) -> None:
+    def run_of(**changes: Any) -> PipelineRun:
+        settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
+        return PipelineRun("tiny", settings, DirectRunner(), None, None)
+
+    plain, cut = run_of(), run_of(shard_size=3, workers=2, runner="dask", address="tcp://scheduler:8786")
+    assert plain.settings != cut.settings
+    assert plain.settings.of_the_result() == cut.settings.of_the_result()
+    both = [evaluate_shard, evaluate_method]
+    assert plain.identity(both) == cut.identity(both)
+    assert run_of(batch_size=3).identity(both) != plain.identity(both)

@@ -1,0 +1,225 @@
+"""The reported numbers are those that were measured: recomputed here from the artifacts by other means."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coalora.configurations import ConfigurationSet
+from coalora.quant.space import ChoiceSpace
+from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
+from pipeline.store.store import Store
+from tasks.report import headline
+from tasks.result import assemble
+from tests.tiny_run import TinyRun, at_home, tiny_run
+
+METHODS = ("none", "shared", "paper", "coa")
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[TinyRun]:
+    made = tiny_run()
+    with at_home(made.home):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def result(run: TinyRun) -> dict[str, Any]:
+    return json.loads((Store().path(run.exported.result) / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def scores(run: TinyRun) -> dict[str, Any]:
+    store = Store()
+    return {m: json.loads((store.path(a) / "scores.json").read_text()) for m, a in run.evaluated.scores.items()}
+
+
+@pytest.fixture(scope="module")
+def members(run: TinyRun) -> ConfigurationSet:
+    return load_set(run.evaluated.selection, load_tables(run.calibrated.tables))
+
+
+def test_members_carry_every_methods_measures_in_the_sets_order(
+    result: dict[str, Any], scores: dict[str, Any], members: ConfigurationSet
+) -> None:
+    assert len(result["members"]) == len(members) > 2
+    for i, row in enumerate(result["members"]):
+        assert row["round"] == members.joined[i]
+        for method in METHODS:
+            assert row["loss"][method] == scores[method]["members"]["loss"][i]
+            assert row["metric"][method] == scores[method]["members"]["metrics"]["bits_per_byte"][i]
+
+
+def test_average_bits_are_recounted_from_the_choices(
+    run: TinyRun, result: dict[str, Any], members: ConfigurationSet
+) -> None:
+    tables = load_tables(run.calibrated.tables)
+    space = ChoiceSpace("nf", **run.settings.choices.allow)
+    for row, configuration in zip(result["members"], members.configurations, strict=True):
+        nbytes = [
+            space.scheme.packed_nbytes(space.choices[k], layer.shape)
+            for layer, k in zip(tables.layers, configuration, strict=True)
+        ]
+        assert row["nbytes"] == sum(nbytes)
+        assert row["average_bits"] == pytest.approx(8 * sum(nbytes) / result["model"]["n_weights"], rel=1e-12)
+
+
+def test_a_budgets_row_is_its_configuration_and_its_files(
+    run: TinyRun, result: dict[str, Any], scores: dict[str, Any]
+) -> None:
+    tables = load_tables(run.calibrated.tables)
+    chosen = load_selected(run.evaluated.selection, tables)
+    assert [row["budget"] for row in result["budgets"]] == run.settings.evaluation.budgets == [2.5, 3.0]
+    for i, (row, export) in enumerate(zip(result["budgets"], run.exported.exports, strict=True)):
+        assert row["average_bits"] == pytest.approx(tables.average_bits(chosen[i]))
+        assert row["average_bits"] <= row["budget"] + 1e-9
+        folder = Store().path(export)
+        base = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
+        adapter = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+        assert (row["base_bytes"], row["adapter_bytes"], row["total_bytes"]) == (base, adapter, base + adapter)
+        bits = Counter(tables.space.choices[k].as_dict()["bits"] for k in chosen[i])
+        assert {float(b): n for b, n in row["n_layers_by_bits"].items()} == dict(bits)
+        for method in METHODS:
+            assert row["loss"][method] == scores[method]["budgets"]["loss"][i]
+            assert row["metric"][method] == scores[method]["budgets"]["metrics"]["bits_per_byte"][i]
+            assert row["metrics"]["perplexity"][method] == pytest.approx(math.exp(row["loss"][method]))
+        assert result["exports"][i]["digest"] == json.loads((folder / "configuration.json").read_text())["digest"]
+        assert result["exports"][i]["folder"] == f"export/{row['budget']:g}-bits"
+        average = np.average(result["heatmap"]["bits"][i], weights=[layer.n_weights for layer in tables.layers])
+        assert average == pytest.approx(row["average_bits"])
+
+
+def test_hypervolumes_are_the_area_that_members_dominate(run: TinyRun, result: dict[str, Any]) -> None:
+    volume = result["hypervolume"]
+    low, high = load_tables(run.calibrated.tables).bits_range()
+    vocabulary = run.settings.model.pretrain.vocab_size  # type: ignore[union-attr]
+    assert volume["ideal"] == [0.0, low]
+    assert volume["ref_point"][1] == high
+    # The tokenizer may find fewer tokens than it is asked for.
+    assert 260 < math.exp(volume["ref_point"][0]) <= vocabulary + 1e-6
+    for method in METHODS:
+        points = [(m["loss"][method], m["average_bits"]) for m in result["members"]]
+        edges = sorted({b for _, b in points} | {high})
+        area = 0.0
+        for left, right in pairwise(edges):  # between two sizes the best loss so far counts
+            best = min(loss for loss, b in points if b <= left)
+            area += (right - left) * max(0.0, volume["ref_point"][0] - best)
+        expected = area / (volume["ref_point"][0] * (high - low))
+        assert volume["values"][method] == pytest.approx(expected, rel=1e-9)
+
+
+def test_each_budget_shows_what_an_adapter_for_it_alone_reaches(run: TinyRun, result: dict[str, Any]) -> None:
+    store = Store()
+    assert set(result["references"]) == {"qlora", "lq-lora"}
+    assert {arm["n_steps"] for arm in result["references"].values()} == {2}
+    for method, made in run.evaluated.references.items():
+        scores = [json.loads((store.path(artifact) / "score.json").read_text()) for artifact in made]
+        for row, score in zip(result["budgets"], scores, strict=True):
+            assert row["reference_loss"][method] == score["loss"]
+            assert row["reference_metric"][method] == score["metric"]
+    # Two steps from different starts: the same numbers would mean that the start is not used.
+    assert result["budgets"][0]["reference_loss"]["qlora"] != result["budgets"][0]["reference_loss"]["lq-lora"]
+
+
+def test_arms_model_and_benchmark_are_described(run: TinyRun, result: dict[str, Any]) -> None:
+    steps = run.settings.training.initial_steps + run.settings.search.rounds * run.settings.training.round_steps
+    assert {m: a["n_steps"] for m, a in result["arms"].items()} == {
+        "none": 0, "shared": steps, "paper": steps, "coa": steps
+    }  # fmt: skip
+    assert {m: a["label"] for m, a in result["arms"].items()} == {
+        "none": "no adapter", "shared": "Shared-LoRA", "paper": "CoA-LoRA as in the paper", "coa": "CoA-LoRA"
+    }  # fmt: skip
+    assert (result["model"]["n_layers"], result["model"]["n_weights"]) == (14, 2 * (4 * 32 * 32 + 3 * 32 * 64))
+    assert result["model"]["digest"] == load_tables(run.calibrated.tables).base_digest
+    benchmark = load_benchmark(run.calibrated.benchmark)
+    assert result["benchmark"]["n_validation"] == len(benchmark.validation) == 8
+    assert result["full_precision"]["bits"] == 32.0
+
+
+def test_curves_cover_every_step_of_the_methods_that_train(run: TinyRun, result: dict[str, Any]) -> None:
+    assert set(result["curves"]) == {"shared", "paper", "coa"}
+    for rows in result["curves"].values():
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert [row["round"] for row in rows] == [0, 0, 1]
+
+
+def test_rounds_are_those_of_the_search(run: TinyRun, result: dict[str, Any]) -> None:
+    (row,) = result["rounds"]
+    assert row["round"] == 1
+    assert row["n_members"] == run.trained.searches[0].meta["n_members"]
+    assert row["hypervolume_after"] >= row["hypervolume_before"]
+
+
+def test_time_is_counted_by_stage_and_training_by_method(run: TinyRun, result: dict[str, Any]) -> None:
+    seconds = result["seconds"]
+    assert {"base", "benchmark", "calibrate", "search", "select", "evaluate", "export"} <= set(seconds)
+    assert {"train coa", "train shared", "train none"} <= set(seconds)
+    trained = sum(float(a.meta["seconds"] or 0) for a in run.trained.states["coa"])
+    assert seconds["train coa"] == pytest.approx(trained, abs=0.006)
+
+
+def test_the_headline_is_the_results_own_numbers(result: dict[str, Any]) -> None:
+    numbers = headline(result)
+    assert numbers["hypervolume"] == result["hypervolume"]["values"]
+    assert list(numbers["budgets"]) == ["2.5", "3"]
+    metric = result["benchmark"]["metric"]
+    assert set(numbers["budgets"]["3"]) == {"average_bits", "loss", metric, "perplexity", "gap"}
+    assert numbers["budgets"]["3"]["perplexity"] == result["budgets"][1]["metrics"]["perplexity"]
+    assert numbers["budgets"]["3"]["loss"] == result["budgets"][1]["loss"]
+    assert numbers["budgets"]["3"][metric] == result["budgets"][1]["metric"]
+
+
+@pytest.mark.parametrize(("higher_is_better", "gaps"), [(True, [0.25, -0.25]), (False, [-0.25, 0.25])])
+def test_a_positive_gap_is_worse_whichever_way_the_metric_goes(
+    result: dict[str, Any], higher_is_better: bool, gaps: list[float]
+) -> None:
+    made = {
+        **result,
+        "benchmark": {**result["benchmark"], "higher_is_better": higher_is_better},
+        "full_precision": {**result["full_precision"], "metric": 1.0},
+        "budgets": [{**result["budgets"][0], "metric": {"shared": 0.75, "coa": 1.25}}],
+    }
+    assert headline(made)["budgets"]["2.5"]["gap"] == {"shared": gaps[0], "coa": gaps[1]}
+
+
+def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str, Any]) -> None:
+    folder: Path = Store().path(run.report)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert json.loads((folder / "metrics.json").read_text()) == headline(result)
+    front = list(csv.DictReader(io.StringIO((folder / "front.csv").read_text())))
+    assert len(front) == len(result["members"]) * len(METHODS)
+    for i, row in enumerate(front):
+        member = result["members"][i // len(METHODS)]
+        assert float(row["average_bits"]) == member["average_bits"]
+        assert int(row["nbytes"]) == member["nbytes"]
+        assert float(row["loss"]) == member["loss"][row["method"]]
+        assert float(row[result["benchmark"]["metric"]]) == member["metric"][row["method"]]
+    curves = list(csv.DictReader(io.StringIO((folder / "curves.csv").read_text())))
+    assert [float(r["loss"]) for r in curves if r["method"] == "coa"] == [r["loss"] for r in result["curves"]["coa"]]
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_methods_scores_cannot_be_left_out(run: TinyRun) -> None:
+    with pytest.raises(KeyError):
+        assemble(
+            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
+            selection=run.evaluated.selection, states=run.trained.states,
+            scores={"coa": run.evaluated.scores["coa"]}, exports=run.exported.exports,
+            references={},
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        assemble(
+            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
+            selection=run.evaluated.selection, states=run.trained.states, scores=run.evaluated.scores,
+            exports=run.exported.exports[:1], references={},
+        )  # fmt: skip
