@@ -1,30 +1,34 @@
-"""One error for every bad input: the rule, what was got, what was expected, and what to do instead."""
+"""Errors of bad input: what is wrong, and what to do about it."""
 
 from __future__ import annotations
 
 
 class CoaloraError(ValueError):
-    """Bad input, said so that the reader can mend it without opening the source.
+    """Bad input or a broken surrounding, told so that the reader can mend it without opening the source.
+
+    Rendered as "<problem>. <remedy>.": one or two lines.
 
     Args:
-        rule: the rule that was broken, as a sentence without a full stop.
-        got: what was given.
-        expected: what is accepted.
-        remedy: what to write or run instead.
+        problem: what is wrong, with the value that is wrong; a sentence without its full stop.
+        remedy: what to write or to run instead; an imperative sentence without its full stop.
+
+    Example:
+        >>> print(CoaloraError("layer 'fc' has no weight", remedy="Leave it out of target_modules"))
+        layer 'fc' has no weight. Leave it out of target_modules.
     """
 
-    def __init__(self, rule: str, *, got: object = None, expected: object = None, remedy: str | None = None) -> None:
-        self.rule, self.got, self.expected, self.remedy = rule, got, expected, remedy
-        parts = [rule]
+    def __init__(self, problem: str, *, remedy: str | None = None, got: object = None, expected: object = None) -> None:
+        self.problem, self.remedy, self.got, self.expected = problem, remedy, got, expected
+        parts = [problem]
         parts += [f"got: {got}"] if got is not None else []
         parts += [f"expected: {expected}"] if expected is not None else []
-        parts += [f"remedy: {remedy}"] if remedy else []
-        super().__init__("; ".join(parts))
+        sentences = ["; ".join(parts), *([remedy] if remedy else [])]
+        super().__init__(" ".join(s if s.endswith((".", "?", "!")) else f"{s}." for s in sentences))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The default rebuilds an exception from its rendered text alone and would lose the keyword parts.
-        return _rebuild, (type(self), self.rule, self.got, self.expected, self.remedy)
+        # The default rebuilds an exception from its rendered text alone and would lose the parts.
+        return _rebuild, (type(self), self.problem, self.remedy, self.got, self.expected)
 
 
-def _rebuild(cls: type[CoaloraError], rule: str, got: object, expected: object, remedy: str | None) -> CoaloraError:
-    return cls(rule, got=got, expected=expected, remedy=remedy)
+def _rebuild(cls: type[CoaloraError], problem: str, remedy: str | None, got: object, expected: object) -> CoaloraError:
+    return cls(problem, remedy=remedy, got=got, expected=expected)

@@ -62,7 +62,7 @@ def run_command(command: Callable[[Sequence[str] | None], int], arguments: Seque
 
 
 def _spread(error: CoaloraError) -> str:
-    lines = [error.rule]
+    lines = [error.problem]
     for word in ("got", "expected", "remedy"):
         value = getattr(error, word)
         if value is not None:

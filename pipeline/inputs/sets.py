@@ -25,7 +25,7 @@ def start_members(content: dict[str, Any], measured: CalibrationTables) -> Confi
         found = ConfigurationSet.from_dict({**content, "base_digest": measured.base_digest}, measured)
     except CoaloraError as error:
         raise CoaloraError(
-            f"initial_set.file fits the layers and the choice space of this run: {error.rule}",
+            f"initial_set.file fits the layers and the choice space of this run: {error.problem}",
             got=error.got,
             expected=error.expected,
             remedy="use a set of the same base architecture, target_modules and choices, or set initial_set.file=null",

@@ -127,7 +127,7 @@ class BenchmarkSettings(Section):
         try:
             reported_metrics(self.task, self.num_labels, self.metric, self.metrics)
         except CoaloraError as error:
-            raise ValueError(f"{error.rule}, got {error.got}: expected {error.expected}") from error
+            raise ValueError(str(error)) from error
         return self
 
     def data_only(self) -> BenchmarkSettings:

@@ -172,7 +172,7 @@ def _asking_remotes(root: Path, command: str, do: Callable[[Any], Any]) -> Any:
         root,
         command,
         do,
-        rule="DVC's remote must be readable",
+        problem="DVC's remote must be readable",
         remedy="see what `dvc pull` says (`dvc remote list`, credentials, network)",
     )
 

@@ -120,7 +120,7 @@ def push_file(record: DvcRecord, repo_root: Path) -> None:
         root,
         f"dvc push {record.dvc_file}",
         lambda repo: repo.push([target]),
-        rule="DVC's remote must take what is pushed",
+        problem="DVC's remote must take what is pushed",
         remedy=f"see what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
         "versioning.push=false",
     )

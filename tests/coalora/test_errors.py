@@ -1,4 +1,4 @@
-"""The one error: it says all four things, and survives a process boundary."""
+"""The one error: it says what is wrong and what to do, and survives a process boundary."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import pytest
 from coalora.errors import CoaloraError
 
 
-def test_the_message_says_rule_got_expected_and_remedy_in_this_order() -> None:
-    error = CoaloraError("budgets are positive", got=-1, expected="above 0", remedy="set budget=3")
-    assert str(error) == "budgets are positive; got: -1; expected: above 0; remedy: set budget=3"
+def test_the_message_is_the_problem_and_then_the_remedy_as_sentences() -> None:
+    error = CoaloraError("budget -1 is negative", remedy="Set budget=3")
+    assert str(error) == "budget -1 is negative. Set budget=3."
 
 
-def test_parts_that_were_not_given_are_left_out_but_falsy_values_are_shown() -> None:
-    assert str(CoaloraError("a rule")) == "a rule"
-    assert str(CoaloraError("a rule", got=0)) == "a rule; got: 0"
-    assert str(CoaloraError("a rule", got=[], expected="")) == "a rule; got: []; expected: "
+def test_without_a_remedy_the_message_is_the_problem_alone() -> None:
+    assert str(CoaloraError("the set is empty")) == "the set is empty."
+
+
+def test_a_sentence_that_ends_already_gets_no_second_full_stop() -> None:
+    assert str(CoaloraError("Is this a file?", remedy="Look.")) == "Is this a file? Look."
 
 
 def test_it_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="a rule"):
-        raise CoaloraError("a rule")
+    with pytest.raises(ValueError, match="the set is empty"):
+        raise CoaloraError("the set is empty")
 
 
 @pytest.mark.parametrize("copier", [copy.copy, lambda e: pickle.loads(pickle.dumps(e))], ids=["copy", "pickle"])
 def test_a_copy_keeps_its_parts(copier) -> None:  # worker processes send exceptions back pickled
-    class_error = CoaloraError("a rule", got=3, expected="4", remedy="add 1")
-    copied = copier(class_error)
+    error = CoaloraError("budget -1 is negative", remedy="Set budget=3")
+    copied = copier(error)
     assert type(copied) is CoaloraError
-    assert (copied.rule, copied.got, copied.expected, copied.remedy) == ("a rule", 3, "4", "add 1")
-    assert str(copied) == str(class_error)
+    assert (copied.problem, copied.remedy) == ("budget -1 is negative", "Set budget=3")
+    assert str(copied) == str(error)
