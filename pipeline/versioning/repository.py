@@ -66,7 +66,7 @@ def with_repository(
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
-def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, rule: str, remedy: str) -> _T:
+def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, problem: str, remedy: str) -> _T:
     """`with_repository` for what asks a remote, whose file system raises errors of its own library.
 
     Raises:
@@ -78,7 +78,7 @@ def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, rule: str
         raise
     except Exception as error:
         got = scrub_text(f"{type(error).__name__}: {one_line(error)}")[:300]
-        raise CoaloraError(rule, got=got, remedy=remedy) from error
+        raise CoaloraError(problem, got=got, remedy=remedy) from error
 
 
 def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
