@@ -3,16 +3,28 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+PIP := python -m pip install --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo up down status test test-e2e test-gptq lint bench lock clean help
+.PHONY: demo up down status test test-e2e test-gptq test-lowest lint bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
 $(READY): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	$(BIN)/$(PIP) --requirement requirements.lock
+	$(BIN)/$(PIP) --no-deps --editable .
+	@touch $@
+
+$(DEV): $(READY) requirements-dev.lock
+	$(BIN)/$(PIP) --requirement requirements.lock --requirement requirements-dev.lock
+	@touch $@
+
+# Beside the environment and not in it: PEFT imports gptqmodel and bitsandbytes wherever it finds them.
+$(VENV)/gptq/.ready $(VENV)/oracles/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/$* --requirement $<
 	@touch $@
 
 demo: $(READY)   ## train the embedded demo, from a base model to registered adapters
@@ -27,36 +39,48 @@ down: $(READY)   ## end what `make up` started
 status: $(READY) ## show how the stack is
 	$(BIN)/python -m infra.local status
 
-test: $(READY)   ## run the test suite
-	$(BIN)/python -m pytest -m 'not servers' --numprocesses 2 --dist loadfile
+test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
+	$(PYTEST) -m 'not servers'
 
-test-e2e: $(READY)   ## run the tests on real servers, to a run that is killed and reproduced elsewhere
-	$(BIN)/python -m pytest tests/e2e tests/flows tests/infra tests/tasks -m servers --numprocesses 2 --dist loadfile
+test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
+	$(PYTEST) tests/e2e tests/flows tests/infra tests/tasks -m servers
 
-# Beside the environment and not in it: PEFT imports gptqmodel wherever it finds it.
-$(VENV)/gptq/.ready: $(READY) requirements-gptq.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(VENV)/gptq \
-	  --requirement requirements-gptq.lock
-	@touch $@
-
-test-gptq: $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
+test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
 	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py
 
-bench: $(READY)  ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
-	for name in switch step memory search evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+test-lowest:     ## run the library's tests on the lowest versions that the wheel admits (an environment of 6 GB)
+	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/$(PIP) --requirement requirements-lowest.lock
+	$(VENV)-lowest/bin/python -m pytest tests/coalora -m 'not oracles' --numprocesses 2 --dist loadfile
+
+bench: $(READY) $(VENV)/oracles/.ready   ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
+	for name in switch step memory evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	PYTHONPATH=$(VENV)/oracles $(BIN)/python -m benchmarks.search --quick
 	for name in neighbours allocation; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.recovery pydoc --seeds 1 --steps 50 --methods none shared ours "one LoRA each"
 
-lint: $(READY)   ## check style and types
+lint: $(DEV)     ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy coalora pipeline tasks flows benchmarks infra
 
-lock: $(READY)   ## resolve requirements.lock anew from pyproject.toml (needs uv)
-	uv pip compile pyproject.toml --extra pipeline --extra dev --python-version 3.11 --no-annotate --no-header \
-	  | grep --invert-match --extended-regexp '^(nvidia-|cuda-)' > $(VENV)/lock
-	{ sed -n '/^#/p' requirements.lock; cat $(VENV)/lock; } > $(VENV)/lock.new
-	mv $(VENV)/lock.new requirements.lock
+# A lock holds what its extras add to the locks before it.
+COMPILE = uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --quiet
+lock:            ## resolve every requirements*.lock anew from pyproject.toml (needs uv)
+	$(COMPILE) --extra pipeline --extra kubernetes | grep --invert-match --extended-regexp '^(nvidia-[^m]|cuda-|triton==)' \
+	  > $(VENV)/requirements.lock
+	: > $(VENV)/requirements-dev.lock
+	for extra in dev oracles gptq; do \
+	  $(COMPILE) --extra pipeline --extra kubernetes --extra $$extra -c $(VENV)/requirements.lock -c $(VENV)/requirements-dev.lock \
+	    | grep --invert-match --extended-regexp '^(nvidia-|cuda-)' \
+	    | grep --invert-match --line-regexp --fixed-strings -f $(VENV)/requirements.lock -f $(VENV)/requirements-dev.lock \
+	    > $(VENV)/requirements-$$extra.lock.new || exit 1; \
+	  mv $(VENV)/requirements-$$extra.lock.new $(VENV)/requirements-$$extra.lock; \
+	done
+	$(COMPILE) --resolution lowest-direct --group lowest | grep --invert-match --extended-regexp "^(nvidia-|cuda-|triton==)" > $(VENV)/requirements-lowest.lock
+	for file in requirements*.lock; do \
+	  { sed -n '/^#/p' $$file; cat $(VENV)/$$file; } > $(VENV)/lock && mv $(VENV)/lock $$file || exit 1; \
+	done
 
 clean:           ## remove the virtual environment and everything computed
-	rm -rf $(VENV) .coalora runs outputs
+	rm -rf $(VENV) $(VENV)-lowest .coalora runs outputs

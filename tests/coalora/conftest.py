@@ -5,7 +5,7 @@ The fixtures are factories, because what is tested writes into models; the facto
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +37,7 @@ from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
+from tests.coalora.oracles import Oracle, oracle_process
 
 # Matrices of 36 x 52 gain nothing from threads and lose much on a machine that is busy.
 torch.set_num_threads(1)
@@ -285,3 +286,10 @@ def make_adapted(tables_for: Callable[..., CalibrationTables]) -> Callable[..., 
         return adapted
 
     return make
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Iterator[Oracle]:
+    """`oracle(function of tests.coalora.oracles, *arguments)`."""
+    with oracle_process() as call:
+        yield call

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from botorch.acquisition.multi_objective.analytic import ExpectedHypervolumeImprovement
-from botorch.utils.multi_objective.box_decompositions.non_dominated import FastNondominatedPartitioning
-from botorch.utils.testing import MockModel, MockPosterior
 from scipy.integrate import quad
 
 from coalora.errors import CoaloraError
 from coalora.search.ehvi import ehvi, log_ehvi, log_h
 from coalora.search.hypervolume import hypervolume
+from tests.coalora.oracles import Oracle, expected_improvement
 
 REF = np.array([1.0, 8.0])
 
@@ -23,22 +20,12 @@ def _problem(seed: int, n: int = 25) -> tuple[np.ndarray, ...]:
     return rng.uniform(0, 1.3, 12), rng.uniform(0.02, 0.4, 12), rng.uniform(2, 7.9, 12), front
 
 
+@pytest.mark.oracles
 @pytest.mark.parametrize("seed", range(3))
-def test_ehvi_equals_botorch_when_the_variance_of_the_cost_vanishes(seed: int) -> None:
+def test_ehvi_equals_botorch_when_the_variance_of_the_cost_vanishes(oracle: Oracle, seed: int) -> None:
     mean, sigma, cost, front = _problem(seed)
-    reference = torch.as_tensor(-REF)
-    partitioning = FastNondominatedPartitioning(ref_point=reference, Y=torch.as_tensor(-front))
-    got = ehvi(mean, sigma, cost, front, REF)
-    for i in range(mean.size):
-        posterior = MockPosterior(
-            mean=torch.tensor([[-mean[i], -cost[i]]]), variance=torch.tensor([[sigma[i] ** 2, 1e-14]])
-        )
-        oracle = ExpectedHypervolumeImprovement(
-            MockModel(posterior),
-            ref_point=reference.tolist(),
-            partitioning=partitioning,  # type: ignore[arg-type]
-        )
-        assert got[i] == pytest.approx(float(oracle(torch.zeros(1, 1, 1))), rel=1e-5, abs=1e-6)
+    expected = oracle(expected_improvement, mean, sigma, cost, front, REF)
+    assert ehvi(mean, sigma, cost, front, REF) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_ehvi_is_the_mean_of_sampled_hypervolume_gains() -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from botorch.utils.multi_objective.hypervolume import Hypervolume
 
 from coalora.errors import CoaloraError
 from coalora.search.hypervolume import hypervolume, normalized_hypervolume
+from tests.coalora import oracles
 
 
+@pytest.mark.oracles
 @pytest.mark.parametrize("seed", range(5))
-def test_area_equals_botorch_with_points_beyond_the_reference(seed: int) -> None:
+def test_area_equals_botorch_with_points_beyond_the_reference(oracle: oracles.Oracle, seed: int) -> None:
     Y = np.random.default_rng(seed).random((40, 2)) + 0.1
-    reference = [0.8, 0.9]
-    inside = torch.as_tensor(-Y[(reference > Y).all(axis=1)])
-    expected = Hypervolume(ref_point=-torch.tensor(reference, dtype=torch.float64)).compute(inside)
+    reference = np.array([0.8, 0.9])
+    expected = oracle(oracles.hypervolume, Y[(reference > Y).all(axis=1)], reference)
     assert hypervolume(Y, reference) == pytest.approx(expected, rel=1e-12)
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from botorch.utils.multi_objective.pareto import is_non_dominated as botorch_is_non_dominated
 
 from coalora.errors import CoaloraError
 from coalora.search.pareto import is_non_dominated
+from tests.coalora.oracles import Oracle, non_dominated
 
 
+@pytest.mark.oracles
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("deduplicate", [True, False])
 @pytest.mark.parametrize("levels", [4, 1000])
-def test_mask_equals_botorch_with_ties_and_duplicates(m: int, deduplicate: bool, levels: int) -> None:
+def test_mask_equals_botorch_with_ties_and_duplicates(oracle: Oracle, m: int, deduplicate: bool, levels: int) -> None:
     rng = np.random.default_rng(levels + m)
     for n in (1, 2, 7, 60):
         Y = rng.integers(0, levels, (n, m)).astype(float)
-        expected = botorch_is_non_dominated(torch.as_tensor(Y), maximize=False, deduplicate=deduplicate)
-        np.testing.assert_array_equal(is_non_dominated(Y, deduplicate=deduplicate), expected.numpy())
+        expected = oracle(non_dominated, Y, deduplicate)
+        np.testing.assert_array_equal(is_non_dominated(Y, deduplicate=deduplicate), expected)
 
 
 def test_infinite_loss_never_dominates_a_finite_one() -> None:

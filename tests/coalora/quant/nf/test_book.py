@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from scipy.stats import norm
 
 from coalora.errors import CoaloraError
 from coalora.quant.nf.book import nf_code_book, nf_codes
+from tests.coalora.oracles import Oracle, nf4_quantized, nf4_table
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -29,19 +29,19 @@ def test_entries_are_equally_spaced_in_probability_on_either_side(bits: int) -> 
     np.testing.assert_allclose(np.diff(probability[half - 1 :]), (d - 0.5) / half, rtol=1e-4)
 
 
-def test_nf4_is_the_table_of_bitsandbytes() -> None:
-    reference = bnb.get_4bit_type("nf4", device="cpu").numpy()
-    np.testing.assert_allclose(nf_code_book(4), reference, rtol=0, atol=2e-7)
+@pytest.mark.oracles
+def test_nf4_is_the_table_of_bitsandbytes(oracle: Oracle) -> None:
+    np.testing.assert_allclose(nf_code_book(4), oracle(nf4_table), rtol=0, atol=2e-7)
 
 
-def test_nf4_codes_are_those_of_bitsandbytes() -> None:
+@pytest.mark.oracles
+def test_nf4_codes_are_those_of_bitsandbytes(oracle: Oracle) -> None:
     weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(0))
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", quant_storage=torch.uint8)
+    packed, absmax = oracle(nf4_quantized, weight.numpy(), 64)
     scales = weight.view(-1, 64).abs().amax(1, keepdim=True)
-    assert torch.equal(state.absmax, scales.view(-1))
+    np.testing.assert_array_equal(absmax, scales.view(-1).numpy())
     codes = nf_codes(weight.view(-1, 64) / scales, 4)
-    theirs = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=1)  # high half first
-    assert torch.equal(codes.view(-1), theirs.view(-1))
+    np.testing.assert_array_equal(codes.view(-1).numpy(), np.stack([packed >> 4, packed & 15], axis=1).reshape(-1))
 
 
 def test_numbers_beyond_the_book_get_its_ends_and_shape_is_kept() -> None:
