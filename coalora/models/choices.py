@@ -1,4 +1,4 @@
-"""Which choices each target layer has: schemes for all layers, and rules by layer that replace or cut them.
+"""Choices of each target layer: schemes for all layers, and rules by layer that replace or cut them.
 
 Rules are applied in order, each to what those before it left. A rule with schemes *replaces* the layer's choices; then
 the limits of the rule *cut* them: values by field, and least and greatest bits. So hardware constraints are rules too:
@@ -66,11 +66,10 @@ def layer_choices(
     for rule in rules:
         rows = [i for i, layer in enumerate(layers) if matches(layer.name, rule.layers)]
         if not rows:
+            names = ", ".join(layer.name for layer in layers[:3])
             raise CoaloraError(
-                "every rule of the choices matches a target layer",
-                got=f"no match for {rule.layers!r}",
-                expected=f"globs or suffixes of names such as {', '.join(layer.name for layer in layers[:3])}",
-                remedy="correct layers in choices.rules, or name the layer in target_modules",
+                f"{rule.layers!r} matches no target layer (they are {names}, ...)",
+                remedy="Correct layers in choices.rules, or name the layer in target_modules",
             )
         if rule.parts:
             allowed[rows] = _members(space, rule.parts)
@@ -78,9 +77,8 @@ def layer_choices(
         empty = [layers[i].name for i in rows if not allowed[i].any()]
         if empty:
             raise CoaloraError(
-                "rules leave every layer at least one choice",
-                got=f"none for {', '.join(empty[:3])} ({len(empty)} in all) after the rule for {rule.layers!r}",
-                remedy="loosen this rule, or give it a scheme of its own",
+                f"The rule for {rule.layers!r} leaves {', '.join(empty[:3])} ({len(empty)} in all) without a choice",
+                remedy="Loosen it, or give it a scheme of its own",
             )
     used = np.flatnonzero(allowed.any(0))
     kept = ChoiceSpace.union([_spanned(space, used[space.scheme_index[used] == s]) for s in _owners(space, used)])
@@ -126,9 +124,8 @@ def _within(space: ChoiceSpace, rule: Rule, present: NDArray[np.int64]) -> NDArr
         known = [value for scheme in schemes for value in scheme.field_values.get(name, ())]
         if unknown := [value for value in values if value not in known]:
             raise CoaloraError(
-                f"a rule cuts fields that its layers' schemes have, to values of theirs (rule for {rule.layers!r})",
-                got=f"{name}: {unknown}",
-                expected=f"some of {tuple(dict.fromkeys(known))}" if known else f"a field of {_fields(schemes)}",
+                f"The layers of the rule for {rule.layers!r} have no {name} {unknown}",
+                remedy=f"Take some of {list(dict.fromkeys(known))}" if known else f"Cut fields of {_fields(schemes)}",
             )
         mask &= [name not in row or row[name] in values for row in rows]
     low, high = rule.min_bits or 0, np.inf if rule.max_bits is None else rule.max_bits

@@ -14,41 +14,29 @@ import torch
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors, check_weight, own_choice
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FIELD_VALUES: dict[str, tuple[FieldValue, ...]] = {"bits": (16,), "dtype": tuple(_DTYPES)}
 
 
 @dataclass(frozen=True)
 class FloatChoice(Choice):
-    """One choice; `bits` is 16, so that limits on bits apply to every scheme alike.
+    """One choice; `bits` is 16, so that limits on bits apply to every scheme alike."""
 
-    Raises:
-        CoaloraError: a value that the scheme does not have.
-    """
-
+    field_values: ClassVar = {"bits": (16,), "dtype": tuple(_DTYPES)}
     bits: int
     dtype: str
-
-    def __post_init__(self) -> None:
-        for name, value in self.as_dict().items():
-            if value not in _FIELD_VALUES[name]:
-                raise CoaloraError(f"no such value of float field {name!r}", got=value, expected=_FIELD_VALUES[name])
-        object.__setattr__(self, "bits", 16)
 
     def __str__(self) -> str:
         """``bf16`` or ``fp16``."""
         return self.dtype
 
 
-@register_scheme
 class FloatScheme(Scheme):
     """Rounding to a 16-bit float. State and packed: ``values`` (out, in) of the choice's dtype."""
 
-    name: ClassVar[str] = "float"
+    name = "float"
     choice_type: ClassVar[type[Choice]] = FloatChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = _FIELD_VALUES
 
     def nominal_bits(self, choice: Choice) -> float:
         _dtype(choice)
@@ -60,18 +48,13 @@ class FloatScheme(Scheme):
 
     def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
         dtype = _dtype(choice)
-        if not weight.is_floating_point() or weight.numel() == 0:
-            raise CoaloraError(
-                "a weight to keep is a floating-point tensor that is not empty",
-                got=f"{weight.dtype} of shape {tuple(weight.shape)}",
-            )
+        check_weight(weight)
         values = weight.detach().to(torch.float32).to(dtype).contiguous()
         if not bool(torch.isfinite(values).all()):
             raise CoaloraError(
-                f"a weight to keep is finite in {choice}",
-                got=f"NaN or inf, from weights up to {float(weight.detach().abs().max()):g}",
-                expected=f"at most {torch.finfo(dtype).max:g}",
-                remedy="allow the dtype bf16, or repair the checkpoint where its weights are not finite",
+                f"A weight up to {float(weight.detach().abs().max()):g} is not finite in {choice}, which reaches "
+                f"{torch.finfo(dtype).max:g}",
+                remedy="Allow the dtype bf16, or repair the checkpoint where its weights are not finite",
             )
         return {"values": values}
 
@@ -95,13 +78,8 @@ class FloatScheme(Scheme):
 
 
 def _dtype(choice: Choice) -> torch.dtype:
-    if not isinstance(choice, FloatChoice):
-        raise CoaloraError("the float scheme takes its own choices", got=repr(choice), expected="a FloatChoice")
-    return _DTYPES[choice.dtype]
+    return _DTYPES[own_choice(choice, FloatChoice).dtype]
 
 
 def _check(tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> None:
-    expected = {"values": (_dtype(choice), tuple(shape))}
-    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if got != expected:
-        raise CoaloraError(f"tensors fit {choice} and shape {tuple(shape)}", got=got, expected=expected)
+    check_tensors("state", tensors, {"values": (_dtype(choice), tuple(shape))}, choice, shape)

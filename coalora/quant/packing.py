@@ -36,7 +36,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     _check(codes, bits)
     count = codes.numel()
     if count and bits < 8 and int(codes.max()) >= 2**bits:
-        raise CoaloraError("a code must fit its width", got=int(codes.max()), expected=f"below {2**bits}")
+        raise CoaloraError(f"Code {int(codes.max())} does not fit {bits} bits")
     if bits == 8:
         return codes.clone()
     padded = codes.new_zeros(count + -count % 8)
@@ -66,9 +66,7 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     _check(packed, bits)
     if count < 0 or packed.numel() != packed_size(count, bits):
         raise CoaloraError(
-            "packed codes have ceil(count*bits/8) bytes",
-            got=f"{packed.numel()} bytes for count={count}, bits={bits}",
-            expected=f"{packed_size(max(count, 0), bits)} bytes",
+            f"{packed.numel()} bytes are not those of {count} codes of {bits} bits ({packed_size(max(count, 0), bits)})"
         )
     if bits == 8:
         return packed.clone()
@@ -102,6 +100,6 @@ def _lanes(pattern: int, lane: int) -> int:
 
 def _check(tensor: Tensor, bits: int) -> None:
     if not 1 <= bits <= 8:
-        raise CoaloraError("codes have 1 to 8 bits", got=bits)
+        raise CoaloraError(f"There are no codes of {bits} bits", remedy="Take 1 to 8 bits")
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise CoaloraError("codes are a flat uint8 tensor", got=f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise CoaloraError(f"Codes of type {tensor.dtype} and shape {tuple(tensor.shape)} are no flat uint8 tensor")

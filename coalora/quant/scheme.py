@@ -1,4 +1,4 @@
-"""The interface of a quantization scheme, and the registry of schemes.
+"""Interface of a quantization scheme.
 
 A scheme is a finite, ordered list of *choices* (one of which each target layer gets: the configuration ``C``
 assigns one choice to each of ``N`` layers), a bits-per-weight rule, and the four maps
@@ -6,8 +6,8 @@ assigns one choice to each of ``N`` layers), a bits-per-weight rule, and the fou
     weight --quantize--> state --pack--> tensors on disk --unpack--> state --dequantize--> weight
 
 Average bits count every stored byte, so ``packed_nbytes`` is exact and ``nominal_bits`` only the formula that
-papers quote. A further scheme (integer, GPTQ, GGUF) is one module: subclass `Scheme`, decorate it with
-`register_scheme`, and import it in `get_scheme`.
+papers quote. A further scheme is one module that subclasses `Scheme` (docs/extending.md), registered in
+`coalora.quant.registry`, by an entry point, or not at all: ``module:name`` names it as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,28 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to quantize one layer; a subclass has one dataclass field per field of its scheme."""
+    """One way to quantize one layer; a subclass has one dataclass field per field of its scheme.
+
+    Attributes:
+        field_values: ordered values of every field (neighbours in the search are adjacent values); insertion order is
+            field order.
+
+    Raises:
+        CoaloraError: a value that the field does not have.
+    """
+
+    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]]
+
+    def __post_init__(self) -> None:
+        for name, value in self.as_dict().items():
+            known = self.field_values[name]
+            if value not in known:
+                raise CoaloraError(
+                    f"{type(self).__name__} has no {name} {value!r}",
+                    remedy=f"Take one of {', '.join(map(repr, known))}",
+                )
+            # NumPy integers, whole floats and bools become the plain value, or as_dict would not be JSON-able.
+            object.__setattr__(self, name, known[known.index(value)])
 
     def as_dict(self) -> dict[str, FieldValue]:
         """Field values by name, JSON-able, in the scheme's field order."""
@@ -56,17 +77,19 @@ class Scheme(ABC):
     """A list of choices with its storage rule and arithmetic; stateless, one instance per process.
 
     Attributes:
-        name: the registry key.
+        name: its name in the registry.
         choice_type: the `Choice` subclass of this scheme.
-        field_values: ordered values of every field (neighbours in the search are adjacent values); insertion
-            order is field order.
         needs_statistics: whether `quantize` reads the Hessian of the layer's inputs (calibrated schemes).
     """
 
     needs_statistics: ClassVar[bool] = False
-    name: ClassVar[str]
+    name: str
     choice_type: ClassVar[type[Choice]]
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]]
+
+    @property
+    def field_values(self) -> Mapping[str, tuple[FieldValue, ...]]:
+        """Ordered values of every field of `choice_type`."""
+        return self.choice_type.field_values
 
     def choices(self) -> tuple[Choice, ...]:
         """All K choices, last field fastest; a scheme whose fields do not form a product overrides this."""
@@ -187,35 +210,57 @@ class Scheme(ABC):
             yield self.fake_quantize(weight, choice, statistics)
 
 
-_SCHEMES: dict[str, Scheme] = {}
-SchemeType = TypeVar("SchemeType", bound=type[Scheme])
+C = TypeVar("C", bound=Choice)
 
 
-def register_scheme(cls: SchemeType) -> SchemeType:
-    """Class decorator: make a scheme available to `get_scheme` under its ``name``."""
-    registered = _SCHEMES.get(cls.name)
-    # A module that is reloaded registers the same class again; two classes under one name are a mistake.
-    if registered is not None and type(registered).__qualname__ != cls.__qualname__:
-        raise CoaloraError(
-            "a scheme name is registered once", got=cls.name, expected=f"a name other than {sorted(_SCHEMES)}"
-        )
-    _SCHEMES[cls.name] = cls()
-    return cls
-
-
-def get_scheme(name: str) -> Scheme:
-    """The scheme registered under ``name``.
+def own_choice(choice: Choice, kind: type[C]) -> C:
+    """`choice` as one of a scheme's own.
 
     Raises:
-        CoaloraError: no such scheme.
+        CoaloraError: it is one of another scheme.
     """
-    # Written as a plain import, not importlib: source digests follow import statements. Here and not at the
-    # top, because a scheme's module imports this one.
-    import coalora.quant.float16
-    import coalora.quant.gptq.scheme
-    import coalora.quant.integer.scheme
-    import coalora.quant.nf.scheme  # noqa: F401
+    if not isinstance(choice, kind):
+        raise CoaloraError(f"{choice!r} is no {kind.__name__}", remedy="Use it with the scheme that it belongs to")
+    return choice
 
-    if name not in _SCHEMES:
-        raise CoaloraError("unknown quantization scheme", got=name, expected=f"one of {sorted(_SCHEMES)}")
-    return _SCHEMES[name]
+
+def check_tensors(
+    what: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    choice: Choice,
+    shape: Sequence[int],
+) -> None:
+    """Compare a state's or packed weight's tensors, named ``what``, with the dtype and shape that each must have.
+
+    Raises:
+        CoaloraError: one is missing, of another dtype or of another shape, or there is one more.
+    """
+    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if wrong := [name for name in {**expected, **got} if got.get(name) != expected.get(name)]:
+        described = "; ".join(f"{name}: {got.get(name)}, not {expected.get(name)}" for name in wrong)
+        raise CoaloraError(
+            f"This {what} is not that of a weight of shape {tuple(shape)} under {choice} ({described})",
+            remedy="Use it with the choice and the shape that it was made with, or make it again",
+        )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Look at a weight that is to be quantized, but for its values.
+
+    Raises:
+        CoaloraError: it is not floating point, no matrix, or empty.
+    """
+    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() != 2:
+        raise CoaloraError(
+            f"A weight of type {weight.dtype} and shape {tuple(weight.shape)} cannot be quantized",
+            remedy="Give a floating-point matrix (out, in) with at least one entry",
+        )
+
+
+def not_finite() -> CoaloraError:
+    """Error of a weight with NaN or infinite entries in float32."""
+    return CoaloraError(
+        "A weight to quantize has entries that are NaN or infinite in float32",
+        remedy="Look for the layer with torch.isfinite(weight).all() and repair the checkpoint",
+    )

@@ -1,4 +1,4 @@
-"""The choices that a run allows: subsets of one or several schemes, indexed 0 .. K-1.
+"""Choice space of a run: subsets of one or several schemes, indexed 0 .. K-1.
 
 Everything that searches or learns sees a choice as its index k, or as the row ``fields[k]`` of value indices
 (what the configuration-aware model embeds); only quantization itself needs the choice object and its scheme.
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.quant.fields import ABSENT, FieldValues, occurring, restricted
-from coalora.quant.neighbours import neighbour_table
-from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, get_scheme
+from coalora.quant.registry import get_scheme
+from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme
+from coalora.registry import added_source
 
 MIXED = "mixed"  # the name of several schemes together
+ABSENT = "absent"  # the value of a field that a choice's scheme does not have
+FieldValues = dict[str, tuple[FieldValue, ...]]
 
 
 class ChoiceSpace:
@@ -41,11 +43,17 @@ class ChoiceSpace:
 
     Raises:
         CoaloraError: unknown scheme, field or value, or nothing left.
+
+    Example:
+        >>> from coalora.quant.space import ChoiceSpace
+        >>> space = ChoiceSpace("nf", bits=[2, 3], scale_bits=[8], scale_dtype=["bf16"], block_size=[64])
+        >>> len(space), space.describe(0)
+        (6, 'nf2 b64 s8/bf16 x16')
     """
 
     def __init__(self, scheme: Scheme | str, /, **allowed: Sequence[FieldValue]) -> None:
         only = get_scheme(scheme) if isinstance(scheme, str) else scheme
-        self._fill([(only, restricted(only, allowed))])
+        self._fill([(only, _restricted(only, allowed))])
 
     @classmethod
     def union(cls, spaces: Sequence[ChoiceSpace]) -> ChoiceSpace:
@@ -63,9 +71,11 @@ class ChoiceSpace:
                 for name, value in choice.as_dict().items():
                     values.setdefault(scheme.name, {}).setdefault(name, set()).add(value)
         if not schemes:
-            raise CoaloraError("a union joins at least one choice space", got="none")
+            raise CoaloraError("There is no choice space to join", remedy="Give at least one")
         joined = cls.__new__(cls)
-        joined._fill([(s, restricted(s, {f: list(v) for f, v in values[name].items()})) for name, s in schemes.items()])
+        joined._fill(
+            [(s, _restricted(s, {f: list(v) for f, v in values[name].items()})) for name, s in schemes.items()]
+        )
         return joined
 
     def _fill(self, parts: Sequence[tuple[Scheme, list[Choice]]]) -> None:
@@ -74,7 +84,7 @@ class ChoiceSpace:
         owner = [s for s, (_, choices) in enumerate(parts) for _ in choices]
         self.scheme_index: NDArray[np.int64] = np.array(owner, dtype=np.int64)
         rows = [self._row(k) for k in range(len(self.choices))]
-        self.field_values: FieldValues = occurring(self.schemes, rows)
+        self.field_values: FieldValues = _occurring(self.schemes, rows)
         self.field_sizes: tuple[int, ...] = tuple(map(len, self.field_values.values()))
         self.fields: NDArray[np.int64] = np.array(
             [[values.index(row.get(name, ABSENT)) for name, values in self.field_values.items()] for row in rows],
@@ -120,7 +130,8 @@ class ChoiceSpace:
         if len(self.schemes) > 1:
             names = ", ".join(scheme.name for scheme in self.schemes)
             raise CoaloraError(
-                "a mixed choice space has a scheme for each choice", got=names, remedy="ask for scheme_of(k)"
+                f"A choice space of several schemes ({names}) has no single one",
+                remedy="Ask for a choice's scheme with scheme_of(k)",
             )
         return self.schemes[0]
 
@@ -159,7 +170,8 @@ class ChoiceSpace:
             row = {"scheme": owners[0] if len(owners) == 1 else "", **row}
         k = self._index.get(_key(row))
         if k is None:
-            raise CoaloraError("not a choice of this space", got=row, expected=self.field_values)
+            values = ", ".join(f"{name} {list(known)}" for name, known in self.field_values.items())
+            raise CoaloraError(f"{row} is no choice of this space", remedy=f"Take values of {values}")
         return k
 
     def choice_dict(self, k: int) -> dict[str, FieldValue]:
@@ -189,7 +201,7 @@ class ChoiceSpace:
         Raises:
             CoaloraError: ``delta`` is below 1.
         """
-        return neighbour_table(self.fields, self.scheme_index, self.nominal_bits, delta, allowed)
+        return _neighbour_table(self.fields, self.scheme_index, self.nominal_bits, delta, allowed)
 
     def packed_nbytes_table(self, shapes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """Exact stored bytes of every layer under every choice.
@@ -208,14 +220,14 @@ class ChoiceSpace:
         return np.array([distinct[key] for key in keys], dtype=np.int64).reshape(len(keys), len(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, read back by `from_dict`."""
-        if len(self.schemes) == 1:
-            return {"scheme": self.scheme.name, "fields": {name: list(v) for name, v in self.field_values.items()}}
+        """JSON-able form, read back by `from_dict`; with the source's digest of schemes that other packages add."""
         parts = []
         for s, scheme in enumerate(self.schemes):
             rows = [c.as_dict() for c, owner in zip(self.choices, self.scheme_index, strict=True) if owner == s]
-            parts.append({"scheme": scheme.name, "fields": {n: list(v) for n, v in occurring([scheme], rows).items()}})
-        return {"parts": parts}
+            fields = {name: list(values) for name, values in _occurring([scheme], rows).items()}
+            source = added_source(type(scheme))
+            parts.append({"scheme": scheme.name, "fields": fields} | ({"source": source} if source else {}))
+        return parts[0] if len(parts) == 1 else {"parts": parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ChoiceSpace:
@@ -226,17 +238,101 @@ class ChoiceSpace:
         """
         if data.keys() == {"parts"}:
             return cls.union([cls.from_dict(part) for part in data["parts"]])
-        if data.keys() != {"scheme", "fields"}:
-            raise CoaloraError(
-                "a serialised choice space has two keys", got=sorted(data), expected=["fields", "scheme"]
-            )
+        if data.keys() - {"source"} != {"scheme", "fields"}:
+            raise CoaloraError(f"A choice space is read from `scheme` and `fields`, not from {sorted(data)}")
         return cls(data["scheme"], **data["fields"])
 
     def _choice(self, k: int) -> Choice:
         if not 0 <= k < len(self.choices):
-            raise CoaloraError("no such choice", got=k, expected=f"0 to {len(self.choices) - 1}")
+            raise CoaloraError(f"There is no choice {k} among 0 to {len(self.choices) - 1}")
         return self.choices[k]
 
 
 def _key(row: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
     return frozenset(row.items())
+
+
+def _restricted(scheme: Scheme, allowed: Mapping[str, Sequence[FieldValue]]) -> list[Choice]:
+    """The scheme's choices whose fields have the allowed values."""
+    known = scheme.field_values
+    for name, values in allowed.items():
+        if name not in known:
+            raise CoaloraError(
+                f"Scheme {scheme.name!r} has no field {name!r}", remedy=f"Restrict some of {', '.join(known)}"
+            )
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise CoaloraError(
+                f"{values!r} is no list of values of field {name!r}", remedy=f"Give some of {list(known[name])}"
+            )
+        if unknown := [value for value in values if value not in known[name]]:
+            raise CoaloraError(
+                f"Field {name!r} of scheme {scheme.name!r} has no values {unknown}",
+                remedy=f"Take some of {list(known[name])}",
+            )
+    rows = [(choice, choice.as_dict()) for choice in scheme.choices()]
+    kept = [choice for choice, row in rows if all(row[name] in values for name, values in allowed.items())]
+    if not kept:
+        raise CoaloraError(
+            f"No choice of scheme {scheme.name!r} is left by {dict(allowed)}", remedy="Allow at least one value a field"
+        )
+    return kept
+
+
+def _occurring(schemes: Sequence[Scheme], rows: Sequence[Mapping[str, FieldValue]]) -> FieldValues:
+    """Ordered values of every field that occur in the rows; see `ChoiceSpace.field_values`."""
+    found: dict[str, list[FieldValue]] = {}
+    if len(schemes) > 1:
+        found["scheme"] = [scheme.name for scheme in schemes]
+    for scheme in schemes:
+        for name, known in scheme.field_values.items():
+            found[name] = list(dict.fromkeys([*found.get(name, []), *known]))
+    present: FieldValues = {}
+    for name, values in found.items():
+        if len(schemes) > 1 and all(isinstance(value, int) for value in values):
+            values = sorted(values, key=int)
+        kept = tuple(value for value in values if any(row.get(name) == value for row in rows))
+        present[name] = kept if all(name in row for row in rows) else (*kept, ABSENT)
+    return present
+
+
+def _neighbour_table(
+    fields: NDArray[np.int64],
+    scheme_index: NDArray[np.int64],
+    nominal_bits: NDArray[np.float64],
+    delta: int,
+    allowed: NDArray[np.bool_] | None,
+) -> NDArray[np.int64]:
+    """See `ChoiceSpace.neighbours`, whose arrays these are: fields (K, F), scheme_index and nominal_bits (K,)."""
+    if delta < 1:
+        raise CoaloraError(f"Neighbours cannot be {delta} steps apart", remedy="Take a delta of at least 1")
+    near: list[dict[int, None]] = [{} for _ in fields]  # a dictionary keeps the order and drops repetitions
+    for mask in np.ones((1, len(fields)), dtype=np.bool_) if allowed is None else np.unique(allowed, axis=0):
+        members = np.flatnonzero(mask)
+        owner = scheme_index[members]
+        groups = [members[owner == s] for s in np.unique(owner)]
+        for group in groups:
+            for k, found in zip(group.tolist(), _steps(fields[group], delta), strict=True):
+                near[k] |= dict.fromkeys(group[found].tolist())
+                for other in groups:
+                    if other is not group:
+                        # The first of equals. One edge each way: without it a climb could never change the scheme.
+                        near[k][int(other[np.abs(nominal_bits[other] - nominal_bits[k]).argmin()])] = None
+    table = np.full((len(near), max(map(len, near))), -1, dtype=np.int64)
+    for k, row in enumerate(near):
+        table[k, : len(row)] = list(row)
+    return table
+
+
+def _steps(fields: NDArray[np.int64], delta: int) -> list[list[int]]:
+    """Of each row, the rows that differ in one column by at most ``delta`` ranks of the values that occur in it."""
+    ranks = np.stack([np.unique(column, return_inverse=True)[1].ravel() for column in fields.T], axis=1)
+    by_ranks = {tuple(row): i for i, row in enumerate(ranks.tolist())}
+    found: list[list[int]] = []
+    for row in by_ranks:
+        near = []
+        for f in range(len(row)):
+            for step in (sign * size for size in range(1, delta + 1) for sign in (-1, 1)):
+                i = by_ranks.get((*row[:f], row[f] + step, *row[f + 1 :]))
+                near += [i] if i is not None else []
+        found.append(near)
+    return found

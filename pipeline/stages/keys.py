@@ -2,11 +2,12 @@
 
 Prefect's own policies hash the body of the task alone (`TASK_SOURCE`), so that an edit in the library
 returns stale results, or the run id (`DEFAULT`), so that nothing is ever reused. Here the key covers every
-file of ours that the stage's module reaches by imports, the versions of the numerical packages, and the
-content of the inputs.
+file of ours that the stage's module reaches by imports, the versions of the numerical packages, the content
+of the inputs, and the source of what these name in the registries that another package has added.
 
 Code is compared as a syntax tree without docstrings: comments and formatting do not retrain. Computed module
-names (`import_module(f"coalora.{name}")`) cannot be followed; a name written out as a string is.
+names (`import_module(f"coalora.{name}")`) cannot be followed; a name written out as a string is, also as
+``module:attribute``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
+from coalora.registry import added_modules
 from pipeline.store.artifacts import Artifact
 
 PACKAGES = ("coalora", "pipeline", "tasks")
@@ -54,7 +56,7 @@ EXCLUDED = (
     "pipeline.workers.pool*",
 )
 
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?::[A-Za-z_]\w*)?")
 
 
 def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> list[Path]:
@@ -106,11 +108,14 @@ def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any
     Raises:
         TypeError: an input is of another type; names the argument.
     """
+    canonical = {name: _canonical(value, name) for name, value in inputs.items()}
+    added = sorted({module for text in _strings(canonical) for module in added_modules(text)})
     material = {
         "stage": stage,
         "source": source if source is not None else function_source_digest(function),
+        "added": {module: source_digest(module, (*PACKAGES, module.split(".")[0])) for module in added},
         "versions": {name: _version(name) for name in VERSIONED},
-        "inputs": {name: _canonical(value, name) for name, value in inputs.items()},
+        "inputs": canonical,
     }
     return f"{stage}-{_sha256(material)}"
 
@@ -153,6 +158,15 @@ def _canonical(value: Any, where: str) -> Any:
         f"input {where!r} of type {type(value).__name__} ({value!r:.80}) cannot be part of a cache key; "
         "expected a pydantic model, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
     )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Strings among the values of canonical inputs."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
 def _closure(module: str | Path, packages: Sequence[str]) -> dict[str, Path]:
@@ -234,8 +248,8 @@ def _parse(source: bytes) -> tuple[tuple[tuple[int, str], ...], str]:
         elif isinstance(node, ast.ImportFrom):
             base = [node.module] if node.module else []
             imports += [(node.level, ".".join([*base, alias.name])) for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _DOTTED.fullmatch(node.value):
-            imports.append((0, node.value))  # registries of lazily imported modules
+        elif isinstance(node, ast.Constant) and (dotted := _DOTTED.fullmatch(str(node.value))):
+            imports.append((0, dotted[1]))  # registries of lazily imported modules
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             _drop_docstring(node)

@@ -117,7 +117,7 @@ def test_a_member_that_was_edited_out_of_range_is_refused(
 def test_a_choice_outside_the_space_is_refused(members: ConfigurationSet, tables: CalibrationTables) -> None:
     content = members.to_dict(tables)
     content["choices"][0]["block_size"] = 32
-    with pytest.raises(CoaloraError, match="not a choice of this space"):
+    with pytest.raises(CoaloraError, match="is no choice of this space"):
         ConfigurationSet.from_dict(content, tables)
 
 

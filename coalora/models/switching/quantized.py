@@ -38,7 +38,8 @@ from coalora.models.switching.masters import MasterMode, Masters
 from coalora.models.switching.packed import move_rest, pack_layer
 from coalora.models.switching.slots import WeightSlots
 from coalora.models.targets import TargetLayer
-from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme
+from coalora.quant.registry import get_scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 
 FULL_PRECISION = -1

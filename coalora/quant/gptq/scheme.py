@@ -28,41 +28,23 @@ from torch import Tensor
 from coalora.errors import CoaloraError
 from coalora.quant.gptq.solver import LayerSolver, check_installed
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
-
-_FIELD_VALUES: dict[str, tuple[FieldValue, ...]] = {
-    "bits": (2, 3, 4, 8),
-    "group_size": (32, 64, 128),
-    "sym": (1, 0),
-}
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors, own_choice
 
 
 @dataclass(frozen=True)
 class GPTQChoice(Choice):
-    """One choice; ``sym`` 0 stores a zero point for every group.
+    """One choice; ``sym`` 0 stores a zero point for every group."""
 
-    Raises:
-        CoaloraError: a value that the scheme does not have.
-    """
-
+    field_values: ClassVar = {"bits": (2, 3, 4, 8), "group_size": (32, 64, 128), "sym": (1, 0)}
     bits: int
     group_size: int
     sym: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in self.as_dict().items():
-            allowed = _FIELD_VALUES[name]
-            if value not in allowed:
-                raise CoaloraError(f"no such value of gptq field {name!r}", got=value, expected=allowed)
-            # NumPy integers, whole floats and bools become the plain value, or as_dict would not be JSON-able.
-            object.__setattr__(self, name, allowed[allowed.index(value)])
 
     def __str__(self) -> str:
         """For example ``gptq3 g64``, or ``gptq3 g64 zp`` with zero points."""
         return f"gptq{self.bits} g{self.group_size}" + ("" if self.sym else " zp")
 
 
-@register_scheme
 class GPTQScheme(Scheme):
     """See the module docstring.
 
@@ -70,20 +52,19 @@ class GPTQScheme(Scheme):
     (out * G,), all row-major, G groups a row. Packed: the same names, codes and zeros bit-packed.
     """
 
-    name: ClassVar[str] = "gptq"
+    name = "gptq"
     choice_type: ClassVar[type[Choice]] = GPTQChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = _FIELD_VALUES
     needs_statistics: ClassVar[bool] = True
 
     def require_packages(self) -> None:
         check_installed()
 
     def nominal_bits(self, choice: Choice) -> float:
-        c = _gptq(choice)
+        c = own_choice(choice, GPTQChoice)
         return c.bits + (16 + (0 if c.sym else c.bits)) / c.group_size
 
     def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
-        c = _gptq(choice)
+        c = own_choice(choice, GPTQChoice)
         count, n_groups = _counts(c, shape)
         return packed_size(count, c.bits) + 2 * n_groups + (0 if c.sym else packed_size(n_groups, c.bits))
 
@@ -95,13 +76,12 @@ class GPTQScheme(Scheme):
     ) -> Iterator[dict[str, Tensor]]:
         if statistics is None or statistics.hessian is None:
             raise CoaloraError(
-                "scheme 'gptq' quantizes with the Hessian of the layer's inputs",
-                got="no statistics" if statistics is None else "statistics without a Hessian",
-                remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
+                "Scheme 'gptq' needs the Hessian of a layer's inputs and got none",
+                remedy="Collect it with coalora.calibrate.statistics.collect_statistics(hessians=True)",
             )
         solver = LayerSolver(weight, statistics.hessian)
         for choice in choices:
-            yield _solved(solver, _gptq(choice))
+            yield _solved(solver, own_choice(choice, GPTQChoice))
 
     def fake_quantize_many(
         self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
@@ -116,8 +96,8 @@ class GPTQScheme(Scheme):
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        c = _gptq(choice)
-        _check_state(state, c, shape)
+        c = own_choice(choice, GPTQChoice)
+        _check(state, c, shape, packed=False)
         rows, columns = shape
         by_column = torch.arange(columns, device=state["codes"].device) // c.group_size
         weight = state["codes"].view(rows, columns).to(torch.float32)
@@ -128,23 +108,15 @@ class GPTQScheme(Scheme):
         return weight.mul_(state["scales"].view(rows, -1).to(torch.float32)[:, by_column]).to(dtype)
 
     def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _gptq(choice)
-        _check_state(state, c, shape)
+        c = own_choice(choice, GPTQChoice)
+        _check(state, c, shape, packed=False)
         packed = {"codes": pack_codes(state["codes"], c.bits), "scales": state["scales"].clone()}
         return packed if c.sym else {**packed, "zeros": pack_codes(state["zeros"], c.bits)}
 
     def unpack(self, tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _gptq(choice)
+        c = own_choice(choice, GPTQChoice)
+        _check(tensors, c, shape, packed=True)
         count, n_groups = _counts(c, shape)
-        expected = {
-            "codes": (torch.uint8, (packed_size(count, c.bits),)),
-            "scales": (torch.float16, (n_groups,)),
-        }
-        if not c.sym:
-            expected["zeros"] = (torch.uint8, (packed_size(n_groups, c.bits),))
-        got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        if got != expected:
-            raise CoaloraError(f"packed tensors fit {c} and shape {tuple(shape)}", got=got, expected=expected)
         state = {"codes": unpack_codes(tensors["codes"], c.bits, count), "scales": tensors["scales"]}
         return state if c.sym else {**state, "zeros": unpack_codes(tensors["zeros"], c.bits, n_groups)}
 
@@ -155,19 +127,11 @@ def _solved(solver: LayerSolver, choice: GPTQChoice) -> dict[str, Tensor]:
     scales = solution.scales.to(torch.float16)
     if not bool(torch.isfinite(scales).all()):
         raise CoaloraError(
-            "scales of scheme 'gptq' fit fp16",
-            got=f"{float(solution.scales.abs().max()):.3g}",
-            expected="at most 65504",
-            remedy="leave the layer out of target_modules, or take scheme 'nf', whose scales may be bf16",
+            f"A scale of scheme 'gptq' is {float(solution.scales.abs().max()):.3g}, beyond fp16's 65504",
+            remedy="Leave the layer out of target_modules, or take scheme 'nf', whose scales may be bf16",
         )
     state = {"codes": solution.codes.reshape(-1), "scales": scales.reshape(-1)}
     return state if choice.sym else {**state, "zeros": solution.zeros.reshape(-1)}
-
-
-def _gptq(choice: Choice) -> GPTQChoice:
-    if not isinstance(choice, GPTQChoice):
-        raise CoaloraError("the gptq scheme takes its own choices", got=repr(choice), expected="a GPTQChoice")
-    return choice
 
 
 def _counts(choice: GPTQChoice, shape: Sequence[int]) -> tuple[int, int]:
@@ -176,13 +140,10 @@ def _counts(choice: GPTQChoice, shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape), rows * -(-columns // choice.group_size)
 
 
-def _check_state(state: Mapping[str, Tensor], choice: GPTQChoice, shape: Sequence[int]) -> None:
+def _check(tensors: Mapping[str, Tensor], choice: GPTQChoice, shape: Sequence[int], *, packed: bool) -> None:
     count, n_groups = _counts(choice, shape)
-    expected = {"codes": count, "scales": n_groups} | ({} if choice.sym else {"zeros": n_groups})
-    got = {name: tensor.numel() for name, tensor in state.items()}
-    if got != expected:
-        raise CoaloraError(
-            f"a state is used with the choice and shape it was made with ({choice}, shape {tuple(shape)})",
-            got=got,
-            expected=expected,
-        )
+    size = packed_size if packed else lambda number, _: number
+    expected = {"codes": (torch.uint8, (size(count, choice.bits),)), "scales": (torch.float16, (n_groups,))}
+    if not choice.sym:
+        expected["zeros"] = (torch.uint8, (size(n_groups, choice.bits),))
+    check_tensors("packed weight" if packed else "state", tensors, expected, choice, shape)

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
+from coalora.quant.scheme import check_weight
 
 _VERSIONS = ((7, 4), (7, 7))  # from, below
-_INSTALL = "pip install 'coalora[gptq]'"
+_INSTALL = "Install it with `pip install 'coalora[gptq]'`"
 _SEARCHED_BITS = (2, 3, 4)
 
 
@@ -59,8 +60,7 @@ def check_installed() -> None:
     absent = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
     if absent:
         raise CoaloraError(
-            "scheme 'gptq' quantizes with gptqmodel, and PEFT then needs optimum",
-            got=f"no package {' and no package '.join(absent)}",
+            f"Scheme 'gptq' needs {' and '.join(absent)}, not installed here",
             remedy=_INSTALL,
         )
     try:
@@ -71,9 +71,7 @@ def check_installed() -> None:
     parts = found.split(".")
     if not (all(part.isdigit() for part in parts[:2]) and low <= tuple(map(int, parts[:2])) < high):
         raise CoaloraError(
-            "scheme 'gptq' knows the inside of some versions of gptqmodel",
-            got=found,
-            expected=f">={low[0]}.{low[1]},<{high[0]}.{high[1]}",
+            f"Scheme 'gptq' needs gptqmodel >={low[0]}.{low[1]},<{high[0]}.{high[1]} and found {found}",
             remedy=_INSTALL,
         )
 
@@ -91,22 +89,20 @@ class LayerSolver:
 
     def __init__(self, weight: Tensor, hessian: Tensor) -> None:
         check_installed()
-        if not weight.is_floating_point() or weight.dim() != 2 or weight.numel() == 0:
-            raise CoaloraError(
-                "a weight to quantize is a floating-point matrix that is not empty",
-                got=f"{weight.dtype} of shape {tuple(weight.shape)}",
-            )
+        check_weight(weight)
         if hessian.shape != (weight.shape[1], weight.shape[1]):
             raise CoaloraError(
-                "a layer's Hessian has a row and a column for every input feature",
-                got=tuple(hessian.shape),
-                expected=(weight.shape[1], weight.shape[1]),
+                f"A Hessian of shape {tuple(hessian.shape)} is not one of {weight.shape[1]} input features",
+                remedy="Calibrate with this model and these layers",
             )
         self._weight = weight.detach().to(torch.float32).contiguous()
         self._hessian = hessian.to(self._weight.device, torch.float32)
         for name, tensor in (("weight", self._weight), ("Hessian", self._hessian)):
             if not bool(torch.isfinite(tensor).all()):
-                raise CoaloraError(f"the {name} of a layer to quantize is finite in float32", got="NaN or inf")
+                raise CoaloraError(
+                    f"The {name} of a layer to quantize has entries that are NaN or infinite",
+                    remedy="Repair the checkpoint, or calibrate with other samples",
+                )
         self._factors: dict[int, tuple[Tensor, float]] = {}
 
     def solve(self, bits: int, group_size: int, *, sym: bool) -> Solution:
@@ -140,9 +136,8 @@ class LayerSolver:
                 found, damp = GPTQ.hessian_inverse(task, H)
                 if found is None:
                     raise CoaloraError(
-                        "a layer's Hessian becomes positive definite by damping",
-                        got="a Hessian that does not",
-                        remedy="calibrate with more or other samples",
+                        "No damping makes a layer's Hessian positive definite",
+                        remedy="Calibrate with more or other samples",
                     )
                 self._factors[group_size] = found, damp
             return self._factors[group_size]
@@ -153,13 +148,12 @@ class LayerSolver:
         in_order = torch.equal(groups.cpu(), torch.arange(columns, dtype=groups.dtype) // group_size)
         if not asked or not in_order or scales.shape != expected or zeros.shape != expected:
             raise CoaloraError(
-                "gptqmodel quantizes with the Hessian that it is given, in groups of neighbouring columns",
-                got=f"version {version('gptqmodel')}: Hessian read {asked}, in order {in_order}, {tuple(scales.shape)}",
-                expected=f"scales of shape {expected}",
+                f"gptqmodel {version('gptqmodel')} works differently: Hessian read {asked}, columns kept in order "
+                f"{in_order}, scales of shape {tuple(scales.shape)}, not {expected}",
                 remedy=_INSTALL,
             )
         if not bool(torch.isfinite(quantized).all()):
-            raise CoaloraError("GPTQ's result is finite", got="NaN or inf", remedy="calibrate with more samples")
+            raise CoaloraError("GPTQ's result has NaN or infinite entries", remedy="Calibrate with more samples")
         by_column = groups.to(scales.device, torch.int64)
         codes = torch.round(quantized / scales[:, by_column]) + zeros[:, by_column]
         return Solution(codes.to(torch.uint8), scales.clone(), zeros.to(torch.uint8))

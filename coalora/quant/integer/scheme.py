@@ -25,10 +25,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
-from coalora.quant.integer.choice import FIELD_VALUES, IntChoice
+from coalora.quant.integer.choice import IntChoice
 from coalora.quant.kernels.available import contiguous, use_triton
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
+from coalora.quant.scheme import (
+    Choice,
+    InputStatistics,
+    Scheme,
+    check_tensors,
+    check_weight,
+    not_finite,
+    own_choice,
+)
 
 _CHUNK = 2**17  # weights
 
@@ -43,7 +51,6 @@ class _Grid:
     high: Tensor
 
 
-@register_scheme
 class IntScheme(Scheme):
     """Group-wise integers; see the module docstring for the arithmetic.
 
@@ -51,22 +58,21 @@ class IntScheme(Scheme):
     row-major. Packed: the same names, codes and zero points bit-packed.
     """
 
-    name: ClassVar[str] = "int"
+    name = "int"
     choice_type: ClassVar[type[Choice]] = IntChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = FIELD_VALUES
 
     def nominal_bits(self, choice: Choice) -> float:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         return c.bits + (16 + (c.bits if c.mode == "asym" else 0)) / c.group_size
 
     def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         count, n_groups = _counts(c, shape)
         zero_points = packed_size(n_groups, c.bits) if c.mode == "asym" else 0
         return packed_size(count, c.bits) + 2 * n_groups + zero_points
 
     def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         groups = _groups(weight, c.group_size)
         grid = _grid(_ends(groups), c)
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
@@ -85,7 +91,7 @@ class IntScheme(Scheme):
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         _check(state, c, shape, packed=False)
         rows, columns = shape
         steps = pad(state["codes"].view(rows, columns), (0, -columns % c.group_size)).to(torch.float32)
@@ -95,12 +101,12 @@ class IntScheme(Scheme):
         return weight.view(rows, -1)[:, :columns].to(dtype).contiguous()
 
     def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         _check(state, c, shape, packed=False)
         return {k: v.clone() if k == "scales" else pack_codes(v, c.bits) for k, v in state.items()}
 
     def unpack(self, tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _int(choice)
+        c = own_choice(choice, IntChoice)
         _check(tensors, c, shape, packed=True)
         count, n_groups = _counts(c, shape)
         counts = {"codes": count, "zero_points": n_groups}
@@ -117,7 +123,7 @@ class IntScheme(Scheme):
             return super().quantize_packed(weight, choice, statistics, measured)
         from coalora.quant.integer.jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
 
-        return quantize_packed_many([(weight, _int(choice), None)])[0]
+        return quantize_packed_many([(weight, own_choice(choice, IntChoice), None)])[0]
 
     def dequantize_packed(
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
@@ -134,9 +140,11 @@ class IntScheme(Scheme):
         from coalora.quant.integer.jobs import dequantize_packed_many
 
         for packed, choice, out in layers:
-            _check(packed, _int(choice), out.shape, packed=True)
+            _check(packed, own_choice(choice, IntChoice), out.shape, packed=True)
         with contiguous([out for _, _, out in layers]) as written:
-            dequantize_packed_many([(dict(p), _int(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
+            dequantize_packed_many(
+                [(dict(p), own_choice(c, IntChoice), w) for (p, c, _), w in zip(layers, written, strict=True)]
+            )
 
     def requantize(
         self,
@@ -153,7 +161,7 @@ class IntScheme(Scheme):
         from coalora.quant.integer.jobs import quantize_packed_many
 
         with contiguous([out]) as (written,):
-            quantize_packed_many([(weight, _int(choice), written)])
+            quantize_packed_many([(weight, own_choice(choice, IntChoice), written)])
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """About 1.2 ms for a million weights on one core, without large temporaries."""
@@ -164,7 +172,7 @@ class IntScheme(Scheme):
     ) -> Iterator[Tensor]:
         by_size: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         for choice in choices:
-            c = _int(choice)
+            c = own_choice(choice, IntChoice)
             if c.group_size not in by_size:
                 groups = _groups(weight, c.group_size)
                 by_size[c.group_size] = groups, _ends(groups)
@@ -176,12 +184,6 @@ class IntScheme(Scheme):
             yield result.view(weight.shape[0], -1)[:, : weight.shape[1]].contiguous()
 
 
-def _int(choice: Choice) -> IntChoice:
-    if not isinstance(choice, IntChoice):
-        raise CoaloraError("the int scheme takes its own choices", got=repr(choice), expected="an IntChoice")
-    return choice
-
-
 def _kernels_take(weight: Tensor) -> bool:
     """Whether the weight is quantized by kernels; one that is none is left to the plain path, which says so."""
     return use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
@@ -189,11 +191,7 @@ def _kernels_take(weight: Tensor) -> bool:
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
     """Groups float32 (n_groups, g), row by row, short ones padded with zeros; may alias the weight."""
-    if not weight.is_floating_point() or weight.numel() == 0 or weight.dim() != 2:
-        raise CoaloraError(
-            "a weight to quantize is a floating-point matrix (out, in) that is not empty",
-            got=f"{weight.dtype} of shape {tuple(weight.shape)}",
-        )
+    check_weight(weight)
     matrix = weight.detach().to(torch.float32)
     short = -matrix.shape[1] % group_size
     return (pad(matrix, (0, short)) if short else matrix.contiguous()).view(-1, group_size)
@@ -205,11 +203,7 @@ def _ends(groups: Tensor) -> tuple[Tensor, Tensor]:
     low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
     # NaN and inf come through, so the weight itself need not be read once more.
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise CoaloraError(
-            "a weight to quantize is finite in float32",
-            got="NaN or inf",
-            remedy="look for the layer with torch.isfinite(weight).all() and repair the checkpoint",
-        )
+        raise not_finite()
     return low.clamp_(max=0), high.clamp_(min=0)
 
 
@@ -251,7 +245,7 @@ def _rows(per_group: Tensor, rows: slice) -> Tensor:
 def _counts(choice: IntChoice, shape: Sequence[int]) -> tuple[int, int]:
     """Numbers of weights and of groups."""
     if len(shape) != 2 or min(shape) < 1:
-        raise CoaloraError("a weight's shape is (out, in), not empty", got=tuple(shape))
+        raise CoaloraError(f"{tuple(shape)} is no shape of a weight", remedy="Give (out, in), neither of them 0")
     return shape[0] * shape[1], shape[0] * -(-shape[1] // choice.group_size)
 
 
@@ -261,10 +255,4 @@ def _check(tensors: Mapping[str, Tensor], choice: IntChoice, shape: Sequence[int
     expected = {"codes": (torch.uint8, (size(count, choice.bits),)), "scales": (torch.float16, (n_groups,))}
     if choice.mode == "asym":
         expected["zero_points"] = (torch.uint8, (size(n_groups, choice.bits),))
-    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if got != expected:
-        raise CoaloraError(
-            f"{'packed tensors' if packed else 'a state'} of int weights fit {choice} and shape {tuple(shape)}",
-            got=got,
-            expected=expected,
-        )
+    check_tensors("packed weight" if packed else "state", tensors, expected, choice, shape)

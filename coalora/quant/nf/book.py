@@ -32,7 +32,7 @@ def nf_code_book(bits: int) -> NDArray[np.float32]:
         CoaloraError: ``bits`` is not 2 to 8.
     """
     if not 2 <= bits <= 8:
-        raise CoaloraError("a NormalFloat code has 2 to 8 bits", got=bits)
+        raise CoaloraError(f"There is no NormalFloat code of {bits} bits", remedy="Take 2 to 8 bits")
     half = 2 ** (bits - 1)
     probabilities = np.concatenate(
         [np.linspace(1 - NF_QUANTILE, 0.5, half)[:-1], [0.5], np.linspace(0.5, NF_QUANTILE, half + 1)[1:]]
@@ -88,5 +88,5 @@ def nf_codes(normalised: Tensor, bits: int) -> Tensor:
     lookup = nf_lookup(bits, normalised.device)
     x = normalised.detach().to(torch.float32).reshape(-1).clamp(-1, 1)
     if bool(torch.isnan(x).any()):
-        raise CoaloraError("normalised weights are numbers", got="NaN")
+        raise CoaloraError("There is NaN among the normalised weights")
     return lookup.codes.index_select(0, lookup.table.positions(x)).view(normalised.shape)

@@ -53,7 +53,7 @@ class IntervalTable:
 
     def __init__(self, thresholds: NDArray[np.float32], device: torch.device) -> None:
         if len(thresholds) == 0 or np.any(np.diff(thresholds) <= 0) or np.any(np.abs(thresholds) >= 1):
-            raise CoaloraError("thresholds ascend strictly inside (-1, 1)", got=thresholds)
+            raise CoaloraError(f"The thresholds {thresholds} do not ascend strictly inside (-1, 1)")
         cells = 64
         while len(np.unique(_cells(torch.from_numpy(thresholds), cells).numpy())) < len(thresholds):
             cells *= 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coalora.errors import CoaloraError
+from coalora.quant.scheme import not_finite
 
 if TYPE_CHECKING:
     from coalora.quant.nf.choice import NFChoice
@@ -31,11 +31,7 @@ def block_scales(blocks: Tensor) -> Tensor:
         torch.amax(blocks[start : start + step].abs(), dim=1, out=scales[start : start + step])
     # absmax carries NaN and inf along, so the weight itself need not be read once more.
     if not bool(torch.isfinite(scales).all()):
-        raise CoaloraError(
-            "a weight to quantize is finite in float32",
-            got="NaN or inf",
-            remedy="look for the layer with torch.isfinite(weight).all() and repair the checkpoint",
-        )
+        raise not_finite()
     return scales
 
 

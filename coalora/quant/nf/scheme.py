@@ -17,18 +17,17 @@ gives the code of 0.0; ties go to the lower entry; ``a`` saturates at the larges
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coalora.errors import CoaloraError
 from coalora.quant.kernels.available import contiguous, use_triton
 from coalora.quant.nf import cpu
 from coalora.quant.nf.book import nf_lookup
-from coalora.quant.nf.choice import FIELD_VALUES, NFChoice
+from coalora.quant.nf.choice import NFChoice
 from coalora.quant.nf.nearest import IntervalTable
 from coalora.quant.nf.scales import (
     FINEST,
@@ -40,16 +39,12 @@ from coalora.quant.nf.scales import (
     quantize_scales,
 )
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme, register_scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors, check_weight, own_choice
 
 
 def _blocks(weight: Tensor, block_size: int) -> Tensor:
     """Row-major blocks float32 (ceil(n/B0), B0), the last padded with zeros; may alias the weight."""
-    if not weight.is_floating_point() or weight.numel() == 0:
-        raise CoaloraError(
-            "a weight to quantize is a floating-point tensor that is not empty",
-            got=f"{weight.dtype} of shape {tuple(weight.shape)}",
-        )
+    check_weight(weight)
     flat = weight.detach().to(torch.float32).reshape(-1)
     short = -flat.numel() % block_size
     return (pad(flat, (0, short)) if short else flat).view(-1, block_size)
@@ -61,7 +56,6 @@ def _nearest(blocks: Tensor, safe: Tensor, table: IntervalTable, by_position: Te
     return by_position.index_select(0, table.positions(normalised.view(-1))).view(blocks.shape)
 
 
-@register_scheme
 class NFScheme(Scheme):
     """NormalFloat with double quantization; see the module docstring for the arithmetic.
 
@@ -69,17 +63,16 @@ class NFScheme(Scheme):
     ``offset`` float32 (1,). Packed: the same names, both code tensors bit-packed.
     """
 
-    name: ClassVar[str] = "nf"
+    name = "nf"
     choice_type: ClassVar[type[Choice]] = NFChoice
-    field_values: ClassVar[Mapping[str, tuple[FieldValue, ...]]] = FIELD_VALUES
 
     def nominal_bits(self, choice: Choice) -> float:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         second = SCALE_DTYPES[c.scale_dtype].itemsize * 8
         return c.bits + c.scale_bits / c.block_size + second / (c.block_size * c.scale_block_size)
 
     def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         count, n_blocks, n_scale_blocks = _counts(c, shape)
         second = SCALE_DTYPES[c.scale_dtype].itemsize * n_scale_blocks
         return packed_size(count, c.bits) + packed_size(n_blocks, c.scale_bits) + second + 4
@@ -95,7 +88,7 @@ class NFScheme(Scheme):
         statistics: InputStatistics | None = None,
         measured: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         blocks, state, safe, _ = _prepared(weight, c, measured)
         if blocks.device.type == "cpu":
             codes = cpu.encode(blocks, safe, c.bits)
@@ -111,7 +104,7 @@ class NFScheme(Scheme):
         shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         _check_state(state, c, shape)
         codes = state["codes"]
         count = len(codes)
@@ -120,7 +113,7 @@ class NFScheme(Scheme):
         return blocks.mul_(dequantize_scales(state, c)[:, None]).view(-1)[:count].view(tuple(shape)).to(dtype)
 
     def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         _check_state(state, c, shape)
         return {
             "codes": pack_codes(state["codes"], c.bits),
@@ -130,7 +123,7 @@ class NFScheme(Scheme):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         _check_packed(tensors, c, shape)
         count, n_blocks, _ = _counts(c, shape)
         return {
@@ -151,12 +144,12 @@ class NFScheme(Scheme):
             return super().quantize_packed(weight, choice, statistics, measured)
         from coalora.quant.nf.jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
 
-        return quantize_packed_many([(weight, _nf(choice), None)])[0]
+        return quantize_packed_many([(weight, own_choice(choice, NFChoice), None)])[0]
 
     def dequantize_packed(
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
     ) -> None:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         if use_triton(out):
             self.dequantize_packed_many([(packed, c, out)])
         elif out.device.type != "cpu" or not out.is_contiguous():
@@ -173,9 +166,11 @@ class NFScheme(Scheme):
         from coalora.quant.nf.jobs import dequantize_packed_many
 
         for packed, choice, out in layers:
-            _check_packed(packed, _nf(choice), out.shape)
+            _check_packed(packed, own_choice(choice, NFChoice), out.shape)
         with contiguous([out for _, _, out in layers]) as written:
-            dequantize_packed_many([(dict(p), _nf(c), w) for (p, c, _), w in zip(layers, written, strict=True)])
+            dequantize_packed_many(
+                [(dict(p), own_choice(c, NFChoice), w) for (p, c, _), w in zip(layers, written, strict=True)]
+            )
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """2 to 4 ms for a million weights on one core, without large temporaries."""
@@ -199,7 +194,7 @@ class NFScheme(Scheme):
         out: Tensor,
         measured: Tensor | None = None,
     ) -> None:
-        c = _nf(choice)
+        c = own_choice(choice, NFChoice)
         if use_triton(weight) and use_triton(out) and out.is_contiguous() and measured is None and weight.numel():
             from coalora.quant.nf.jobs import quantize_packed_many
 
@@ -225,12 +220,6 @@ def _prepared(
     return blocks, state, divisor(scales), scales
 
 
-def _nf(choice: Choice) -> NFChoice:
-    if not isinstance(choice, NFChoice):
-        raise CoaloraError("the nf scheme takes its own choices", got=repr(choice), expected="an NFChoice")
-    return choice
-
-
 def _counts(choice: NFChoice, shape: Sequence[int]) -> tuple[int, int, int]:
     """Numbers of weights, of blocks and of scale blocks."""
     count = math.prod(shape)
@@ -239,23 +228,21 @@ def _counts(choice: NFChoice, shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _check_state(state: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int]) -> None:
-    got = tuple(len(state[name]) for name in ("codes", "scale_codes", "scale_absmax"))
-    if got != _counts(choice, shape):
-        raise CoaloraError(
-            f"a state is used with the choice and shape it was made with ({choice}, shape {tuple(shape)})",
-            got="{} codes in {} blocks in {} scale blocks".format(*got),
-            expected="{} codes in {} blocks in {} scale blocks".format(*_counts(choice, shape)),
-        )
+    _check(state, choice, shape, "state", lambda number, _: number)
 
 
 def _check_packed(tensors: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int]) -> None:
+    _check(tensors, choice, shape, "packed weight", packed_size)
+
+
+def _check(
+    tensors: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int], what: str, size: Callable[[int, int], int]
+) -> None:
     count, n_blocks, n_scale_blocks = _counts(choice, shape)
     expected = {
-        "codes": (torch.uint8, (packed_size(count, choice.bits),)),
-        "scale_codes": (torch.uint8, (packed_size(n_blocks, choice.scale_bits),)),
+        "codes": (torch.uint8, (size(count, choice.bits),)),
+        "scale_codes": (torch.uint8, (size(n_blocks, choice.scale_bits),)),
         "scale_absmax": (SCALE_DTYPES[choice.scale_dtype], (n_scale_blocks,)),
         "offset": (torch.float32, (1,)),
     }
-    got = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if got != expected:
-        raise CoaloraError(f"packed tensors fit {choice} and shape {tuple(shape)}", got=got, expected=expected)
+    check_tensors(what, tensors, expected, choice, shape)

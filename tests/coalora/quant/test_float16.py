@@ -55,15 +55,15 @@ def test_a_transposed_weight_is_packed_row_by_row_and_a_parameter_gives_no_graph
 
 def test_what_cannot_be_kept_is_refused() -> None:
     large = torch.tensor([[1e5]])
-    with pytest.raises(CoaloraError, match=r"finite in fp16; got: .*100000; expected: at most 65504; remedy: .*bf16"):
+    with pytest.raises(CoaloraError, match=r"up to 100000 is not finite in fp16, which reaches 65504\. Allow.* bf16"):
         FLOAT.quantize(large, FP16)
     assert float(FLOAT.fake_quantize(large, BF16)) == pytest.approx(1e5, rel=2**-8)
-    for weight, message in ((torch.tensor([[float("nan")]]), "NaN"), (torch.empty(0, 3), "not empty")):
+    for weight, message in ((torch.tensor([[float("nan")]]), "not finite"), (torch.empty(0, 3), "at least one entry")):
         with pytest.raises(CoaloraError, match=message):
             FLOAT.quantize(weight, BF16)
-    with pytest.raises(CoaloraError, match="tensors fit fp16"):
+    with pytest.raises(CoaloraError, match="under fp16"):
         FLOAT.unpack(FLOAT.quantize(gaussian(2, 3), BF16), FP16, (2, 3))
-    with pytest.raises(CoaloraError, match="takes its own choices"):
+    with pytest.raises(CoaloraError, match="is no FloatChoice"):
         FLOAT.quantize(gaussian(2, 3), IntChoice(4, 32, "sym"))
-    with pytest.raises(CoaloraError, match="no such value of float field 'dtype'"):
+    with pytest.raises(CoaloraError, match="FloatChoice has no dtype"):
         FloatChoice(16, "fp32")

@@ -1,34 +1,35 @@
-"""The registry, and that a scheme needs no more than its abstract methods."""
+"""A scheme of another package needs no more than its abstract methods."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 
-from coalora.errors import CoaloraError
-from coalora.quant import scheme as module
-from coalora.quant.scheme import Choice, InputStatistics, Scheme, get_scheme, register_scheme
+from coalora.quant.registry import get_scheme
+from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 
 
 @dataclass(frozen=True)
 class RoundChoice(Choice):
+    field_values: ClassVar = {"step": (1, 2, 4)}
     step: int
 
 
 class RoundScheme(Scheme):
     """Rounds to multiples of a step: the least that a scheme can be."""
 
-    name: ClassVar[str] = "round"
+    name = "round"
     choice_type: ClassVar[type[Choice]] = RoundChoice
-    field_values: ClassVar = {"step": (1, 2, 4)}
 
     def nominal_bits(self, choice: Choice) -> float:
         return 8.0
@@ -57,40 +58,26 @@ class RoundScheme(Scheme):
         return dict(tensors)
 
 
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    get_scheme("nf")
-    monkeypatch.setattr(module, "_SCHEMES", dict(module._SCHEMES))
-
-
-@pytest.mark.usefixtures("registry")
-def test_a_registered_scheme_works_through_the_defaults() -> None:
-    register_scheme(RoundScheme)
-    scheme = get_scheme("round")
+def test_a_scheme_of_another_module_works_through_the_defaults() -> None:
+    scheme = get_scheme(f"{__name__}:RoundScheme")
     assert scheme.choices() == (RoundChoice(1), RoundChoice(2), RoundChoice(4))
     scheme.require_packages()
     W = torch.tensor([[3.2, -4.9]])
     assert [s["codes"].tolist() for s in scheme.quantize_many(W, scheme.choices())] == [[[3, -5]], [[2, -2]], [[1, -1]]]
     results = list(scheme.fake_quantize_many(torch.tensor([[3.2, -4.9]]), scheme.choices()))
     assert [r.tolist() for r in results] == [[[3, -5]], [[4, -4]], [[4, -4]]]
-    assert ChoiceSpace("round", step=[2, 4]).describe(0) == "step=2"
 
 
-@pytest.mark.usefixtures("registry")
-def test_a_name_belongs_to_one_scheme() -> None:
-    register_scheme(RoundScheme)
-    register_scheme(RoundScheme)  # as a reload does
-    other = type("OtherScheme", (RoundScheme,), {})
-    with pytest.raises(CoaloraError, match="registered once"):
-        register_scheme(other)
-
-
-def test_an_unknown_scheme_lists_those_that_exist() -> None:
-    with pytest.raises(CoaloraError, match=r"got: nope; expected: one of \[.*'int'.*'nf'.*\]"):
-        get_scheme("nope")
+def test_a_choice_space_of_it_is_written_and_read() -> None:
+    space = ChoiceSpace(f"{__name__}:RoundScheme", step=[2, 4])
+    assert space.describe(0) == "step=2"
+    written = space.to_dict()
+    assert written["source"] == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert ChoiceSpace.from_dict(json.loads(json.dumps(written))) == space
+    assert ChoiceSpace("nf").to_dict().keys() == {"scheme", "fields"}
 
 
 def test_nf_is_found_by_name_in_a_fresh_process() -> None:
-    code = "from coalora.quant.scheme import get_scheme; print(len(get_scheme('nf').choices()))"
+    code = "from coalora.quant.registry import get_scheme; print(len(get_scheme('nf').choices()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "432"

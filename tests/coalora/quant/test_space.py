@@ -58,7 +58,7 @@ def test_describe_names_all_fields(small: ChoiceSpace) -> None:
     ],
 )
 def test_choices_outside_the_space_have_no_index(small: ChoiceSpace, choice: object) -> None:
-    with pytest.raises(CoaloraError, match="not a choice of this space"):
+    with pytest.raises(CoaloraError, match="is no choice of this space"):
         small.index(choice)  # type: ignore[arg-type]
 
 
@@ -84,7 +84,7 @@ def test_a_single_choice_has_no_neighbours() -> None:
 
 
 def test_neighbours_need_a_step(small: ChoiceSpace) -> None:
-    with pytest.raises(CoaloraError, match="delta >= 1"):
+    with pytest.raises(CoaloraError, match="delta of at least 1"):
         small.neighbours(0)
 
 
@@ -113,11 +113,11 @@ def test_shared_arrays_are_read_only(small: ChoiceSpace) -> None:
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
-        ({"bitz": [4]}, r"unknown field.*bitz.*bits.*scale_bits"),
-        ({"bits": [4, 5]}, r"unknown value.*\[5\].*\(2, 3, 4, 8\)"),
-        ({"scale_dtype": "bf16"}, r"takes a list"),
-        ({"bits": 4}, r"takes a list"),
-        ({"bits": []}, r"at least one choice"),
+        ({"bitz": [4]}, r"no field 'bitz'.*bits.*scale_bits"),
+        ({"bits": [4, 5]}, r"no values \[5\].*\[2, 3, 4, 8\]"),
+        ({"scale_dtype": "bf16"}, r"is no list"),
+        ({"bits": 4}, r"is no list"),
+        ({"bits": []}, r"at least one value"),
     ],
 )
 def test_bad_restrictions_say_what_is_accepted(allowed: dict, message: str) -> None:
@@ -126,11 +126,11 @@ def test_bad_restrictions_say_what_is_accepted(allowed: dict, message: str) -> N
 
 
 def test_bad_dictionaries_and_indices_are_refused(small: ChoiceSpace) -> None:
-    with pytest.raises(CoaloraError, match="two keys"):
+    with pytest.raises(CoaloraError, match="read from `scheme` and `fields`"):
         ChoiceSpace.from_dict({"scheme": "nf", "bits": [4]})
-    with pytest.raises(CoaloraError, match="unknown quantization scheme"):
+    with pytest.raises(CoaloraError, match="no quantization scheme"):
         ChoiceSpace("int3")
-    with pytest.raises(CoaloraError, match="no such choice"):
+    with pytest.raises(CoaloraError, match="There is no choice"):
         small.choice_dict(-1)
 
 
@@ -168,9 +168,9 @@ def test_choices_of_a_union_name_their_scheme_and_are_found_again(mixed: ChoiceS
         fields = mixed.choice_dict(k)
         assert fields == {"scheme": mixed.scheme_of(k).name, **choice.as_dict()}
         assert mixed.index(json.loads(json.dumps(fields))) == mixed.index(choice) == k
-    with pytest.raises(CoaloraError, match="not a choice of this space"):
+    with pytest.raises(CoaloraError, match="is no choice of this space"):
         mixed.index(mixed.choices[2].as_dict())  # which scheme's?
-    with pytest.raises(CoaloraError, match="ask for scheme_of"):
+    with pytest.raises(CoaloraError, match="with scheme_of"):
         _ = mixed.scheme
     assert mixed.scheme_name == "mixed"
 
@@ -182,7 +182,7 @@ def test_unions_survive_json_and_copying_and_a_union_of_one_scheme_is_that_schem
     one = ChoiceSpace.union([ChoiceSpace("int", bits=[2, 4]), ChoiceSpace("int", bits=[8, 4])])
     assert one == ChoiceSpace("int", bits=[2, 4, 8])
     assert one.to_dict() == ChoiceSpace("int", bits=[2, 4, 8]).to_dict()
-    with pytest.raises(CoaloraError, match="at least one choice space"):
+    with pytest.raises(CoaloraError, match="no choice space to join"):
         ChoiceSpace.union([])
 
 

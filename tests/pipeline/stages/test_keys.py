@@ -22,7 +22,7 @@ FILES = {
     "__init__.py": "VALUE = 1\n",
     "work.py": (
         "import fakelib.deep.one\nfrom . import near\nfrom fakelib import sibling as s, VALUE\n"
-        'LAZY = {"gguf": "fakelib.lazy"}\n\n'
+        'LAZY = {"gguf": "fakelib.lazy:Scheme"}\n\n'
         "def build(*, x=1):\n    from .inner import helper\n    return helper(x)\n"
     ),
     "near.py": "A = 1\n",
@@ -214,3 +214,12 @@ def test_an_unsupported_input_is_a_type_error_that_names_it(value: Any, where: s
 def test_artifacts_are_found_at_any_depth() -> None:
     found = dict(artifacts_in({"a": A, "b": [1, {"c": (A,)}], "d": "text"}))
     assert list(found) == ["a", "b[1]['c'][0]"]
+
+
+def test_the_source_of_what_an_input_names_in_a_registry_counts(package: Path) -> None:
+    inputs = {"choices": {"also": [{"scheme": "fakelib.near:A"}]}, "method": "coa"}
+    before = stage_key("train", digest, inputs, source="s")
+    (package / "unrelated.py").write_text("B = 3\n")
+    assert stage_key("train", digest, inputs, source="s") == before
+    (package / "near.py").write_text("A = 2\n")
+    assert stage_key("train", digest, inputs, source="s") != before

@@ -183,11 +183,11 @@ def test_error_falls_with_bits_with_smaller_groups_and_with_zero_points_where_th
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.empty(0, 4), "not empty"),
-        (torch.ones(4, 4, dtype=torch.int64), "floating-point"),
-        (torch.ones(4), "matrix"),
-        (torch.tensor([[1.0, float("nan")]]), "NaN or inf"),
-        (torch.tensor([[1.0, -float("inf")]]), "NaN or inf"),
+        (torch.empty(0, 4), "at least one entry"),
+        (torch.ones(4, 4, dtype=torch.int64), "type torch.int64"),
+        (torch.ones(4), r"shape \(4,\)"),
+        (torch.tensor([[1.0, float("nan")]]), "NaN or infinite"),
+        (torch.tensor([[1.0, -float("inf")]]), "NaN or infinite"),
     ],
 )
 def test_weights_that_cannot_be_quantized_are_refused(weight: torch.Tensor, message: str) -> None:
@@ -202,11 +202,11 @@ def test_tensors_of_another_choice_or_shape_are_refused() -> None:
     state = INT.quantize(weight, SOME[1])
     packed = INT.pack(state, SOME[1], (8, 64))
     for choice, shape in ((SOME[0], (8, 64)), (SOME[1], (8, 65))):
-        with pytest.raises(CoaloraError, match="packed tensors of int weights fit"):
+        with pytest.raises(CoaloraError, match="packed weight is not that"):
             INT.unpack(packed, choice, shape)
-        with pytest.raises(CoaloraError, match="a state of int weights fit"):
+        with pytest.raises(CoaloraError, match="state is not that"):
             INT.dequantize(state, choice, shape)
-    with pytest.raises(CoaloraError, match="packed tensors"):
+    with pytest.raises(CoaloraError, match="packed weight"):
         INT.unpack({k: v for k, v in packed.items() if k != "zero_points"}, SOME[1], (8, 64))
 
 
@@ -214,7 +214,7 @@ def test_choices_are_checked_and_of_this_scheme() -> None:
     assert len(ALL) == 24
     assert IntChoice(np.int64(4), 64, "sym").as_dict() == {"bits": 4, "group_size": 64, "mode": "sym"}  # type: ignore[arg-type]
     assert str(IntChoice(4, 64, "asym")) == "int4 g64 asym"
-    with pytest.raises(CoaloraError, match=r"int field 'group_size'; got: 48; expected: \(32, 64, 128\)"):
+    with pytest.raises(CoaloraError, match=r"IntChoice has no group_size 48\. Take one of 32, 64, 128"):
         IntChoice(4, 48, "sym")
-    with pytest.raises(CoaloraError, match="takes its own choices"):
+    with pytest.raises(CoaloraError, match="is no IntChoice"):
         INT.quantize(gaussian(4, 32), NFChoice(4, 8, "bf16", 64, 64))

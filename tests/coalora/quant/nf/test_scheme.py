@@ -200,33 +200,33 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("bad", [torch.zeros(0, 4), torch.zeros(4, 4, dtype=torch.int8)])
 def test_empty_and_integer_weights_are_refused(bad: torch.Tensor) -> None:
-    with pytest.raises(CoaloraError, match="floating-point"):
+    with pytest.raises(CoaloraError, match="cannot be quantized"):
         NF.quantize(bad, SOME[0])
 
 
 def test_unpack_refuses_tensors_of_another_choice_or_shape() -> None:
     packed = NF.pack(NF.quantize(gaussian(8, 64), SOME[0]), SOME[0], (8, 64))
     for choice, shape in ((SOME[1], (8, 64)), (SOME[0], (8, 65))):
-        with pytest.raises(CoaloraError, match="packed tensors fit"):
+        with pytest.raises(CoaloraError, match="packed weight is not that"):
             NF.unpack(packed, choice, shape)
     del packed["offset"]
-    with pytest.raises(CoaloraError, match="packed tensors fit"):
+    with pytest.raises(CoaloraError, match="packed weight is not that"):
         NF.unpack(packed, SOME[0], (8, 64))
 
 
 def test_a_state_of_another_shape_or_choice_is_refused() -> None:
     state = NF.quantize(gaussian(8, 64), SOME[0])
     for choice, shape in ((SOME[0], (8, 65)), (SOME[1], (8, 64))):
-        with pytest.raises(CoaloraError, match="choice and shape it was made with"):
+        with pytest.raises(CoaloraError, match="state is not that"):
             NF.pack(state, choice, shape)
-        with pytest.raises(CoaloraError, match="choice and shape it was made with"):
+        with pytest.raises(CoaloraError, match="state is not that"):
             NF.dequantize(state, choice, shape)
 
 
 def test_choices_refuse_values_the_scheme_lacks_and_choices_of_others() -> None:
-    with pytest.raises(CoaloraError, match="'bits'"):
+    with pytest.raises(CoaloraError, match="no bits 5"):
         NFChoice(5, 4, "bf16", 32, 64)
-    with pytest.raises(CoaloraError, match="its own choices"):
+    with pytest.raises(CoaloraError, match="is no NFChoice"):
         NF.nominal_bits(Choice())
 
 
