@@ -25,9 +25,8 @@ import psutil
 import benchmarks._one_thread  # noqa: F401 (before torch and Prefect)
 from benchmarks._report import report
 from coalora.files import read_json
-from flows.calibration import calibration_chain
-from flows.run import PipelineRun
-from flows.training import training_chain
+from flows.graph import Graph
+from flows.run import Run
 from pipeline.settings.definitions import load_settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Store
@@ -43,11 +42,11 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def shard_calls(run: PipelineRun) -> list[dict[str, Any]]:
+def shard_calls(run: Run) -> list[dict[str, Any]]:
     """The calls that evaluate CoA-LoRA on the set of a run which is made here."""
     settings = run.settings
-    calibrated = calibration_chain(run)
-    trained = training_chain(run, calibrated)
+    graph = Graph(run)
+    calibrated, trained = graph.calibrated, graph.trained
     common = {**calibrated.inputs(), "adapter": settings.adapter, "runtime": settings.runtime, "seed": settings.seed}
     common["state"] = trained.states["coa"][-1]
     selection = run.run(
@@ -93,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     file = Path(__file__).parents[1] / "pipelines.yaml"
     runner = DirectRunner()
-    calls = shard_calls(PipelineRun.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
+    calls = shard_calls(Run.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
     pools = [pool for workers in (1, 2, 1) if (pool := open_pool(options.runner, workers)) is not None]
     compared, lone = pools[:2], pools[::2]
     times: dict[int, list[float]] = {1: [], 2: []}

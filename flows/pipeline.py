@@ -1,8 +1,9 @@
-"""The whole pipeline, from a base model to registered, exported adapters.
+"""Prefect flow `pipeline`: from a base model to registered, exported adapters.
 
     python -m flows.pipeline NAME [--file OTHER.yaml] [--set search.rounds=2 ...] [--refresh STAGE ...]
 
-A second run does no work; a run that was killed goes on behind its last finished stage.
+A second run does no work; a run that was killed goes on behind its last finished stage. All task runs belong to this
+one flow run.
 """
 
 from __future__ import annotations
@@ -15,20 +16,13 @@ from prefect import flow
 from prefect.runtime import deployment
 from pydantic import Field
 
-from coalora.errors import CoaloraError
-from flows.calibration import calibration
-from flows.evaluation import evaluation
-from flows.export import export
-from flows.publishing import ALL_STAGES, Published, publication
-from flows.run import PipelineRun
-from flows.training import training
+from flows.graph import STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
 from pipeline.orchestration.deployed import check_deployment, check_server
 from pipeline.orchestration.progress import get_logger
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import change_settings, check_name
 from pipeline.settings.sections import Settings
-
-STAGE_NAMES = sorted({stage.name for stage in ALL_STAGES})
+from pipeline.stages.runner import PrefectRunner
 
 # Choices for the form in Prefect's UI; `check_refresh` says the same in better words.
 Refresh = Annotated[list[str], Field(json_schema_extra={"items": {"type": "string", "enum": STAGE_NAMES}})]
@@ -61,21 +55,25 @@ def pipeline(
     )  # fmt: skip
     from pipeline.tracking.live import followed  # imports MLflow, which is slow
 
-    run = PipelineRun.under_prefect(name, settings, refresh)
-    with followed(name, run.settings, run.identity(ALL_STAGES)) as tracked:
+    hours = settings.stages.timeout_hours
+    runner = PrefectRunner(retries=settings.stages.retries, timeout_seconds=None if hours is None else hours * 3600)
+    run = start(name, settings, runner, refresh)
+    with followed(name, run.settings, run.identity) as tracked:
         get_logger().info("MLflow: %s", tracked.url_hint)
-        calibrated = calibration(name, settings, refresh)
-        trained = training(name, settings, refresh, calibrated)
-        evaluated = evaluation(name, settings, refresh, calibrated, trained)
-        exported = export(name, settings, refresh, calibrated, trained, evaluated)
-        return publication(name, settings, refresh, calibrated, trained, exported)
+        return Graph(run, Rounds(run)).published
 
 
-def check_refresh(refresh: Sequence[str]) -> None:
-    """Refuse names of stages that do not exist: a misspelt one would silently refresh nothing."""
-    unknown = sorted(set(refresh) - set(STAGE_NAMES))
-    if unknown:
-        raise CoaloraError("a stage to refresh must exist", got=", ".join(unknown), expected=", ".join(STAGE_NAMES))
+def run_pipeline(name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:
+    """The flow on this machine, after every check that needs no run, and the closing lines.
+
+    Raises:
+        CoaloraError: a stage to refresh that does not exist, a Prefect server that does not answer, or settings that do
+            not fit the files that they name.
+    """
+    check_refresh(refresh)
+    check_server()
+    preflight(settings, root=Path.cwd())
+    show(pipeline(name=name, settings=settings, refresh=list(refresh)), settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,16 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "flows.pipeline", "Run a pipeline: base model in, registered and exported adapters out."
     ).parse_args(arguments)
     settings = load_settings(options.name, file=options.file, changes=options.changes)
-    check_refresh(options.refresh)
-    check_server()
-    preflight(settings, root=Path.cwd())
-    published = pipeline(name=options.name, settings=settings, refresh=options.refresh)
-    show(published, settings)
+    run_pipeline(options.name, settings, options.refresh)
     return 0
 
 
 def show(published: Published, settings: Settings) -> None:
-    """The closing table, where files lie, and the next commands."""
+    """Print the closing table, where files lie, and the next commands."""
     from rich.console import Console
 
     from coalora.files import read_json
@@ -111,24 +105,18 @@ def show(published: Published, settings: Settings) -> None:
     registered = published.registered
     place = default_place(settings.tracking.tracking_uri)
     served = scrub_text(place.tracking_uri) if place.artifact_root is None else None
-    console.print(
-        f"\nRegistered model: {registered['name']} version {registered['version']} ({registered['reason']})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    if published.s3_address:
-        console.print(f"Published in S3: {published.s3_address}", markup=False, highlight=False, soft_wrap=True)
-    console.print("\nNext:", style="bold")
     latest = folder.parent / "latest"
-    commands = [
-        ("open the report", f"xdg-open {latest}/report/report.html"),
-        ("adapt to another budget", f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits"),
-        ("compare runs in MLflow", served if served else f"mlflow ui --backend-store-uri {place.tracking_uri}"),
-        ("start a Prefect server", "prefect server start   # README.md: deploy, schedule, run on a worker"),
-    ]
-    for words, command in commands:
-        console.print(f"  {words:<25} {command}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"\nRegistered model: {registered['name']} version {registered['version']} ({registered['reason']})"]
+    lines += [f"Published in S3: {published.s3_address}"] if published.s3_address else []
+    commands = {
+        "open the report": f"xdg-open {latest}/report/report.html",
+        "adapt to another budget": f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits",
+        "compare runs in MLflow": served if served else f"mlflow ui --backend-store-uri {place.tracking_uri}",
+        "start a Prefect server": "prefect server start   # README.md: deploy, schedule, run on a worker",
+    }
+    lines += ["\nNext:", *(f"  {words:<25} {command}" for words, command in commands.items())]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

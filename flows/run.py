@@ -1,4 +1,7 @@
-"""One pipeline run: its settings, the digests of what it reads, and the runner of its stages."""
+"""One pipeline run: its name, its settings, digests of what it reads, its runner and its journal, made once.
+
+Everything that runs a stage gets this object: settings are resolved and input files digested when it is made.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pipeline.inputs.fingerprint import files_digest, model_digest
 from pipeline.inputs.sets import read_set_file
 from pipeline.settings.sections import Settings
 from pipeline.stages.checkpoints import checkpoint_every
-from pipeline.stages.runner import PrefectRunner, Runner, Stage
+from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
 from pipeline.store.journal import Journal
 from pipeline.store.store import Artifact
@@ -23,31 +26,39 @@ from pipeline.workers.pool import WorkerPool, open_pool
 
 
 @dataclass
-class PipelineRun:
-    """What every chain of stages gets.
+class Run:
+    """A run under way.
 
     Attributes:
         name: the pipeline's name.
         settings: its settings, with `runtime` resolved for this machine.
         runner: runs stages, under Prefect or without a server.
+        sources: digests of the code of every stage that the run may come to.
+        refresh: names of stages that are computed again whatever is recorded.
         model_content, benchmark_content, cost_content: digests of local input files; None where there are none.
         given: content of initial_set.file; None where the initial set is allocated.
-        refresh: names of stages that are computed again whatever is recorded.
     """
 
     name: str
     settings: Settings
     runner: Runner
-    model_content: str | None
-    benchmark_content: str | None
+    sources: tuple[str, ...] = ()
     refresh: frozenset[str] = frozenset()
+    model_content: str | None = None
+    benchmark_content: str | None = None
     cost_content: str | None = None
     given: dict[str, Any] | None = None
 
     @classmethod
     def start(
-        cls, name: str, settings: Settings, runner: Runner, *, refresh: frozenset[str] = frozenset()
-    ) -> PipelineRun:
+        cls,
+        name: str,
+        settings: Settings,
+        runner: Runner,
+        *,
+        sources: Sequence[str] = (),
+        refresh: Sequence[str] = (),
+    ) -> Run:
         """Digest the input files and resolve the runtime."""
         settings = settings.model_copy(update={"runtime": settings.runtime.resolved()})
         model = settings.model.name_or_path
@@ -56,29 +67,39 @@ class PipelineRun:
             name,
             settings,
             runner,
-            model_digest(Path(model)) if model and Path(model).is_dir() else None,
-            files_digest(files) if files else None,
-            refresh,
-            files_digest([Path(settings.cost.table)]) if settings.cost.table else None,
-            read_set_file(settings.initial_set.file) if settings.initial_set.file else None,
+            tuple(sources),
+            frozenset(refresh),
+            model_content=model_digest(Path(model)) if model and Path(model).is_dir() else None,
+            benchmark_content=files_digest(files) if files else None,
+            cost_content=files_digest([Path(settings.cost.table)]) if settings.cost.table else None,
+            given=read_set_file(settings.initial_set.file) if settings.initial_set.file else None,
         )
 
-    @classmethod
-    def under_prefect(cls, name: str, settings: Settings, refresh: list[str]) -> PipelineRun:
-        """For use inside a flow; retries and time limits of the stages are those of the settings."""
-        hours = settings.stages.timeout_hours
-        runner = PrefectRunner(retries=settings.stages.retries, timeout_seconds=None if hours is None else hours * 3600)
-        return cls.start(name, settings, runner, refresh=frozenset(refresh))
+    @cached_property
+    def identity(self) -> str:
+        """Digest of all that decides the result: settings, input files and the stages' code."""
+        return digest(
+            [
+                self.name,
+                self.settings.of_the_result().model_dump(mode="json"),
+                self.model_content,
+                self.benchmark_content,
+                self.cost_content,
+                None if self.given is None else digest(self.given),
+                sorted(self.sources),
+            ]
+        )
+
+    @cached_property
+    def _journal(self) -> Journal:
+        return Journal.of(self.name, self.identity)
 
     def run(self, stage: Stage, **inputs: Any) -> Artifact:
         """Run one stage."""
-        with self._journal.in_use(), checkpoint_every(self.settings.stages.checkpoint_seconds):
-            artifact = self.runner.run(stage, refresh=stage.name in self.refresh, **inputs)
-            self._journal.note(stage.name, stage.key(inputs), artifact)
-        return artifact
+        return self.run_many(stage, [inputs])[0]
 
     def run_many(
-        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int, pool: Pool | None = None
+        self, stage: Stage, calls: Sequence[Mapping[str, Any]], *, workers: int = 1, pool: Pool | None = None
     ) -> list[Artifact]:
         """Run one stage for each of `calls`, at most `workers` at a time: in threads, or in the processes of a pool."""
         refresh = stage.name in self.refresh
@@ -88,11 +109,9 @@ class PipelineRun:
                 self._journal.note(stage.name, stage.key(inputs), artifact)
         return artifacts
 
-    @cached_property
-    def _journal(self) -> Journal:
-        from flows.publishing import ALL_STAGES  # it imports this module
-
-        return Journal.of(self.name, self.identity(ALL_STAGES))
+    def run_each(self, stage: Stage, calls: Sequence[Mapping[str, Any]], pool: Pool | None) -> list[Artifact]:
+        """As `run_many` for stages that only processes may share: in this process they run one after the other."""
+        return self.run_many(stage, calls, workers=1 if pool is None else self.settings.evaluation.workers, pool=pool)
 
     @contextmanager
     def workers(self) -> Iterator[WorkerPool | None]:
@@ -104,22 +123,3 @@ class PipelineRun:
         finally:
             if pool is not None:
                 pool.close()
-
-    def run_each(self, stage: Stage, calls: Sequence[Mapping[str, Any]], pool: Pool | None) -> list[Artifact]:
-        """As `run_many` for stages that only processes may share: in this process they run one after the other."""
-        return self.run_many(stage, calls, workers=1 if pool is None else self.settings.evaluation.workers, pool=pool)
-
-    def identity(self, stages: list[Stage]) -> str:
-        """Digest of all that decides the result: settings, input files and the stages' code."""
-        settings = self.settings.of_the_result().model_dump(mode="json")
-        return digest(
-            [
-                self.name,
-                settings,
-                self.model_content,
-                self.benchmark_content,
-                self.cost_content,
-                None if self.given is None else digest(self.given),
-                sorted(s.source for s in stages),
-            ]
-        )

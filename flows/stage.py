@@ -1,6 +1,7 @@
-"""One part of a pipeline without a server, for `dvc repro`.
+"""One part of a pipeline without a server, for `dvc repro`; and `dvc.yaml` itself.
 
     python -m flows.stage calibration|training|evaluation|export|registration NAME [--file ...] [--set ...]
+    python -m flows.stage dvc.yaml [--check]
 
 Runs the same stages as the flow under the same cache keys: what either has computed, the other reuses. Results are
 copied from the store to `outputs/<part>/`, because DVC deletes its outputs before a stage runs; every part reads the
@@ -9,95 +10,157 @@ store, so an earlier part that DVC skipped costs the check of its files and noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coalora.calibrate.costs import budget_name
+import yaml
+
+from coalora.errors import CoaloraError
 from coalora.files import write_json
-from flows.calibration import Calibrated, calibration_chain
-from flows.cli import log_to_terminal, parser, run_command
-from flows.evaluation import Evaluated, evaluation_chain
-from flows.export import Exported, export_chain
-from flows.pipeline import check_refresh
-from flows.publishing import Rounds, publication_chain, report_chain
-from flows.run import PipelineRun
-from flows.training import Trained, training_chain
+from flows.graph import PARTS, Graph, Rounds, start
 from pipeline.preflight import preflight
-from pipeline.settings.definitions import load_settings
+from pipeline.settings.sections import Settings
+from pipeline.stages.keys import source_closure
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact
 
-OUTPUTS = Path("outputs")
-PARTS = ("calibration", "training", "evaluation", "export", "registration")
+ROOT = Path(__file__).parents[1]
+DVC_FILE = "dvc.yaml"
+# Part -> what DVC keeps of it, below outputs/.
+OUTPUTS = {part: [part] for part in PARTS} | {"export": ["export", "report"], "registration": ["registration.json"]}
+# Rooms that a part needs besides those of its stages' code.
+_EFFECTS = {"registration": ("pipeline/s3", "pipeline/tracking", "tasks")}
+_HEAD = """\
+# The pipeline's parts for `dvc repro`; written by `python -m flows.stage dvc.yaml` from flows/graph.py.
+# Which pipeline: definitions.repro in pipelines.yaml, or for once
+#   dvc exp run -S 'pipelines.yaml:definitions.repro=sst2-minilm'
+# Dependencies are whole folders, and all settings: which file and which setting matter to a stage is known to the cache
+# that the command looks into.
+"""
 
 
-@dataclass
-class Parts:
-    """The chains of a pipeline, each run when it is asked for."""
+def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:
+    """Bring a part up to date and copy it to `outputs/`.
 
-    run: PipelineRun
+    Raises:
+        CoaloraError: no such part, a stage to refresh that does not exist, or settings that do not fit their files.
+    """
+    if part not in PARTS:
+        raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
+    run = start(name, settings, DirectRunner(), refresh)
+    preflight(settings, root=Path.cwd())
+    graph = Graph(run, Rounds(run) if part == "training" else None)
+    if part == "registration":
+        published = graph.published.model_dump(mode="json", exclude={"report"})
+        Path("outputs").mkdir(exist_ok=True)
+        write_json(Path("outputs", "registration.json"), published)
+        return
+    for place, artifact in _results(part, graph):
+        run.runner.store.materialize(artifact, Path("outputs", place))
 
-    def calibration(self) -> Calibrated:
-        return calibration_chain(self.run)
 
-    def training(self, *, track: bool = False) -> tuple[Calibrated, Trained]:
-        calibrated = self.calibration()
-        return calibrated, training_chain(self.run, calibrated, Rounds(self.run, calibrated.tables) if track else None)
+def _results(part: str, graph: Graph) -> Iterator[tuple[str, Artifact]]:
+    """(folder below outputs/, artifact) of a part."""
+    if part == "calibration":
+        yield part, graph.calibrated.tables
+    elif part == "training":
+        yield f"{part}/configurations", graph.trained.sets[-1]
+        for method in ("coa", "shared"):
+            yield f"{part}/{method}", graph.trained.states[method][-1]
+    elif part == "evaluation":
+        evaluated = graph.evaluated
+        yield f"{part}/selection", evaluated.selection
+        for method, scores in evaluated.scores.items():
+            yield f"{part}/{method}", scores
+        for budget, found in zip(graph.run.settings.evaluation.budgets, evaluated.harness, strict=False):
+            yield f"{part}/harness/{budget:g}-bits", found
+    else:
+        yield f"{part}/bundle", graph.exported.bundle
+        for name, export in graph.named_exports().items():
+            yield f"{part}/{name}", export
+        yield "report", graph.exported.report
 
-    def evaluation(self) -> tuple[Calibrated, Trained, Evaluated]:
-        calibrated, trained = self.training()
-        return calibrated, trained, evaluation_chain(self.run, calibrated, trained)
 
-    def export(self) -> tuple[Calibrated, Trained, Exported]:
-        calibrated, trained, evaluated = self.evaluation()
-        return calibrated, trained, export_chain(self.run, calibrated, trained, evaluated)
+def dvc_yaml() -> str:
+    """Content of `dvc.yaml`: each part of the graph with the folders of its code and the outputs that it reads."""
+    stages = {
+        part: {
+            "cmd": f"python -m flows.stage {part} ${{definitions.repro}}",
+            "deps": sorted({*_rooms(part), *(f"outputs/{out}" for out in before)}),
+            "params": [
+                {"pipelines.yaml": ["definitions.repro", "definitions.pipelines.${definitions.repro}"]},
+            ],
+            "outs": [f"outputs/{out}" for out in OUTPUTS[part]],
+        }
+        for part, before in zip(PARTS, [[], *OUTPUTS.values()], strict=False)
+    }
+    plots = {
+        "front": ("average_bits", "Validation loss against average bits"),
+        "curves": ("step", "Training loss"),
+    }
+    content = {
+        "vars": ["pipelines.yaml:definitions"],
+        "stages": stages,
+        "metrics": ["outputs/report/metrics.json"],
+        "plots": [
+            {
+                f"outputs/report/{name}.csv": {
+                    "x": x,
+                    "y": "loss",
+                    "template": "pipeline/report/by_method.json",
+                    "title": title,
+                }
+            }
+            for name, (x, title) in plots.items()
+        ],
+    }
+    return _HEAD + yaml.safe_dump(content, sort_keys=False, width=120)
+
+
+def _rooms(part: str) -> set[str]:
+    """The folders of code that a part's results depend on: packages, and the rooms of `pipeline`."""
+    files = {file for stage in PARTS[part] for file in source_closure(stage.fn.__module__)}
+    rooms = {"flows/graph.py", *_EFFECTS.get(part, ())}
+    for file in files:
+        package, *inside = file.relative_to(ROOT).parts
+        if package != "pipeline":
+            rooms.add(package)
+        elif len(inside) > 1:
+            rooms.add(f"{package}/{inside[0]}")
+    return rooms
+
+
+def write_dvc_yaml(*, check: bool = False) -> None:
+    """Write `dvc.yaml`, or with `check` only compare it.
+
+    Raises:
+        CoaloraError: the file differs from what the graph says.
+    """
+    file = ROOT / DVC_FILE
+    if not check:
+        file.write_text(dvc_yaml(), encoding="utf-8")
+    elif not file.is_file() or file.read_text(encoding="utf-8") != dvc_yaml():
+        raise CoaloraError(f"{DVC_FILE} is not what flows/graph.py says", remedy="Run `python -m flows.stage dvc.yaml`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from flows.cli import log_to_terminal, parser
+    from pipeline.settings.definitions import load_settings
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [DVC_FILE]:
+        write_dvc_yaml(check="--check" in given)
+        return 0
     words = "Run one part of a pipeline without a server and write it under outputs/."
-    options = parser("flows.stage", words, parts=PARTS).parse_args(arguments)
+    options = parser("flows.stage", words, parts=tuple(PARTS)).parse_args(arguments)
     settings = load_settings(options.name, file=options.file, changes=options.changes)
-    check_refresh(options.refresh)
-    preflight(settings, root=Path.cwd())
     log_to_terminal()
-    run = PipelineRun.start(options.name, settings, DirectRunner(), refresh=frozenset(options.refresh))
-    write_part(options.part, run)
+    run_stage(options.part, options.name, settings, options.refresh)
     return 0
 
 
-def write_part(part: str, run: PipelineRun) -> None:
-    """Bring a part up to date and copy it to `outputs/`."""
-    parts = Parts(run)
-    if part == "calibration":
-        _materialize(run, parts.calibration().tables, part)
-    elif part == "training":
-        _, trained = parts.training(track=True)
-        _materialize(run, trained.sets[-1], "training/configurations")
-        _materialize(run, trained.states["coa"][-1], "training/coa")
-        _materialize(run, trained.states["shared"][-1], "training/shared")
-    elif part == "evaluation":
-        _, _, evaluated = parts.evaluation()
-        _materialize(run, evaluated.selection, "evaluation/selection")
-        for method, scores in evaluated.scores.items():
-            _materialize(run, scores, f"evaluation/{method}")
-        for budget, found in zip(run.settings.evaluation.budgets, evaluated.harness, strict=False):
-            _materialize(run, found, f"evaluation/harness/{budget:g}-bits")
-    elif part == "export":
-        _, _, exported = parts.export()
-        _materialize(run, exported.bundle, "export/bundle")
-        for budget, export in zip(run.settings.evaluation.budgets, exported.exports, strict=True):
-            _materialize(run, export, f"export/{budget_name(budget, run.settings.cost.kind)}")
-        _materialize(run, report_chain(run, exported), "report")
-    else:
-        published = publication_chain(run, *parts.export())
-        OUTPUTS.mkdir(exist_ok=True)
-        write_json(OUTPUTS / "registration.json", published.model_dump(mode="json", exclude={"report"}))
-
-
-def _materialize(run: PipelineRun, artifact: Artifact, name: str) -> None:
-    run.runner.store.materialize(artifact, OUTPUTS / name)
-
-
 if __name__ == "__main__":
+    from flows.cli import run_command
+
     run_command(main)

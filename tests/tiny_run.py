@@ -15,17 +15,13 @@ from typing import Any
 
 import pytest
 
-from flows.calibration import Calibrated, calibration_chain
-from flows.evaluation import Evaluated, evaluation_chain
-from flows.export import Exported, export_chain
-from flows.run import PipelineRun
-from flows.training import Trained, training_chain
+from flows.graph import Calibrated, Evaluated, Exported, Graph, Trained
+from flows.run import Run
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Stage
 from pipeline.store.store import Artifact
 from tasks.publish import write_run_folder
-from tasks.report import make_report
 
 CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",
@@ -57,7 +53,6 @@ class TinyRun:
     trained: Trained
     evaluated: Evaluated
     exported: Exported
-    report: Artifact
 
 
 @contextmanager
@@ -78,27 +73,18 @@ def tiny_run() -> TinyRun:
     home = root / "home"
     settings = load_settings("tiny", file=Path(__file__).parent / "flows" / "tiny.yaml", changes=CHANGES)
     with at_home(home):
-        run = PipelineRun("tiny", settings, _Plain(), None, None)  # type: ignore[arg-type]
-        calibrated = calibration_chain(run)
-        trained = training_chain(run, calibrated)
-        evaluated = evaluation_chain(run, calibrated, trained)
-        exported = export_chain(run, calibrated, trained, evaluated)
-        report = run.run(make_report, result=exported.result)
+        graph = Graph(Run("tiny", settings, _Plain()))  # type: ignore[arg-type]
+        exported = graph.exported
         folder = write_run_folder.fn(
             folder=str(root / "runs" / "tiny" / "0123abcd"),
-            report=report,
+            report=exported.report,
             bundle=exported.bundle,
-            exports={
-                f"export/{budget:g}-bits": export
-                for budget, export in zip(settings.evaluation.budgets, exported.exports, strict=True)
-            },
+            exports={f"export/{name}": made for name, made in graph.named_exports().items()},
             record={
                 "pipeline": "tiny",
                 "settings": settings.model_dump(mode="json"),
-                "base": calibrated.base.model_dump(mode="json"),
-                "benchmark": calibrated.benchmark.model_dump(mode="json"),
-                "tables": calibrated.tables.model_dump(mode="json"),
+                **{name: made.model_dump(mode="json") for name, made in graph.calibrated.inputs().items()},
                 "bundle": exported.bundle.model_dump(mode="json"),
             },
         )
-    return TinyRun(home, Path(folder), settings, calibrated, trained, evaluated, exported, report)
+    return TinyRun(home, Path(folder), settings, graph.calibrated, graph.trained, graph.evaluated, exported)

@@ -12,11 +12,8 @@ from coalora.errors import CoaloraError
 from coalora.export.base import load_base
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
-from flows.calibration import Calibrated, calibration_chain
-from flows.evaluation import evaluation_chain
-from flows.export import Exported, export_chain
-from flows.run import PipelineRun
-from flows.training import Trained, training_chain
+from flows.graph import Calibrated, Exported, Graph, Trained
+from flows.run import Run
 from pipeline.inputs.loaders import load_input_statistics, load_tables
 from pipeline.preflight import preflight
 from pipeline.report.schema import RESULT
@@ -49,7 +46,7 @@ def latency_settings(table: Path, *changes: str) -> Settings:
 class LatencyRun:
     home: Path
     settings: Settings
-    run: PipelineRun
+    run: Run
     calibrated: Calibrated
     trained: Trained
     exported: Exported
@@ -63,11 +60,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> LatencyRun:
     settings = latency_settings(table)
     preflight(settings)
     with at_home(home):
-        run = PipelineRun.start("tiny", settings, _Plain())  # type: ignore[arg-type]
-        calibrated = calibration_chain(run)
-        trained = training_chain(run, calibrated)
-        evaluated = evaluation_chain(run, calibrated, trained)
-        return LatencyRun(home, settings, run, calibrated, trained, export_chain(run, calibrated, trained, evaluated))
+        run = Run.start("tiny", settings, _Plain())  # type: ignore[arg-type]
+        graph = Graph(run)
+        return LatencyRun(home, settings, run, graph.calibrated, graph.trained, graph.exported)
 
 
 def test_tables_carry_the_cost_and_keep_the_statistics(finished: LatencyRun) -> None:
@@ -106,7 +101,7 @@ def test_the_content_of_the_table_is_part_of_what_a_run_is(finished: LatencyRun,
     other = tmp_path / "other.csv"
     other.write_text(TABLE + "*_proj,int,8,21\nv_proj,float,,15\n")
     with at_home(tmp_path):
-        changed = PipelineRun.start("tiny", latency_settings(other), _Plain())  # type: ignore[arg-type]
+        changed = Run.start("tiny", latency_settings(other), _Plain())  # type: ignore[arg-type]
     assert changed.cost_content != finished.run.cost_content is not None
 
 

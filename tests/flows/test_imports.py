@@ -157,8 +157,12 @@ def test_flows_are_entered_from_the_two_files_alone() -> None:
         assert module.startswith("flows.")
 
 
-def test_sources_that_dvc_watches_exist() -> None:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+def test_dvc_yaml_is_what_the_graph_says() -> None:
+    from flows.stage import dvc_yaml
+
+    written = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert written == dvc_yaml()
+    stages = yaml.safe_load(written)["stages"]
     outputs = {out for stage in stages.values() for out in stage["outs"]}
     watched = {dep for stage in stages.values() for dep in stage["deps"]}
     assert {dep for dep in watched if not (ROOT / dep).exists()} <= outputs

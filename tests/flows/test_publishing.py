@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from coalora.errors import CoaloraError
-from flows.publishing import Rounds
-from flows.run import PipelineRun
+from flows.graph import Rounds
+from flows.run import Run
 from pipeline.store.store import Artifact
 from tests.tiny_run import tiny_run
 
@@ -30,10 +30,10 @@ def test_the_run_goes_on_and_says_what_is_not_logged_yet(caplog: pytest.LogCaptu
     settings = tiny_run().settings
     quiet = settings.model_copy(update={"versioning": settings.versioning.model_copy(update={"enabled": False})})
     runner = _Away()
-    rounds = Rounds(PipelineRun("tiny", quiet, runner, None, None), tiny_run().calibrated.tables)  # type: ignore[arg-type]
+    rounds = Rounds(Run("tiny", quiet, runner))  # type: ignore[arg-type]
     made = Artifact(kind="configuration-set", digest="0" * 64, nbytes=1)
     with caplog.at_level(logging.WARNING, logger="coalora"):
-        rounds.on_set(0, made)
+        rounds.on_set(0, made, tiny_run().calibrated.tables)
         rounds.on_state("coa", 0, made)
     assert runner.called == ["track-round", "show-round", "track-training"]
     assert caplog.text.count("not logged to MLflow yet, the run goes on") == 2
@@ -44,9 +44,6 @@ def test_other_failures_still_end_the_run() -> None:
         def call(self, task: Any, **inputs: Any) -> None:
             raise ValueError("a mistake of ours")
 
-    rounds = Rounds(
-        PipelineRun("tiny", tiny_run().settings, Broken(), None, None),  # type: ignore[arg-type]
-        tiny_run().calibrated.tables,
-    )
+    rounds = Rounds(Run("tiny", tiny_run().settings, Broken()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a mistake of ours"):
         rounds.on_state("coa", 0, Artifact(kind="state", digest="0" * 64, nbytes=1))

@@ -15,13 +15,13 @@ import tasks.evaluate
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import score
 from coalora.files import read_json
-from flows.evaluation import Evaluated, evaluation_chain
-from flows.run import PipelineRun
+from flows.graph import Evaluated, Graph
+from flows.run import Run
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Store
-from tasks.evaluate import SCORES, evaluate_method, evaluate_shard, merge_shards, shard_bounds
+from tasks.evaluate import SCORES, merge_shards, shard_bounds
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 METHODS = ("coa", "none", "shared", "paper")  # in the order in which they are evaluated
@@ -42,7 +42,7 @@ def _own_records(tmp_path: Path) -> Iterator[None]:
 
 def evaluate(run: TinyRun, runner: DirectRunner, **changes: Any) -> Evaluated:
     settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
-    return evaluation_chain(PipelineRun("tiny", settings, runner, None, None), run.calibrated, run.trained)
+    return Graph(Run("tiny", settings, runner), calibrated=run.calibrated, trained=run.trained).evaluated
 
 
 def stages(runner: DirectRunner) -> list[str]:
@@ -143,13 +143,11 @@ def test_shards_that_do_not_cover_every_configuration_once_are_refused(kept: lis
 
 
 def test_how_an_evaluation_is_cut_changes_neither_result_nor_run_folder(run: TinyRun) -> None:
-    def run_of(**changes: Any) -> PipelineRun:
+    def run_of(**changes: Any) -> Run:
         settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
-        return PipelineRun("tiny", settings, DirectRunner(), None, None)
+        return Run("tiny", settings, DirectRunner())
 
     plain, cut = run_of(), run_of(shard_size=3, workers=2, runner="dask", address="tcp://scheduler:8786")
     assert plain.settings != cut.settings
     assert plain.settings.of_the_result() == cut.settings.of_the_result()
-    both = [evaluate_shard, evaluate_method]
-    assert plain.identity(both) == cut.identity(both)
-    assert run_of(batch_size=3).identity(both) != plain.identity(both)
+    assert plain.identity == cut.identity != run_of(batch_size=3).identity

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from coalora.errors import CoaloraError
-from flows.run import PipelineRun
-from flows.training import training_chain
+from flows.graph import Graph
+from flows.run import Run
 from pipeline.inputs.loaders import load_set, load_tables
 from pipeline.inputs.sets import read_set_file, start_members
 from pipeline.preflight import preflight
@@ -70,23 +70,23 @@ def test_the_training_starts_with_the_file(
 ) -> None:
     settings = starting_with(write(tmp_path, content), "search.rounds=0", "baselines.methods=[shared]")
     preflight(settings)
-    made = PipelineRun.start("tiny", settings, DirectRunner())
-    trained = training_chain(made, run.calibrated)
+    made = Run.start("tiny", settings, DirectRunner())
+    trained = Graph(made, calibrated=run.calibrated).trained
     measured = load_tables(run.calibrated.tables)
     assert len(trained.sets) == 1
     assert load_set(trained.sets[0], measured).configurations.tolist() == sorted_like(content, measured)
     # The same content elsewhere is the same start; another content is another.
     elsewhere = tmp_path / "moved"
     elsewhere.mkdir()
-    moved = PipelineRun.start("tiny", starting_with(write(elsewhere, content)), DirectRunner())
+    moved = Run.start("tiny", starting_with(write(elsewhere, content)), DirectRunner())
     assert key(moved, run) == key(made, run)
     fewer = {**content, "members": content["members"][:-1]}
-    changed = PipelineRun.start("tiny", starting_with(write(elsewhere, fewer)), DirectRunner())
+    changed = Run.start("tiny", starting_with(write(elsewhere, fewer)), DirectRunner())
     assert key(changed, run) != key(made, run)
-    assert len({r.identity([given_set]) for r in (made, changed)}) == 2
+    assert len({r.identity for r in (made, changed)}) == 2
 
 
-def key(run: PipelineRun, tiny: TinyRun) -> str:
+def key(run: Run, tiny: TinyRun) -> str:
     return given_set.key({"tables": tiny.calibrated.tables, "content": run.given})
 
 

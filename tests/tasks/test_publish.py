@@ -34,7 +34,11 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 def write(run: TinyRun, folder: Path, exports: dict[str, Artifact] | None = None) -> Path:
     exports = exports if exports is not None else {"export/2.5-bits": run.exported.exports[0]}
     made = write_run_folder.fn(
-        folder=str(folder), report=run.report, bundle=run.exported.bundle, exports=exports, record={"pipeline": "tiny"}
+        folder=str(folder),
+        report=run.exported.report,
+        bundle=run.exported.bundle,
+        exports=exports,
+        record={"pipeline": "tiny"},
     )
     return Path(made)
 
@@ -164,7 +168,7 @@ def test_what_was_not_logged_during_a_run_is_logged_at_its_end_and_only_once(run
         track_run.fn(
             pipeline="tiny", settings=settings, identity="1" * 64, benchmark=run.calibrated.benchmark,
             tables=run.calibrated.tables, sets=run.trained.sets, versions=["abc", None], states=run.trained.states,
-            report=run.report,
+            report=run.exported.report,
         )
         for _ in range(2)
     }  # fmt: skip

@@ -193,7 +193,7 @@ def test_a_positive_gap_is_worse_whichever_way_the_metric_goes(
 
 
 def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str, Any]) -> None:
-    folder: Path = Store().path(run.report)
+    folder: Path = Store().path(run.exported.report)
     assert json.loads((folder / "result.json").read_text()) == result
     assert json.loads((folder / "metrics.json").read_text()) == headline(result)
     front = list(csv.DictReader(io.StringIO((folder / "front.csv").read_text())))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.errors import CoaloraError
-from flows.evaluation import evaluation_chain
-from flows.run import PipelineRun
+from flows.graph import Graph
+from flows.run import Run
 from pipeline.stages.runner import DirectRunner
 from pipeline.stages.stage import Stage
 from pipeline.store.store import Store
@@ -93,11 +94,11 @@ def _an_evaluation_gives_the_bytes_of_threads(
     baselines = run.settings.baselines.model_copy(update={"per_budget": ["lq-lora"]})
     evaluation = run.settings.evaluation.model_copy(update=changes)
     settings = run.settings.model_copy(update={"evaluation": evaluation, "baselines": baselines})
-    trained = run.trained.model_copy(update={"states": {m: run.trained.states[m] for m in ("coa", "none")}})
+    trained = replace(run.trained, states={m: run.trained.states[m] for m in ("coa", "none")})
     runner = DirectRunner()
     with at_home(run.home):
         runner.store = Store()
-        found = evaluation_chain(PipelineRun("tiny", settings, runner, None, None), run.calibrated, trained)
+        found = Graph(Run("tiny", settings, runner), calibrated=run.calibrated, trained=trained).evaluated
     assert [found.scores[m].digest for m in trained.states] == [run.evaluated.scores[m].digest for m in trained.states]
     alone = [[a.digest for a in made.references["lq-lora"]] for made in (found, run.evaluated)]
     assert alone[0] == alone[1]
