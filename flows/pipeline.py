@@ -1,6 +1,6 @@
 """Prefect flow `pipeline`: from a base model to registered, exported adapters.
 
-    python -m flows.pipeline NAME [--file OTHER.yaml] [--set search.rounds=2 ...] [--refresh STAGE ...]
+    coalora run NAME [--file OTHER.yaml] [--set search.rounds=2 ...] [--refresh STAGE ...]
 
 A second run does no work; a run that was killed goes on behind its last finished stage. All task runs belong to this
 one flow run.
@@ -17,8 +17,8 @@ from prefect.runtime import deployment
 from pydantic import Field
 
 from flows.graph import STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
-from pipeline.orchestration.deployed import check_deployment, check_server
 from pipeline.orchestration.progress import get_logger
+from pipeline.orchestration.server import check_deployment, check_server
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import change_settings, check_name
 from pipeline.settings.sections import Settings
@@ -76,18 +76,6 @@ def run_pipeline(name: str, settings: Settings, refresh: Sequence[str] = ()) -> 
     show(pipeline(name=name, settings=settings, refresh=list(refresh)), settings)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    from flows.cli import parser
-    from pipeline.settings.definitions import load_settings
-
-    options = parser(
-        "flows.pipeline", "Run a pipeline: base model in, registered and exported adapters out."
-    ).parse_args(arguments)
-    settings = load_settings(options.name, file=options.file, changes=options.changes)
-    run_pipeline(options.name, settings, options.refresh)
-    return 0
-
-
 def show(published: Published, settings: Settings) -> None:
     """Print the closing table, where files lie, and the next commands."""
     from rich.console import Console
@@ -110,16 +98,10 @@ def show(published: Published, settings: Settings) -> None:
     lines += [f"Published in S3: {published.s3_address}"] if published.s3_address else []
     commands = {
         "open the report": f"xdg-open {latest}/report/report.html",
-        "adapt to another budget": f"python -m flows.adapt {latest} --budget 3.5 --out adapted/3.5-bits",
+        "adapt to another budget": f"coalora adapt {latest} --budget 3.5 --out adapted/3.5-bits",
         "compare runs in MLflow": served if served else f"mlflow ui --backend-store-uri {place.tracking_uri}",
         "start a Prefect server": "prefect server start   # README.md: deploy, schedule, run on a worker",
     }
     lines += ["\nNext:", *(f"  {words:<25} {command}" for words, command in commands.items())]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    from flows.cli import run_command
-
-    run_command(main)

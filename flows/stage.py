@@ -1,7 +1,7 @@
 """One part of a pipeline without a server, for `dvc repro`; and `dvc.yaml` itself.
 
-    python -m flows.stage calibration|training|evaluation|export|registration NAME [--file ...] [--set ...]
-    python -m flows.stage dvc.yaml [--check]
+    coalora stage calibration|training|evaluation|export|registration NAME [--file ...] [--set ...]
+    coalora dvc [--check]
 
 Runs the same stages as the flow under the same cache keys: what either has computed, the other reuses. Results are
 copied from the store to `outputs/<part>/`, because DVC deletes its outputs before a stage runs; every part reads the
@@ -10,7 +10,6 @@ store, so an earlier part that DVC skipped costs the check of its files and noth
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ OUTPUTS = {part: [part] for part in PARTS} | {"export": ["export", "report"], "r
 # Rooms that a part needs besides those of its stages' code.
 _EFFECTS = {"registration": ("pipeline/s3", "pipeline/tracking", "tasks")}
 _HEAD = """\
-# The pipeline's parts for `dvc repro`; written by `python -m flows.stage dvc.yaml` from flows/graph.py.
+# The pipeline's parts for `dvc repro`; written by `coalora dvc` from flows/graph.py.
 # Which pipeline: definitions.repro in pipelines.yaml, or for once
 #   dvc exp run -S 'pipelines.yaml:definitions.repro=sst2-minilm'
 # Dependencies are whole folders, and all settings: which file and which setting matter to a stage is known to the cache
@@ -47,7 +46,7 @@ def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] =
         CoaloraError: no such part, a stage to refresh that does not exist, or settings that do not fit their files.
     """
     if part not in PARTS:
-        raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
+        raise CoaloraError(f"a pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
     run = start(name, settings, DirectRunner(), refresh)
     preflight(settings, root=Path.cwd())
     graph = Graph(run, Rounds(run) if part == "training" else None)
@@ -86,7 +85,7 @@ def dvc_yaml() -> str:
     """Content of `dvc.yaml`: each part of the graph with the folders of its code and the outputs that it reads."""
     stages = {
         part: {
-            "cmd": f"python -m flows.stage {part} ${{definitions.repro}}",
+            "cmd": f"python -m coalora stage {part} ${{definitions.repro}}",
             "deps": sorted({*_rooms(part), *(f"outputs/{out}" for out in before)}),
             "params": [
                 {"pipelines.yaml": ["definitions.repro", "definitions.pipelines.${definitions.repro}"]},
@@ -141,26 +140,4 @@ def write_dvc_yaml(*, check: bool = False) -> None:
     if not check:
         file.write_text(dvc_yaml(), encoding="utf-8")
     elif not file.is_file() or file.read_text(encoding="utf-8") != dvc_yaml():
-        raise CoaloraError(f"{DVC_FILE} is not what flows/graph.py says", remedy="Run `python -m flows.stage dvc.yaml`")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    from flows.cli import log_to_terminal, parser
-    from pipeline.settings.definitions import load_settings
-
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == [DVC_FILE]:
-        write_dvc_yaml(check="--check" in given)
-        return 0
-    words = "Run one part of a pipeline without a server and write it under outputs/."
-    options = parser("flows.stage", words, parts=tuple(PARTS)).parse_args(arguments)
-    settings = load_settings(options.name, file=options.file, changes=options.changes)
-    log_to_terminal()
-    run_stage(options.part, options.name, settings, options.refresh)
-    return 0
-
-
-if __name__ == "__main__":
-    from flows.cli import run_command
-
-    run_command(main)
+        raise CoaloraError(f"{DVC_FILE} is not what flows/graph.py says", remedy="Run `coalora dvc`")

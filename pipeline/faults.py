@@ -84,6 +84,6 @@ def _full(folder: Path) -> CoaloraError:
     return CoaloraError(
         "the disk of the results has room for what is written",
         got=f"{folder}: full ({shutil.disk_usage(there).free / 1e6:.1f} MB free); what was finished before is kept",
-        remedy="free some room (python -m flows.prune lists what nothing refers to), and run again: "
+        remedy="free some room (coalora prune lists what nothing refers to), and run again: "
         "it goes on behind its last finished stage",
     )

@@ -60,6 +60,6 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
         raise CoaloraError(
             "the run that is published is known to MLflow, whose versions are tagged with the address",
             got=f"run {run_id}: {one_line(error)[:200]}",
-            remedy=f"{address} is whole; to tag the versions, too, call flows.upload where the pipeline ran",
+            remedy=f"{address} is whole; to tag the versions, too, call `coalora upload` where the pipeline ran",
         ) from error
     return sorted(f"{version.name} version {version.version}" for version in versions)

@@ -21,7 +21,7 @@ from prefect.context import FlowRunContext
 from coalora.calibrate.costs import UNITS
 from coalora.files import read_json
 from pipeline.inputs.loaders import ROUND, SET
-from pipeline.orchestration.progress_artifact import artifact_key
+from pipeline.orchestration.progress import artifact_key
 from pipeline.report.rounds import fronts_png
 from pipeline.report.schema import Cost, Round, loss_unit
 from pipeline.report.table import number, signed
@@ -86,7 +86,7 @@ def show_result(
             f"- Report: {report_link}",
             f"- MLflow: {_link('run ' + mlflow_run_id, url)}",
             f"- Registered: {registered['name']}, version {registered['version']} ({registered['reason']})",
-            f"- Another budget: `python -m flows.adapt {folder} --budget 3.5 --out adapted/3.5-bits`",
+            f"- Another budget: `coalora adapt {folder} --budget 3.5 --out adapted/3.5-bits`",
         ]
     )
     create_markdown_artifact(text, key=artifact_key(pipeline, "result"), description=f"{pipeline}: result")

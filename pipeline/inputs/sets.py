@@ -50,7 +50,7 @@ def read_set_file(file: str | Path) -> dict[str, Any]:
         raise CoaloraError(
             "initial_set.file must exist",
             got=path,
-            remedy="bring a set back with `python -m flows.restore ... --out FILE`, or correct the path",
+            remedy="bring a set back with `coalora restore ... --out FILE`, or correct the path",
         )
     try:
         content = read_json(path)
@@ -67,5 +67,5 @@ def _damaged(got: str) -> CoaloraError:
         "a configuration set is JSON as every search round writes it",
         got=got,
         expected=f"format {SET_FORMAT}",
-        remedy="take a file round-*.json of configurations/, or bring one back with `python -m flows.restore`",
+        remedy="take a file round-*.json of configurations/, or bring one back with `coalora restore`",
     )

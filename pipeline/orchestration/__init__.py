@@ -1,1 +1,1 @@
-"""Prefect as a person meets it: progress, waiting for GPUs, deployments."""
+"""Progress, GPU tags, and checks of the Prefect server."""

@@ -1,17 +1,22 @@
-"""Progress of long loops as a few log lines, readable in a terminal and in the Prefect UI alike.
+"""Progress of long loops: a few log lines and, inside a Prefect task run, a progress artifact in Prefect's UI.
 
-Inside a Prefect task run, a loop that takes longer than the time between two lines has a progress artifact as well.
+The server is told from a thread of its own, and never twice at a time: a slow or absent server costs no training step.
+Prefect is imported by nothing here: a process that has not imported it is in no run.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+from uuid import UUID
 
-if TYPE_CHECKING:
-    from pipeline.orchestration.progress_artifact import ProgressArtifact
+_thread = ThreadPoolExecutor(1, thread_name_prefix="coalora-progress")  # starts with its first call
 
 LoggerLike = logging.Logger | logging.LoggerAdapter[Any]
 
@@ -56,11 +61,7 @@ class Progress:
         self.interval = interval
         self._first: tuple[float, int] | None = None
         self._last_line = 0.0
-        self._artifact: ProgressArtifact | None = None
-        if "prefect" in sys.modules:
-            from pipeline.orchestration.progress_artifact import ProgressArtifact
-
-            self._artifact = ProgressArtifact(label)
+        self._artifact = ProgressArtifact(label)
 
     def __call__(self, done: int, total: int, **values: float | int | str) -> None:
         """`done` of `total` steps are finished; `values` (losses, bits) are shown with the line."""
@@ -76,7 +77,7 @@ class Progress:
         parts += self._timing(now, done, total)
         line = ", ".join(parts)
         self.logger.info("%s", line)
-        if self._artifact is not None and not first:
+        if not first:
             self._artifact.show(100.0 * done / max(total, 1), line, last=done >= total)
 
     def _timing(self, now: float, done: int, total: int) -> list[str]:
@@ -94,3 +95,60 @@ class Progress:
 
 def _format(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def artifact_key(*words: str) -> str:
+    """Words as the key of an artifact, under which Prefect keeps its history: lower case letters, digits, dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def pipeline_name() -> str:
+    """Name of the pipeline whose flow runs here; empty outside of one."""
+    if "prefect" not in sys.modules:
+        return ""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return str((context.parameters or {}).get("name", "")) if context else ""
+
+
+class ProgressArtifact:
+    """The artifact of one loop; made at the first `show`. Outside of a task run nothing is shown.
+
+    Args:
+        label: of the loop; what stands before its first comma is the key, so that rounds are one artifact's history.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._key = artifact_key(pipeline_name(), label.split(",")[0])
+        self._active = _in_task_run()
+        self._id: UUID | None = None
+        self._under_way: Future[Any] | None = None
+
+    def show(self, percent: float, words: str, *, last: bool = False) -> None:
+        """Show `percent` and `words`; left out, unless `last`, while the one before is under way."""
+        if not self._active or (last and self._id is None and self._under_way is None):
+            return
+        if not last and self._under_way is not None and not self._under_way.done():
+            return
+        tell: Callable[[], None] = lambda: self._tell(percent, words)  # noqa: E731 (bound to this call's values)
+        self._under_way = _thread.submit(copy_context().run, tell)
+
+    def _tell(self, percent: float, words: str) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        try:
+            if self._id is None:
+                self._id = create_progress_artifact(percent, key=self._key, description=words)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._id, percent, description=words)
+        except Exception as error:
+            logging.getLogger("coalora").debug("progress is not shown: %r", error)
+
+
+def _in_task_run() -> bool:
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import TaskRunContext
+
+    return TaskRunContext.get() is not None

@@ -144,7 +144,7 @@ def _missing(root: S3Location, pipeline: str, run: str) -> CoaloraError:
         "a run must be published before it is downloaded",
         got=f"{root}/{run_name(pipeline, run)}",
         expected=shown or f"a published run, but there is none under {root}",
-        remedy="publish it: python -m flows.upload RUN_FOLDER --to s3://BUCKET/PREFIX",
+        remedy="publish it: coalora upload RUN_FOLDER --to s3://BUCKET/PREFIX",
     )
 
 

@@ -76,7 +76,7 @@ def describe(folder: Path) -> Manifest:
             "a run folder is what a finished pipeline wrote",
             got=folder,
             expected="for example runs/demo/latest",
-            remedy="run the pipeline first: python -m flows.pipeline demo",
+            remedy="run the pipeline first: coalora run demo",
         )
     content = read_json(record)
     files = []

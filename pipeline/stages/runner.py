@@ -33,8 +33,8 @@ from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
 from pipeline.faults import database_faults
+from pipeline.orchestration.gpu_tags import tags_of_call, waiting_logged
 from pipeline.orchestration.progress import get_logger
-from pipeline.orchestration.slots import tags_of_call, told_of_waiting
 from pipeline.stages.plans import Planner
 from pipeline.stages.records import Plan, StageRecord, run_name, write_record
 from pipeline.stages.stage import Call, Pool, Stage, current_call, stage
@@ -218,7 +218,7 @@ class PrefectRunner(Runner):
 
     def _execute(self, plan: Plan) -> Artifact:
         task = self._task(plan)
-        with told_of_waiting(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
+        with waiting_logged(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
             return task(**plan.call)
 
     @contextmanager
@@ -246,7 +246,7 @@ class PrefectRunner(Runner):
 
 
 class DirectRunner(Runner):
-    """Runs stages as plain calls, without flow, server or API: `python -m flows.<stage>` in DVC stages.
+    """Runs stages as plain calls, without flow, server or API: `coalora stage` in DVC stages.
 
     Records are those of Prefect's local storage path. A storage block set as Prefect's default result storage
     can be read with the API only, and is not shared with.

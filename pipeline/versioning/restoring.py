@@ -20,6 +20,7 @@ import yaml
 
 from coalora.configurations import SET_FORMAT
 from coalora.errors import CoaloraError
+from coalora.files import replace_file
 from pipeline.inputs.loaders import SET
 from pipeline.tracking.values import one_line, scrub_text
 from pipeline.versioning.repository import initialised, with_remotes
@@ -128,6 +129,20 @@ def from_dvc(
         return _checked(content, recorded.get("md5"), found, f"DVC, {path} at {at}")
 
     return _asking_remotes(root, "dvc pull", read)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; one that is there already stays, and is an error unless it is the same.
+
+    Raises:
+        CoaloraError: the file exists with other content.
+    """
+    if path.exists():
+        if path.is_file() and path.read_bytes() == content:
+            return
+        raise CoaloraError(f"{path} exists and is not overwritten", remedy="Name another file, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content)
 
 
 def _rounds(client: Any, run: Any) -> dict[int, Any]:

@@ -16,8 +16,8 @@ import psutil
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
-from infra.local import Stack
 from infra.services import BUCKET
+from infra.stack import Stack
 from tests.flows.checkout import PROJECT, Checkout
 from tests.servers import Server
 
@@ -35,7 +35,7 @@ class Site:
     def up(self) -> str:
         """`make up`: starts what does not run."""
         ports = [f"{name}=0" for name in ("prefect", "mlflow", "s3")]
-        return self.checkout.run("-m", "infra.local", "up", "--state", str(self.folder), "--ports", *ports)
+        return self.checkout.run("-m", "coalora", "stack", "up", "--state", str(self.folder), "--ports", *ports)
 
     def kill_worker(self) -> None:
         """The worker and all that it has started are gone at once, as when a machine loses its power."""
@@ -95,7 +95,7 @@ def site(checkout: Checkout, folder: Path, *, initial_steps: int) -> Iterator[Si
             made.server.deploy(root)
             yield made
     finally:
-        checkout.run("-m", "infra.local", "down", "--state", str(folder))
+        checkout.run("-m", "coalora", "stack", "down", "--state", str(folder))
 
 
 def wait_for_files(folder: Path, pattern: str, *, timeout: float = 120.0) -> None:

@@ -98,7 +98,7 @@ def test_the_registry_has_the_version_with_its_tags(stack: Site, resumed: FlowRu
 
 
 def test_another_clone_restores_the_last_set_from_s3(stack: Site, elsewhere: Checkout) -> None:
-    elsewhere.run("-m", "flows.restore", "--rev", "HEAD", "--pipeline", PIPELINE, "--out", "set.json")
+    elsewhere.run("-m", "coalora", "restore", "--rev", "HEAD", "--pipeline", PIPELINE, "--out", "set.json")
     restored = json.loads((elsewhere.root / "set.json").read_text())
     assert restored == json.loads((stack.checkout.root / f"configurations/{PIPELINE}/round-01.json").read_text())
 

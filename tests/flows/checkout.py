@@ -39,10 +39,10 @@ class Checkout:
         return output
 
     def pipeline(self, *changes: str) -> str:
-        return self.run("-m", "flows.pipeline", "tiny", *(["--set", *changes] if changes else []))
+        return self.run("-m", "coalora", "run", "tiny", *(["--set", *changes] if changes else []))
 
     def stage(self, part: str, *changes: str) -> str:
-        return self.run("-m", "flows.stage", part, "tiny", *(["--set", *changes] if changes else []))
+        return self.run("-m", "coalora", "stage", part, "tiny", *(["--set", *changes] if changes else []))
 
     def repro(self, *options: str) -> str:
         return self.run("-m", "dvc", "repro", *options)

@@ -83,7 +83,7 @@ def test_a_run_killed_in_round_2_resumes_and_ends_bit_for_bit_as_an_undisturbed_
 ) -> None:
     killed, undisturbed = make_checkout("killed"), make_checkout("undisturbed")
     # A checkpoint after every step; the undisturbed run writes none.
-    command = ("-m", "flows.pipeline", "tiny", "--set", LONG_ROUNDS, "stages.checkpoint_seconds=0.001")
+    command = ("-m", "coalora", "run", "tiny", "--set", LONG_ROUNDS, "stages.checkpoint_seconds=0.001")
     printed = killed.kill_at("training coa, round 2: ", *command)
     done = computed(printed)
     assert done.count("search") == 2

@@ -22,7 +22,7 @@ def test_the_terminal_ends_with_the_table_and_the_next_commands(finished: tuple[
     _, output = finished
     for words in ("no adapter", "Shared-LoRA", "CoA-LoRA", "hypervolume", "2.50", "3.00"):
         assert words in output
-    for command in ("flows.adapt runs/tiny/latest", "mlflow ui", "prefect server start"):
+    for command in ("coalora adapt runs/tiny/latest", "mlflow ui", "prefect server start"):
         assert command in output
     assert "training coa, round 0" in output  # progress was shown
 
@@ -139,7 +139,7 @@ print("ANSWER" + json.dumps({
 
 def test_adapting_a_finished_run_to_a_new_budget_needs_no_training(finished: tuple[Checkout, str]) -> None:
     checkout, _ = finished
-    checkout.run("-m", "flows.adapt", "runs/tiny/latest", "--budget", "3.6", "--out", "adapted")
+    checkout.run("-m", "coalora", "adapt", "runs/tiny/latest", "--budget", "3.6", "--out", "adapted")
     content = json.loads((checkout.root / "adapted" / "configuration.json").read_text())
     assert content["average_bits"] <= 3.6
     load_adapted(checkout.root / "adapted" / "base", checkout.root / "adapted" / "adapter")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
+from coalora.cli import main
 from coalora.errors import CoaloraError
-from flows.prune import main
 from pipeline.stages.runner import DirectRunner, stage
 from pipeline.store.journal import Journal
 from pipeline.store.prune import find_garbage, remove
@@ -71,7 +71,7 @@ class Home:
         return Store().place(self.made[name]).is_dir()
 
     def prune(self, *options: str) -> int:
-        return main(["--root", str(self.root), *options])
+        return main(["prune", "--root", str(self.root), *options])
 
     def files(self) -> set[str]:
         return {str(p.relative_to(self.home)) for p in self.home.rglob("*") if p.is_file() and p.suffix != ".lock"}
@@ -109,7 +109,7 @@ def test_what_goes_is_shown_first_and_a_run_that_still_exists_keeps_all_its_stag
     assert "1 run folders" in shown
     assert home.made["3"].digest in shown
     assert home.made["1"].digest not in shown
-    assert "python -m flows.prune --delete" in shown
+    assert "coalora prune --delete" in shown
     assert home.prune("--delete") == 0
     assert [home.has(n) for n in "123"] == [True, True, False]
     removed = before - home.files()

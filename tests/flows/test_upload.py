@@ -11,10 +11,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from coalora.errors import CoaloraError
+from coalora.cli import main
 from coalora.export.base import load_adapted
-from flows.download import main as download
-from flows.upload import main as upload
+from tests.commands import refused
 from tests.flows.checkout import Checkout, computed
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy, create_bucket, s3_server, set_credentials
 from tests.s3_server import fault_proxy as make_proxy
@@ -71,22 +70,22 @@ def test_the_command_sends_nothing_twice_and_another_place_gets_all(
     here: Checkout, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.clear()
-    assert upload([str(here.latest)]) == 0  # to the run's own place
+    assert main(["upload", str(here.latest)]) == 0  # to the run's own place
     said = capsys.readouterr().out
     assert "published already" in said
     assert "registered model coalora-tiny version 1: tagged" in said
     assert proxy.puts() == []
-    assert upload([str(here.latest), "--to", "s3://models/elsewhere"]) == 0
+    assert main(["upload", str(here.latest), "--to", "s3://models/elsewhere"]) == 0
     assert f"s3://models/elsewhere/runs/tiny/{run_name(here)}: " in capsys.readouterr().out
     assert len(proxy.puts()) > 10
-    assert upload([str(here.latest), "--to", "s3://models/team/coalora"]) == 0  # the tag names the last one
+    assert main(["upload", str(here.latest), "--to", "s3://models/team/coalora"]) == 0  # the tag names the last one
 
 
 def test_a_downloaded_run_is_the_run_and_its_adapter_loads(
     here: Checkout, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "device"
-    assert download(["s3://models/team/coalora/runs/tiny/latest", "--out", str(out)]) == 0
+    assert main(["download", "s3://models/team/coalora/runs/tiny/latest", "--out", str(out)]) == 0
     assert "all verified" in capsys.readouterr().out
     run = here.latest.resolve()
     wanted = {p.relative_to(run) for p in run.rglob("*") if p.is_file() and p.name != ".coalora-artifact"}
@@ -121,8 +120,8 @@ def no_secret_below(folder: Path) -> int:
 
 def test_a_bucket_that_is_missing_is_said_before_anything_runs(published: tuple[Checkout, str]) -> None:
     output = published[0].run(
-        "-m", "flows.stage", "calibration", "tiny", "--set", "storage.publish=true", "storage.bucket=no-such-bucket",
-        expect=2,
+        "-m", "coalora", "stage", "calibration", "tiny",
+        "--set", "storage.publish=true", "storage.bucket=no-such-bucket", expect=2,
     )  # fmt: skip
     assert "the bucket must exist" in output
     assert "Traceback" not in output
@@ -130,10 +129,8 @@ def test_a_bucket_that_is_missing_is_said_before_anything_runs(published: tuple[
 
 
 def test_wrong_options_are_refused_without_repeating_a_password(here: Checkout, tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="s3://BUCKET/PREFIX"):
-        upload([str(here.latest), "--to", "models/team"])
-    with pytest.raises(CoaloraError, match="holds no credentials") as caught:
-        upload([str(here.latest), "--to", "s3://models/x", "--endpoint-url", "http://me:hunter22@127.0.0.1:1"])
-    assert "hunter22" not in str(caught.value)
-    with pytest.raises(CoaloraError, match="what a finished pipeline wrote"):
-        upload([str(tmp_path), "--to", "s3://models/x"])
+    assert "s3://BUCKET/PREFIX" in refused("upload", here.latest, "--to", "models/team")
+    told = refused("upload", here.latest, "--to", "s3://models/x", "--endpoint-url", "http://me:hunter22@127.0.0.1:1")
+    assert "holds no credentials" in told
+    assert "hunter22" not in told
+    assert f"{tmp_path} is no run folder" in refused("upload", tmp_path, "--to", "s3://models/x")

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from coalora.cli import main
 from coalora.errors import CoaloraError
-from flows.restore import main
 from pipeline.store.store import Store
 from pipeline.versioning.restoring import from_dvc, from_mlflow
 from pipeline.versioning.sets import version_file, write_set
 from tasks.publish import track_round
+from tests.commands import refused
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 
@@ -108,13 +109,12 @@ def test_the_command_writes_a_file_and_never_over_another(
     monkeypatch.chdir(checkout)
     out = tmp_path / "new" / "start.json"
     for _ in range(2):
-        assert main(["--rev", "first", "--out", str(out)]) == 0
+        assert main(["restore", "--rev", "first", "--out", str(out)]) == 0
     assert out.read_bytes() == from_dvc(checkout, rev="first").content
     said = capsys.readouterr().out
     assert "1 configurations of round 1, 3.000 to 3.000 average bits, from DVC" in said
     assert f"--set initial_set.file={out}" in said
-    with pytest.raises(CoaloraError, match="not overwritten"):
-        main(["--rev", "second", "--out", str(out)])
+    assert "is not overwritten" in refused("restore", "--rev", "second", "--out", out)
     assert bits_of(out.read_bytes()) == 3.0
 
 

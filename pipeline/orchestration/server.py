@@ -1,4 +1,4 @@
-"""What can be wrong around a run that Prefect starts: no server, or a deployment without its pipeline."""
+"""Checks of the Prefect server that a run talks to, and of the deployment that started it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,10 @@ def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, 
     if deployment in known or name in known:
         return
     raise CoaloraError(
-        "a deployment belongs to a pipeline of the file that it was made from",
-        got=f"deployment 'pipeline/{deployment}', and {file} defines no {deployment!r} any more",
-        expected=f"one of {', '.join(sorted(known))}",
-        remedy=f"deploy again (prefect --no-prompt deploy --all --prefect-file {file}) and remove what is left behind "
-        f"(python -m infra.deployments --file {file} --remove); a deployment of another file names it in its job "
+        f"deployment 'pipeline/{deployment}' is left over: {file} defines no {deployment!r} any more, but "
+        f"{', '.join(sorted(known))}",
+        remedy=f"Deploy again (prefect --no-prompt deploy --all --prefect-file {file}) and remove what is left behind "
+        f"(coalora deployments --file {file} --remove); a deployment of another file names it in its job "
         f"variables ({FILE_VARIABLE})",
     )
 
@@ -55,9 +54,8 @@ def require_server_named() -> None:
 
     if not PREFECT_API_URL.value():
         raise CoaloraError(
-            "the Prefect server must be named",
-            got="no PREFECT_API_URL",
-            remedy="start one (prefect server start), then export PREFECT_API_URL=http://127.0.0.1:4200/api",
+            "PREFECT_API_URL names no Prefect server",
+            remedy="Start one (prefect server start), then export PREFECT_API_URL=http://127.0.0.1:4200/api",
         )
 
 
@@ -77,7 +75,6 @@ def check_server() -> None:
         problem = client.api_healthcheck()
     if problem is not None:
         raise CoaloraError(
-            "Prefect's server must answer",
-            got=f"nothing at {url} ({type(problem).__name__})",
-            remedy="start it (prefect server start), or correct PREFECT_API_URL, or unset it to run without a server",
+            f"no Prefect server answers at {url} ({type(problem).__name__})",
+            remedy="Start it (prefect server start), or correct PREFECT_API_URL, or unset it to run without a server",
         )

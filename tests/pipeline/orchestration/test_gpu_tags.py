@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.orchestration.slots import machine_tag, tags_of_call
+from pipeline.orchestration.gpu_tags import machine_tag, tags_of_call
 from pipeline.settings.sections import RuntimeSettings
 
 CPU, GPU = ({"runtime": RuntimeSettings(device=device)} for device in ("cpu", "cuda"))

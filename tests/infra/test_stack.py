@@ -15,9 +15,11 @@ from pathlib import Path
 import boto3
 import pytest
 
+from coalora.cli import main
 from coalora.errors import CoaloraError
-from infra.local import Stack, main
-from infra.setup import set_up
+from infra.server import set_up
+from infra.stack import Stack
+from tests.commands import refused
 
 pytestmark = pytest.mark.servers
 
@@ -54,7 +56,7 @@ def test_all_services_are_healthy(stack: Stack) -> None:
     assert [(name, words) for name, words, _ in stack.status()] == [
         (name, "healthy") for name in ("s3", "mlflow", "prefect", "worker")
     ]
-    assert main(["status", "--state", str(stack.folder)]) == 0
+    assert main(["stack", "status", "--state", str(stack.folder)]) == 0
 
 
 def test_a_second_up_starts_nothing_and_keeps_the_ports(stack: Stack) -> None:
@@ -65,7 +67,7 @@ def test_a_second_up_starts_nothing_and_keeps_the_ports(stack: Stack) -> None:
 
 
 def test_another_port_for_a_running_service_is_refused(stack: Stack) -> None:
-    with pytest.raises(CoaloraError, match=r"keeps its port.*down"):
+    with pytest.raises(CoaloraError, match=r"cannot move to 1.*down"):
         stack.up({"mlflow": 1})
 
 
@@ -113,7 +115,7 @@ def test_pool_and_limits_are_set_up_again_without_a_change(stack: Stack) -> None
     assert set_up(api, pool="cluster", kind="kubernetes", limit=5)[0] == (
         "work pool cluster: updated (concurrency_limit)"
     )
-    with pytest.raises(CoaloraError, match=r"type process, asked for kubernetes"):
+    with pytest.raises(CoaloraError, match=r"type process, not kubernetes"):
         set_up(api, kind="kubernetes")
 
 
@@ -126,7 +128,7 @@ def test_down_ends_what_up_started_and_nothing_else_and_what_was_stored_survives
         assert bystander.poll() is None
         assert not any(Path(f"/proc/{pid}/cmdline").is_file() and _words(pid) for pid in pids)
         assert stack.down() == []
-        assert main(["status", "--state", str(stack.folder)]) == 1
+        assert main(["stack", "status", "--state", str(stack.folder)]) == 1
     finally:
         bystander.kill()
         bystander.wait()
@@ -139,25 +141,24 @@ def test_a_taken_port_is_told_and_what_was_started_before_can_be_ended(tmp_path:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()
-        with pytest.raises(CoaloraError, match=r"the port of mlflow is free.*--ports mlflow="):
+        with pytest.raises(CoaloraError, match=r"of mlflow is taken.*--ports mlflow="):
             stack.up({**FREE, "mlflow": held.getsockname()[1]})
     assert stack.down() == ["s3"]
 
 
 def test_setting_up_without_a_server_says_how_to_start_one() -> None:
-    with pytest.raises(CoaloraError, match=r"a Prefect server answers.*make up"):
+    with pytest.raises(CoaloraError, match=r"no Prefect server answers.*make up"):
         set_up("http://127.0.0.1:9/api")
 
 
 @pytest.mark.parametrize("text", ["mlflow", "mlflow=x", "mlflow=70000"])
 def test_a_misspelt_port_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="a port is NAME=NUMBER"):
-        main(["up", "--state", str(tmp_path), "--ports", text])
+    assert "is no NAME=NUMBER" in refused("stack", "up", "--state", tmp_path, "--ports", text)
 
 
 def test_a_port_of_an_unknown_service_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match=r"redis; expected: s3, mlflow, prefect"):
-        main(["up", "--state", str(tmp_path), "--ports", "redis=1"])
+    told = refused("stack", "up", "--state", tmp_path, "--ports", "redis=1")
+    assert "no service redis. Give ports of s3, mlflow, prefect" in told
 
 
 def _words(pid: int) -> bytes:

@@ -1,14 +1,11 @@
 """The whole stack on this machine, without containers: Prefect server, MLflow server, S3 store and a worker.
 
-    python -m infra.local up | status | down  [--state DIR] [--ports prefect=4200 mlflow=5000 s3=9000]
-
 `up` starts what is not running and waits until it is healthy; it may be repeated. `down` ends what `up` started and
 nothing else. All listens on 127.0.0.1; state, logs and bytes lie under the state folder (`.coalora/stack`) and survive.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -16,7 +13,7 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +22,6 @@ from pydantic import BaseModel
 from coalora.errors import CoaloraError
 from infra.processes import Process, free_port, require_free, start, stop, wait_until
 from infra.services import BUCKET, PORTS, Service, client_environment, services
-from pipeline.environment import coalora_home
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT = 180.0  # seconds: the first start of each server runs its migrations
@@ -130,7 +126,9 @@ class Stack:
     def _ports(self, state: State, asked: Mapping[str, int]) -> dict[str, int]:
         unknown = sorted(set(asked) - set(PORTS))
         if unknown:
-            raise CoaloraError("a port belongs to a service", got=", ".join(unknown), expected=", ".join(PORTS))
+            raise CoaloraError(
+                f"the stack has no service {', '.join(unknown)}", remedy=f"Give ports of {', '.join(PORTS)}"
+            )
         ports = {}
         for name, default in PORTS.items():
             process = state.processes.get(name)
@@ -138,9 +136,8 @@ class Stack:
             if process is not None and process.find() is not None and known is not None:
                 if asked.get(name) not in (None, 0, known):
                     raise CoaloraError(
-                        "a running service keeps its port",
-                        got=f"{name}={asked[name]}, it runs on {known}",
-                        remedy="`python -m infra.local down` first",
+                        f"{name} runs on port {known} and cannot move to {asked[name]}",
+                        remedy="End the stack first: `coalora stack down`",
                     )
                 ports[name] = known
             else:
@@ -168,14 +165,17 @@ class Stack:
 
     def _set_up(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "infra.setup"],
+            [sys.executable, "-m", "coalora", "pool"],
             env={**self._outer(), **self.environment(), "PREFECT_HOME": str(self.folder / "prefect")},
             cwd=ROOT,
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            raise CoaloraError("work pool and limits are set up", got=(done.stdout + done.stderr)[-2000:])
+            raise CoaloraError(
+                f"work pool and limits could not be set up: {(done.stdout + done.stderr)[-2000:].strip()}",
+                remedy=f"See the log {self._log('prefect')}",
+            )
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
@@ -202,42 +202,3 @@ def _write_private(path: Path, text: str) -> None:
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m infra.local", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["up", "down", "status"])
-    parser.add_argument("--state", type=Path, help="state folder (default: stack under COALORA_HOME)")
-    parser.add_argument("--ports", nargs="+", default=[], metavar="NAME=PORT", help=f"{PORTS}; 0 takes a free one")
-    parser.add_argument("--wait", type=float, default=WAIT, help="seconds for each service to get healthy")
-    options = parser.parse_args(arguments)
-    stack = Stack(options.state or coalora_home() / "stack")
-    if options.what == "down":
-        ended = stack.down()
-        print(f"ended: {', '.join(ended)}" if ended else "nothing was running")
-        return 0
-    if options.what == "up":
-        stack.up(_parsed(options.ports), wait=options.wait)
-    rows = stack.status()
-    for name, words, where in rows:
-        print(f"{name:<8} {words:<12} {where}")
-    healthy = all(words == "healthy" for _, words, _ in rows)
-    if healthy:
-        print(f"\nIn every terminal that works with it:  source {os.path.relpath(stack.env_file)}")
-    return 0 if healthy else 1
-
-
-def _parsed(ports: Sequence[str]) -> dict[str, int]:
-    found = {}
-    for text in ports:
-        name, _, port = text.partition("=")
-        if not port.isdecimal() or int(port) > 65535:
-            raise CoaloraError("a port is NAME=NUMBER", got=text, expected="such as prefect=4201, 0 for a free one")
-        found[name] = int(port)
-    return found
-
-
-if __name__ == "__main__":
-    from flows.cli import run_command
-
-    run_command(main)

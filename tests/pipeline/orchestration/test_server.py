@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,11 +17,11 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder, FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-import infra.deployments
-from flows.cli import run_command
-from infra.limits import set_limits
+from coalora.cli import main
 from infra.processes import free_port
+from infra.server import set_limits
 from pipeline.store.store import MARKER
+from tests.commands import refused
 from tests.flows.checkout import PROJECT, Checkout, computed
 from tests.servers import Server, prefect_server
 
@@ -179,12 +178,12 @@ def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(
     run = server.start(DEPLOYMENT)
     assert server.wait(run) == "Failed"
     message = server.client.read_flow_run(run.id).state.message or ""
-    assert "deployment 'pipeline/tiny', and pipelines.yaml defines no 'tiny' any more" in message
-    assert "python -m infra.deployments --file pipelines.yaml --remove" in message
+    assert "deployment 'pipeline/tiny' is left over: pipelines.yaml defines no 'tiny' any more" in message
+    assert "coalora deployments --file pipelines.yaml --remove" in message
     monkeypatch.chdir(checkout.root)
     with temporary_settings({PREFECT_API_URL: server.api}):
         for arguments in ([], ["--remove"], []):
-            assert infra.deployments.main(arguments) == 0
+            assert main(["deployments", *arguments]) == 0
     first, remark, removed, last = capsys.readouterr().out.splitlines()
     assert first == "pipeline/tiny: its pipeline is not in pipelines.yaml"
     assert "--remove" in remark
@@ -192,20 +191,18 @@ def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(
     assert last.startswith("every deployment")
 
 
-@pytest.mark.parametrize("command", ["flows.pipeline", "infra.limits", "infra.deployments"])
+@pytest.mark.parametrize("command", ["run", "limits", "deployments"])
 def test_a_server_that_is_not_running_is_named_with_what_to_do(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
 ) -> None:
     file = str(PROJECT / "tests/flows/tiny.yaml")
     arguments = {
-        "flows.pipeline": ["tiny", "--file", file, "--set", "versioning.enabled=false"],
-        "infra.limits": ["--gpus", "1"],
-        "infra.deployments": ["--file", file],
+        "run": ["tiny", "--file", file, "--set", "versioning.enabled=false"],
+        "limits": ["--gpus", "1"],
+        "deployments": ["--file", file],
     }[command]
     address = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: address}), pytest.raises(SystemExit) as ended:
-        run_command(import_module(command).main, arguments)
-    words = capsys.readouterr().err
-    assert ended.value.code == 2
-    for part in ("Prefect's server must answer", address, "prefect server start"):
+    with temporary_settings({PREFECT_API_URL: address}):
+        words = refused(command, *arguments)
+    for part in ("no Prefect server answers at", address, "prefect server start"):
         assert part in words

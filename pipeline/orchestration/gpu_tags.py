@@ -1,7 +1,7 @@
-"""One GPU task at a time on each GPU: tags that Prefect's concurrency limits count, and words while a task waits.
+"""GPU tags, by which Prefect's concurrency limits keep one task at a time on each GPU, and log lines while one waits.
 
-A stage that uses a GPU carries the tag `gpu` and one of its machine, `gpu-<hostname>`; `python -m infra.limits` sets
-how many tasks of a tag run at a time. Prefect itself waits without a word (3.8.8), so that the wait is told here.
+A stage that uses a GPU carries the tag `gpu` and one of its machine, `gpu-<hostname>`; `coalora limits` sets how many
+tasks of a tag run at a time. Prefect itself waits without a word (3.8.8), so that the wait is logged here.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool, 
 
 
 @contextmanager
-def told_of_waiting(what: str, tags: Iterable[str], begun: Callable[[], bool]) -> Iterator[None]:
-    """Say in the run's log when the task of the block waits for a free slot of its GPU tags, and when it got one.
+def waiting_logged(what: str, tags: Iterable[str], begun: Callable[[], bool]) -> Iterator[None]:
+    """Log when the task of the block waits for a free slot of its GPU tags, and when it got one.
 
     Args:
         what: the task, in words.

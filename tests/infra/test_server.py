@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coalora.errors import CoaloraError
-from infra.limits import main, set_limits
+from infra.server import set_limits
+from tests.commands import refused
 
 
 class Client:
@@ -25,12 +26,11 @@ def test_limits_are_set_for_all_and_by_machine() -> None:
 
 def test_a_limit_of_nothing_is_refused_before_anything_is_set() -> None:
     client = Client()
-    with pytest.raises(CoaloraError, match="0 for tag gpu-node1"):
+    with pytest.raises(CoaloraError, match="limit of 0 for tag gpu-node1"):
         set_limits(client, 4, {"node1": 0})
     assert client.limits == {}
 
 
 @pytest.mark.parametrize("text", ["node1", "=2", "node1=two"])
 def test_a_machine_without_its_number_is_refused(text: str) -> None:
-    with pytest.raises(CoaloraError, match="HOST=GPUS"):
-        main(["--gpus", "1", "--machine", text])
+    assert "NAME=NUMBER" in refused("limits", "--gpus", 1, "--machine", text)

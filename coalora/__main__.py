@@ -1,0 +1,7 @@
+"""`python -m coalora`: the command line, from the working directory's own source where it has one."""
+
+import sys
+
+from coalora.cli import main
+
+sys.exit(main())

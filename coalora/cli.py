@@ -1,0 +1,144 @@
+"""Command line `coalora`: what a run folder or a bundle alone answers, and, in a checkout, the pipeline's commands.
+
+A checkout's rooms `flows` and `infra` stand beside this package; each has a module `commands` with `add_to(app)`, which
+is looked for and never imported from here by name, so that the wheel works without them.
+
+Exit codes: 0 done, 1 not as it should be (`verify`, `stack status`), 2 bad input, 130 interrupted. torch, PEFT, Prefect
+and MLflow are imported by the commands that need them, so that `--help` and a mistake are answered at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from coalora.errors import CoaloraError
+
+ROOMS = ("flows", "infra")
+
+
+class Command(TyperCommand):
+    """A command whose repeatable options take several values at once: `--set a=1 b=2` is `--set a=1 --set b=2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {
+            name for param in self.get_params(ctx) if getattr(param, "multiple", False) for name in param.opts
+        }
+        spread: list[str] = []
+        option, given = "", 0
+        for word in args:
+            if word in repeatable:
+                option, given = word, 0
+            elif given and word.startswith("-") and not word[1:2].isdigit():
+                option = ""
+            elif option:
+                spread += [option] if given else []
+                given += 1
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+Source = Annotated[Path, typer.Argument(metavar="PATH", help="Run folder, such as runs/demo/latest, or a bundle.")]
+Budget = Annotated[float, typer.Option(help="At most, in the unit of the run's cost (average bits a weight).")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; new or empty.")]
+
+
+def adapt(path: Source, budget: Budget, out: Out) -> None:
+    """Write configuration and adapter of any budget."""
+    from coalora.contents import adapt_bundle
+
+    print(adapt_bundle(path, budget, out))
+
+
+def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file.")]) -> None:
+    """Say what a run folder, bundle, adapter or set is."""
+    from coalora.contents import describe
+
+    facts = describe(path)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file, as for inspect.")]) -> int:
+    """Check digests and shapes of a run folder or a part.
+
+    Exit code 1 where something is wrong.
+    """
+    from coalora.contents import problems
+
+    checked, found = problems(path)
+    for problem in found:
+        print(f"wrong: {problem}")
+    print(f"{path}: {len(checked)} parts checked, {len(found) or 'nothing'} wrong")
+    return 1 if found else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; bad input is a message on standard error."""
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: the checkout's rooms
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(command_line())
+    try:
+        with command.make_context("coalora", given or ["--help"]) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except CoaloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted. Run the same command again to resume: finished stages are kept.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's errors of usage; typer does not export their class
+            raise
+        told = error.format_message().rstrip(".")
+        context_of = getattr(error, "ctx", None)
+        print(f"error: {told}. See `{context_of.command_path if context_of else 'coalora'} --help`.", file=sys.stderr)
+        return 2
+    finally:
+        sys.path.pop(0)
+
+
+def command_line() -> typer.Typer:
+    """The commands of this package and of the checkout that it stands in."""
+    app = typer.Typer(
+        name="coalora",
+        help="Train one adapter, ship it at any bit-width.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+    app.callback()(lambda: None)  # a single command would stand without its name
+    for room in ROOMS:
+        if _in_checkout(room):
+            importlib.import_module(f"{room}.commands").add_to(app)
+    known = {registered.name for registered in app.registered_commands}
+    for command in (adapt, inspect, verify):
+        if command.__name__ not in known:  # a checkout's own `adapt` packs the base as well
+            app.command(command.__name__, cls=Command)(command)
+    return app
+
+
+def _in_checkout(room: str) -> bool:
+    """Whether a room with commands stands beside a folder `coalora`: not somebody else's package of that name."""
+    found = importlib.util.find_spec(room)
+    folders = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
+    return any((f / "commands.py").is_file() and (f.parent / "coalora" / "cli.py").is_file() for f in folders)
+
+
+def log_to_terminal() -> None:
+    """Progress lines of the library on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("coalora").setLevel(logging.INFO)

@@ -1,0 +1,299 @@
+"""Contents of what the project writes: run folders, bundles, exports, packed bases, adapters and configuration sets.
+
+`describe` says what one is, `problems` whether it is whole: files against the digest that a run left beside them,
+configurations against their digests, adapters against their bases, tensors against the shapes that the layers ask for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from coalora.configurations import SET_FORMAT, configuration_digest, read_choices
+from coalora.errors import CoaloraError
+from coalora.export.adapter import BINDING, WEIGHTS, check_binding
+from coalora.export.base import CONFIGURATION, PACKED
+from coalora.export.bundle import Bundle
+from coalora.files import file_sha256, read_json, read_tensors
+
+RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
+
+
+def kind_of(path: Path) -> str:
+    """Kind of a folder or file: `run`, `bundle`, `export`, `base`, `adapter` or `set`.
+
+    Raises:
+        CoaloraError: it is none of them.
+    """
+    if path.is_file():
+        try:
+            if read_json(path)["format"] == SET_FORMAT:
+                return "set"
+        except (ValueError, KeyError, TypeError):
+            pass
+    for kind, names in (
+        ("run", (RUN,)),
+        ("bundle", (SET, "tables.safetensors", "adapter.safetensors")),
+        ("base", (CONFIGURATION, PACKED)),
+        ("adapter", ("adapter_config.json", WEIGHTS)),
+        ("export", (CONFIGURATION, "adapter")),
+        ("set", (SET,)),
+    ):
+        if all((path / name).exists() for name in names):
+            return kind
+    raise CoaloraError(
+        f"{path} is none of the things that this project writes" if path.exists() else f"{path} does not exist",
+        remedy="Name a run folder such as runs/demo/latest, a bundle, an export, a packed base, an adapter or a set",
+    )
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Facts of a folder or file by name, its kind first.
+
+    Raises:
+        CoaloraError: it is of no known kind, or damaged.
+    """
+    kind = kind_of(path)
+    return {"kind": kind, **_readable(path, lambda: _DESCRIBE[kind](path))}
+
+
+def problems(path: Path) -> tuple[list[Path], list[str]]:
+    """Parts that were checked, and what is wrong with them.
+
+    Raises:
+        CoaloraError: it is of no known kind.
+    """
+    checked, found = [], []
+    for part in _parts(path, kind_of(path)):
+        checked.append(part)
+        try:
+            found += [f"{part}: {problem}" for problem in _readable(part, lambda part=part: _check(part))]  # type: ignore[misc]
+        except CoaloraError as error:
+            found.append(str(error) if str(part) in str(error) else f"{part}: {error}")
+    return checked, found
+
+
+def adapt_bundle(path: Path, budget: float, out: Path) -> str:
+    """Write configuration and adapter of a budget from a bundle, or a run folder's, into `out`; says what was written.
+
+    Raises:
+        CoaloraError: no bundle, a budget below the choice space, or a folder that holds files.
+    """
+    kind = kind_of(path)
+    if kind not in ("run", "bundle"):
+        raise CoaloraError(f"{path} is of kind {kind} and adapts to no budget", remedy="Name a run folder or a bundle")
+    require_new(out)
+    import torch
+
+    run = read_json(path / RUN) if kind == "run" else {}
+    dtype = run.get("settings", {}).get("export", {}).get("adapter_dtype", "float32")
+    bundle = Bundle.load(path / "bundle" if kind == "run" else path)
+    adapted = bundle.adapt(budget)
+    bundle.write(adapted, out, dtype=getattr(torch, dtype))
+    nbytes = (out / "adapter" / WEIGHTS).stat().st_size
+    return f"{out}: {adapted.average_bits:.3f} average bits, adapter {nbytes:,} bytes"
+
+
+def require_new(out: Path) -> None:
+    """Refuse an output folder that is a file, or holds files."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CoaloraError(f"{out} is not new or empty", remedy="Name another folder with --out")
+
+
+def _readable(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except CoaloraError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of its reader: that it is damaged is the answer
+        raise CoaloraError(
+            f"{path} cannot be read ({type(error).__name__}: {error})", remedy="Make or download it again"
+        ) from error
+
+
+def _parts(path: Path, kind: str) -> list[Path]:
+    """The thing itself, and what lies in it."""
+    if kind == "run":
+        exports = sorted(p for p in (path / "export").glob("*") if p.is_dir())
+        return [path, *(p for p in (path / "report", path / "bundle") if p.is_dir()), *exports]
+    return [path]
+
+
+def _check(path: Path) -> Iterator[str]:
+    if (path / MARKER).is_file():
+        yield from _against_marker(path)
+    try:
+        kind = kind_of(path)
+    except CoaloraError:
+        return  # a report: files with a digest
+    check = _CHECK.get(kind)
+    if check is not None:
+        yield from check(path)
+
+
+def _against_marker(folder: Path) -> Iterator[str]:
+    """Files against the digest that is written beside them: sha256 over sorted (path, size, sha256)."""
+    marker = read_json(folder / MARKER)
+    if not marker["complete"]:
+        yield "was not written to its end"
+        return
+    entries = []
+    for below, _, names in os.walk(folder):
+        for file in (Path(below) / name for name in names if name != MARKER):
+            entries.append([file.relative_to(folder).as_posix(), file.stat().st_size, file_sha256(file)])
+    names = sorted(entry[0] for entry in entries)
+    for name in sorted(set(names) ^ set(marker["files"])):
+        yield f"{name} is {'unknown' if name in names else 'missing'}"
+    found = hashlib.sha256(json.dumps(sorted(entries), separators=(",", ":")).encode()).hexdigest()
+    if names == marker["files"] and found != marker["digest"]:
+        yield f"its files were altered: their digest is {found[:12]}, and {marker['digest'][:12]} was written"
+
+
+def _check_bundle(folder: Path) -> Iterator[str]:
+    bundle = Bundle.load(folder)
+    for layer, rank in zip(bundle.tables.layers, bundle.ranks, strict=True):
+        rank -= bundle.recipe.compensation_rank
+        n_out, n_in = layer.shape
+        for side, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
+            name = f"lora.{layer.name}.lora_{side}.weight"
+            tensor = bundle.tensors.get(name)
+            if tensor is None or tuple(tensor.shape) != shape:
+                yield f"{name} is {'missing' if tensor is None else tuple(tensor.shape)}, and its layer needs {shape}"
+
+
+def _check_export(folder: Path) -> Iterator[str]:
+    yield from _check_digest(folder)
+    check_binding(folder / "adapter", read_json(folder / CONFIGURATION)["digest"])
+    yield from _check_adapter(folder / "adapter")
+    if (folder / "base").is_dir():
+        yield from _check_base(folder / "base")
+
+
+def _check_digest(folder: Path) -> Iterator[str]:
+    content = read_json(folder / CONFIGURATION)
+    if (found := configuration_digest(content)) != content["digest"]:
+        yield f"{CONFIGURATION} has digest {found[:12]}, and says {content['digest'][:12]}"
+
+
+def _check_base(folder: Path) -> Iterator[str]:
+    yield from _check_digest(folder)
+    content = read_json(folder / CONFIGURATION)
+    packed, _ = read_tensors(folder / PACKED)
+    for name, (scheme, choice) in read_choices(content).items():
+        parts = {key.rsplit(".", 1)[1]: t for key, t in packed.items() if key.rsplit(".", 1)[0] == name}
+        try:
+            scheme.unpack(parts, choice, tuple(content["shapes"][name]))
+        except CoaloraError as error:
+            yield f"{name}: {error}"
+
+
+def _check_adapter(folder: Path) -> Iterator[str]:
+    if (folder / BINDING).is_file():
+        check_binding(folder, read_json(folder / BINDING)["base_configuration_digest"])
+    shapes = _shapes(folder / WEIGHTS)
+    for name, shape in shapes.items():
+        other = shapes.get(name.replace("lora_A", "lora_B"))
+        if "lora_A" in name and (other is None or other[1] != shape[0]):
+            yield f"{name} is {shape}, and its lora_B {other or 'missing'}"
+
+
+def _check_set(path: Path) -> Iterator[str]:
+    content = _set(path)
+    n_layers, n_choices = len(content["layers"]), len(content["choices"])
+    for number, member in enumerate(content["members"]):
+        if len(member["choices"]) != n_layers or not all(0 <= k < n_choices for k in member["choices"]):
+            yield f"member {number} does not give each of {n_layers} layers one of {n_choices} choices"
+
+
+def _describe_run(folder: Path) -> dict[str, str]:
+    record = read_json(folder / RUN)
+    exports = sorted(p.name for p in (folder / "export").glob("*") if p.is_dir())
+    facts = {"pipeline": record["pipeline"], "identity": str(record.get("identity")), "exports": ", ".join(exports)}
+    return facts | (_describe_bundle(folder / "bundle") if (folder / "bundle").is_dir() else {})
+
+
+def _describe_bundle(folder: Path) -> dict[str, str]:
+    bundle = Bundle.load(folder)
+    tables, losses = bundle.tables, bundle.members.losses
+    bits = tables.average_bits(bundle.members.configurations)
+    low, high = tables.cost_range()
+    return {
+        "base model": bundle.base_model,
+        "base digest": tables.base_digest,
+        "task": bundle.task,
+        "scheme": tables.space.scheme_name,
+        "choices": str(len(tables.space.choices)),
+        "layers": f"{len(tables.layers)}, {sum(layer.n_weights for layer in tables.layers):,} weights",
+        "ranks": ", ".join(map(str, sorted(set(bundle.ranks)))),
+        "members": f"{len(bits)}, {bits.min():.3f} to {bits.max():.3f} average bits, best loss {losses.min():.4g}",
+        "budgets": f"{low:.4g} to {high:.4g} {tables.cost_unit.unit}",
+    }
+
+
+def _describe_configuration(folder: Path) -> dict[str, str]:
+    content = read_json(folder / CONFIGURATION)
+    by_bits = Counter(str(fields.get("bits", fields.get("dtype"))) for fields in content["layers"].values())
+    facts = {
+        "scheme": content["scheme"],
+        "average bits": f"{content['average_bits']:.3f}",
+        "layers by bits": ", ".join(f"{n} of {bits}" for bits, n in sorted(by_bits.items())),
+        "digest": content["digest"],
+        "base digest": content["base_digest"],
+    }
+    return facts | (_describe_adapter(folder / "adapter") if (folder / "adapter").is_dir() else {})
+
+
+def _describe_adapter(folder: Path) -> dict[str, str]:
+    config = read_json(folder / "adapter_config.json")
+    bound = read_json(folder / BINDING)["base_configuration_digest"] if (folder / BINDING).is_file() else "none"
+    return {
+        "base model": str(config["base_model_name_or_path"]),
+        "ranks": ", ".join(map(str, sorted({config["r"], *(config.get("rank_pattern") or {}).values()}))),
+        "tensors": str(len(_shapes(folder / WEIGHTS))),
+        "made for base": bound,
+    }
+
+
+def _describe_set(path: Path) -> dict[str, str]:
+    content = _set(path)
+    bits = [member["average_bits"] for member in content["members"]]
+    return {
+        "scheme": content["scheme"],
+        "base digest": content["base_digest"],
+        "layers": str(len(content["layers"])),
+        "choices in use": str(len(content["choices"])),
+        "members": f"{len(bits)}, {min(bits):.3f} to {max(bits):.3f} average bits",
+    }
+
+
+def _set(path: Path) -> dict[str, Any]:
+    return dict(read_json(path / SET if path.is_dir() else path))
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+_DESCRIBE: dict[str, Callable[[Path], dict[str, str]]] = {
+    "run": _describe_run,
+    "bundle": _describe_bundle,
+    "export": _describe_configuration,
+    "base": _describe_configuration,
+    "adapter": _describe_adapter,
+    "set": _describe_set,
+}
+_CHECK: dict[str, Callable[[Path], Iterator[str]]] = {
+    "bundle": _check_bundle,
+    "export": _check_export,
+    "base": _check_base,
+    "adapter": _check_adapter,
+    "set": _check_set,
+}

@@ -1,0 +1,183 @@
+"""What a finished run answers later, from its record and the store: any budget, and perplexity on any text."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from coalora.calibrate.costs import UNITS
+from coalora.errors import CoaloraError
+from coalora.evaluate.perplexity import windows
+from coalora.export.bundle import Bundle
+from coalora.files import read_json, write_json
+from coalora.models.loading import load_config
+from pipeline.inputs.loaders import BaseModel
+from pipeline.settings.definitions import validate_settings
+from pipeline.settings.sections import RuntimeSettings, Settings
+from pipeline.stages.runner import DirectRunner
+from pipeline.store.store import Artifact, Store
+from tasks.export import write_export
+from tasks.score_text import TEXT_SCORE, put_text, score_budget
+
+ARTIFACTS = ("base", "benchmark", "tables", "bundle")
+COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tokens")
+
+
+def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
+    """Settings of a finished run, and its `ARTIFACTS`.
+
+    Raises:
+        CoaloraError: no run folder, or one whose record is damaged or of another version.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        raise CoaloraError(
+            f"{folder} is no run folder: it holds no run.json",
+            remedy="Name one such as runs/demo/latest, or run the pipeline first (`coalora run demo`)",
+        )
+    try:
+        record: Any = read_json(file)
+        settings = validate_settings(record["settings"], str(file))
+        return settings, {n: Artifact.model_validate(record[n]) for n in ARTIFACTS}
+    except CoaloraError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        reason = "artifacts that do not fit" if isinstance(error, ValidationError) else repr(error)
+        raise CoaloraError(
+            f"{file} is no record of a finished run of this version ({reason})",
+            remedy="Run the pipeline again, which writes it anew",
+        ) from error
+
+
+def adapt_run(folder: Path, budget: float, out: Path) -> str:
+    """Write configuration, adapter and packed base of a budget into `out`, whole or not at all; says what was written.
+
+    Raises:
+        CoaloraError: no run folder, its artifacts are not in the store, or a budget below the choice space.
+    """
+    settings, artifacts = read_run(folder)
+    _require_stored(artifacts)
+    started = time.perf_counter()
+    configuration = Bundle.load(Store().path(artifacts["bundle"])).select(budget)
+    chosen = time.perf_counter()
+    with _all_or_nothing(out) as part:
+        facts = write_export(
+            part,
+            configuration,
+            **artifacts,
+            export=settings.export.model_copy(update={"base": True}),
+            runtime=_runtime(settings),
+            seed=settings.seed,
+        )
+    unit = UNITS[settings.cost.kind].unit
+    cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {unit}, "
+    return (
+        f"{out}: {cost}{facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
+        f"base {facts['base_bytes']:,} bytes; chosen in {1000 * (chosen - started):.0f} ms, "
+        f"written in {time.perf_counter() - chosen:.1f} s"
+    )
+
+
+def score_run(
+    folder: Path,
+    texts: Sequence[Path],
+    budgets: Sequence[float],
+    max_length: int | None = None,
+    stride: int | None = None,
+    json: Path | None = None,
+) -> str:
+    """Perplexity of each text at each budget, as a table.
+
+    Args:
+        max_length: tokens a window; by default as the run's own benchmark: blocks that predict max_length tokens.
+        stride: tokens from one window to the next; by default no overlap.
+        json: file for the numbers.
+
+    Raises:
+        CoaloraError: no run folder of a language model, or windows, texts or budgets that do not fit it.
+    """
+    settings, artifacts = read_run(folder)
+    if settings.benchmark.task != "language-modeling":
+        raise CoaloraError(
+            f"{folder} is a run of task {settings.benchmark.task}, which has no perplexity",
+            remedy="Name a run whose benchmark.task is language-modeling",
+        )
+    max_length = max_length or settings.benchmark.max_length + 1
+    stride = stride or max_length - 1
+    _check(budgets, max_length, stride, artifacts)
+    runner, rows = DirectRunner(), []
+    for path, text in {path: put_text(path) for path in texts}.items():
+        for budget in budgets:
+            found = runner.run(
+                score_budget,
+                **artifacts,
+                max_length=max_length,
+                stride=stride,
+                batch_size=settings.evaluation.batch_size,
+                export=settings.export,
+                runtime=_runtime(settings),
+                seed=settings.seed,
+                text=text,
+                budget=budget,
+            )
+            rows.append({"text": str(path), **read_json(runner.store.path(found) / TEXT_SCORE)})
+    if json is not None:
+        write_json(json, {"max_length": max_length, "stride": stride, "scores": rows})
+    return table(rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned columns."""
+    cells = [[name.replace("_", " ") for name in COLUMNS]]
+    for row in rows:
+        cells.append([f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def _check(budgets: Sequence[float], max_length: int, stride: int, artifacts: dict[str, Artifact]) -> None:
+    """Whatever can be told before a model is loaded."""
+    windows(2, max_length, stride)
+    _require_stored(artifacts)
+    limit = getattr(load_config(BaseModel(artifacts["base"]).path), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise CoaloraError(
+            f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
+        )
+    bundle = Bundle.load(Store().path(artifacts["bundle"]))
+    for budget in budgets:
+        bundle.select(budget)
+
+
+def _require_stored(artifacts: dict[str, Artifact]) -> None:
+    for name, artifact in artifacts.items():
+        if problems := Store().problems(artifact):
+            raise CoaloraError(
+                f"the run's {name} is not in the store ({problems[0]})",
+                remedy="Call this where the pipeline ran (or set COALORA_HOME), or run the pipeline again",
+            )
+
+
+def _runtime(settings: Settings) -> RuntimeSettings:
+    """The number type is the run's, the device this machine's."""
+    return RuntimeSettings(dtype=settings.runtime.dtype).resolved()
+
+
+@contextmanager
+def _all_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when all is written, and goes when something fails."""
+    target = Path(os.path.abspath(target))
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
