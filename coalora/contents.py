@@ -21,7 +21,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING, WEIGHTS, check_binding
 from coalora.export.base import CONFIGURATION, PACKED
 from coalora.export.bundle import Bundle
-from coalora.files import file_sha256, read_json, read_tensors
+from coalora.files import file_sha256, read_json, read_tensors, whole_or_nothing
 
 RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
 
@@ -96,7 +96,8 @@ def adapt_bundle(path: Path, budget: float, out: Path) -> str:
     dtype = run.get("settings", {}).get("export", {}).get("adapter_dtype", "float32")
     bundle = Bundle.load(path / "bundle" if kind == "run" else path)
     adapted = bundle.adapt(budget)
-    bundle.write(adapted, out, dtype=getattr(torch, dtype))
+    with whole_or_nothing(out) as part:
+        bundle.write(adapted, part, dtype=getattr(torch, dtype))
     nbytes = (out / "adapter" / WEIGHTS).stat().st_size
     return f"{out}: {adapted.average_bits:.3f} average bits, adapter {nbytes:,} bytes"
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
 from coalora.export.bundle import Bundle
-from coalora.files import read_json, write_json
+from coalora.files import read_json, whole_or_nothing, write_json
 from coalora.models.loading import load_config
 from pipeline.inputs.loaders import BaseModel
 from pipeline.settings.definitions import validate_settings
@@ -67,7 +64,7 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
     started = time.perf_counter()
     configuration = Bundle.load(Store().path(artifacts["bundle"])).select(budget)
     chosen = time.perf_counter()
-    with _all_or_nothing(out) as part:
+    with whole_or_nothing(out) as part:
         facts = write_export(
             part,
             configuration,
@@ -168,16 +165,3 @@ def _require_stored(artifacts: dict[str, Artifact]) -> None:
 def _runtime(settings: Settings) -> RuntimeSettings:
     """The number type is the run's, the device this machine's."""
     return RuntimeSettings(dtype=settings.runtime.dtype).resolved()
-
-
-@contextmanager
-def _all_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when all is written, and goes when something fails."""
-    target = Path(os.path.abspath(target))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        part.replace(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

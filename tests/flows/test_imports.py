@@ -28,6 +28,7 @@ WHEEL = {
     "safetensors",
     "tokenizers",
     "huggingface_hub",
+    "typer",
 }
 
 
@@ -80,7 +81,9 @@ def test_no_package_imports_what_stands_above_it(package: str, forbidden: tuple[
 
 def test_coalora_imports_only_the_wheels_dependencies_at_import_time() -> None:
     allowed = WHEEL | {"coalora", "__future__"} | set(sys.stdlib_module_names)
-    paths = [path for path in modules("coalora") if not path.name.endswith("_triton.py")]  # imported on a GPU alone
+    paths = [
+        path for path in modules("coalora") if path.name != "triton.py" and "kernels" not in path.parts
+    ]  # imported on a GPU alone
     found = {name.split(".")[0] for path in paths for name, _ in imported(path, top_level=True)}
     assert found - allowed == set()
     assert breaches("coalora", PIPELINE_ONLY, top_level=True) == []
@@ -151,10 +154,7 @@ def test_flows_are_entered_from_the_two_files_alone() -> None:
         assert path.startswith("flows/")
         assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8")
     for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values():
-        python, minus_m, module, *_ = shlex.split(stage["cmd"])
-        assert (python, minus_m) == ("python", "-m")
-        assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
-        assert module.startswith("flows.")
+        assert shlex.split(stage["cmd"])[:4] == ["python", "-m", "coalora", "stage"]
 
 
 def test_dvc_yaml_is_what_the_graph_says() -> None:

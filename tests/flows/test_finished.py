@@ -1,8 +1,9 @@
-"""A finished run answers any budget; nothing is left behind where it cannot."""
+"""A finished run answers any budget, leaves nothing behind where it cannot, and says whether it is whole."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def test_a_budget_of_the_run_gives_the_runs_own_export(run: TinyRun, tmp_path: P
 def test_without_base_the_adapter_alone_is_written_and_no_model_is_read(run: TinyRun, tmp_path: Path) -> None:
     gone = run.calibrated.base.model_dump(mode="json") | {"digest": "0" * 64}
     folder = copy_record(run, tmp_path / "run", base=gone)
+    shutil.copytree(run.folder / "bundle", folder / "bundle")
     assert adapt(folder, tmp_path / "out", "--no-base") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter", "configuration.json"]
     assert "base 000000000000: not in the store" in refused(folder, tmp_path / "other")
@@ -118,7 +120,7 @@ def test_what_fails_in_the_middle_leaves_nothing(run: TinyRun, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", ["", "report", "bundle"])
+@pytest.mark.parametrize("part", ["", "report"])
 def test_a_folder_that_is_no_run_is_refused(run: TinyRun, tmp_path: Path, part: str) -> None:
     folder = run.folder / part if part else tmp_path / "runs" / "none"
     text = refused(folder, tmp_path / "out")
@@ -140,6 +142,75 @@ def test_a_damaged_record_is_refused(tmp_path: Path, content: str, fragment: str
     with pytest.raises(CoaloraError) as caught:
         read_run(tmp_path)
     assert fragment in str(caught.value)
+
+
+def test_a_bundle_alone_answers_with_the_same_adapter(run: TinyRun, tmp_path: Path) -> None:
+    assert adapt(run.folder / "bundle", tmp_path / "out", budget="2.5") == 0
+    exported = run.folder / "export" / "2.5-bits"
+    assert (tmp_path / "out/configuration.json").read_bytes() == (exported / "configuration.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "fact"),
+    [
+        ("", "run", "pipeline       tiny"),
+        ("bundle", "bundle", "members"),
+        ("export/2.5-bits", "export", "made for base"),
+        ("export/2.5-bits/base", "base", "layers by bits"),
+        ("export/2.5-bits/adapter", "adapter", "ranks"),
+        ("bundle/configurations.json", "set", "choices in use"),
+    ],
+)
+def test_inspect_and_verify_know_each_part(
+    run: TinyRun, part: str, kind: str, fact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(run.folder / part)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.startswith(f"kind {kind} ")
+    assert " ".join(fact.split()) in told
+    assert main(["verify", str(run.folder / part)]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: _flip(run / "report/result.json"), "its files were altered"),
+        (lambda run: (run / "bundle/configurations.json").unlink(), "configurations.json is missing"),
+        (lambda run: (run / "report/note.txt").touch(), "note.txt is unknown"),
+        (lambda run: (run / "export/2.5-bits/adapter/coalora.json").write_text("{}"), "2.5-bits"),
+        (
+            lambda run: _flip(run / "export/2.5-bits/base/quantized.safetensors"),
+            "2.5-bits: its files were altered",
+        ),
+    ],
+)
+def test_verify_names_what_was_damaged(
+    run: TinyRun, tmp_path: Path, damage: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.folder, tmp_path / "run")
+    damage(tmp_path / "run")
+    assert main(["verify", str(tmp_path / "run")]) == 1
+    assert words in capsys.readouterr().out
+
+
+def test_verify_checks_a_configuration_against_its_own_digest(
+    run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "export"
+    shutil.copytree(run.folder / "export/2.5-bits", out)
+    (out / ".coalora-artifact").unlink()  # as a download leaves it
+    content = json.loads((out / "configuration.json").read_text())
+    content["layers"].popitem()
+    (out / "configuration.json").write_text(json.dumps(content))
+    assert main(["verify", str(out)]) == 1
+    assert "configuration.json has digest" in capsys.readouterr().out
 
 
 def test_a_record_without_a_bundle_is_refused(run: TinyRun, tmp_path: Path) -> None:
