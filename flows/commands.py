@@ -70,7 +70,9 @@ def stage(
     run_stage(part, name, settings, refresh)
 
 
-def dvc(check: Annotated[bool, typer.Option("--check", help="Only compare; exit code 2 where it differs.")] = False) -> None:
+def dvc(
+    check: Annotated[bool, typer.Option("--check", help="Compare only; 2 where it differs.")] = False,
+) -> None:
     """Write dvc.yaml from the stage graph."""
     from flows.stage import write_dvc_yaml
 

@@ -19,7 +19,7 @@ from tests.commands import refused
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "run", "stage", "adapt", "score", "inspect", "verify", "upload", "download", "restore", "prune", "stack", "limits",
-    "pool", "deployments",
+    "dvc", "pool", "deployments",
 )  # fmt: skip
 SLOW = ("torch", "transformers", "peft", "bitsandbytes", "prefect", "mlflow", "dvc", "boto3", "scipy", "matplotlib")
 
@@ -137,7 +137,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["run", "dmo"], "sst2-minilm"),
         (["run", "demo", "--file", "x.yaml"], "x.yaml"),
         (["run", "demo"], "versioning.enabled=false"),
-        (["run", "demo", "--refresh", "trane"], "--refresh trane names no stage. Choose from"),
+        (["run", "demo", "--refresh", "trane"], "no such stage: trane. Refresh some of"),
         (["stage", "trainng", "demo"], "a pipeline has no part 'trainng'. Choose from calibration, training"),
         (["stage", "export", "demo", "--set", "evaluation.budgets=[1]"], "budget"),
         (["adapt", "runs/demo/latest", "--budget", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
