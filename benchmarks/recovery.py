@@ -27,7 +27,7 @@ import numpy as np
 import coalora
 from benchmarks._report import report
 from benchmarks._settings import CACHE, SPACES, Setting, prepare
-from coalora.adapt.adapted import AdaptedModel, Method
+from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import score, score_configurations
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
@@ -44,7 +44,7 @@ SEARCH_MEASUREMENTS = 64  # two rounds: 24 members and 8 candidates each
 class Arm:
     """A compared method: how it adapts and how it trains. `single`: one run for each budget's configuration."""
 
-    method: Method = "coa"
+    method: str = "coa"
     adapter: Mapping[str, int | str] = field(default_factory=dict)
     training: Mapping[str, object] = field(default_factory=dict)
     objective: Mapping[str, object] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from prefect import Task
 from pydantic import BaseModel
 
-from coalora.adapt.adapted import Method
+from coalora.adapt.methods import METHODS
 from coalora.calibrate.costs import budget_name
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import harness_version
@@ -217,12 +217,12 @@ class Graph:
         for method in s.baselines.methods:
             methods[method] = []
             # Without an adapter a language model has nothing to learn; a classifier has its head.
-            trains = method != "none" or s.benchmark.task == "classification"
+            trains = METHODS[method].has_lora or s.benchmark.task == "classification"
             for configurations in sets if trains else sets[:1]:
                 methods[method] = self._train(method, configurations, methods[method])
         return Trained(sets, methods)
 
-    def _train(self, method: Method, configurations: Artifact, before: list[Artifact]) -> list[Artifact]:
+    def _train(self, method: str, configurations: Artifact, before: list[Artifact]) -> list[Artifact]:
         """The states of a method with that of one more round."""
         s = self.run.settings
         state = self.run.run(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from coalora.adapt.adapted import Method
 from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import Score, measure_configurations, score
@@ -52,7 +51,7 @@ def evaluate_shard(
     tables: Artifact,
     selection: Artifact,
     state: Artifact,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     batch_size: int,
     start: int,
@@ -93,7 +92,7 @@ def evaluate_shard(
 
 
 @stage("evaluate")
-def evaluate_method(*, tables: Artifact, selection: Artifact, method: Method, shards: list[Artifact]) -> Artifact:
+def evaluate_method(*, tables: Artifact, selection: Artifact, method: str, shards: list[Artifact]) -> Artifact:
     """`scores.json`: losses and metrics of `members` and `budgets`, and of the base in full precision."""
     measured = load_tables(tables)
     distinct, inverse = distinct_configurations(selection, measured)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from coalora.adapt.adapted import Method
 from coalora.evaluate.harness import run_harness
 from coalora.files import write_json
 from pipeline.inputs.fingerprint import files_digest
@@ -32,7 +31,7 @@ def evaluate_harness(
     tables: Artifact,
     selection: Artifact,
     state: Artifact,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     index: int,
     tasks: list[str],

@@ -8,14 +8,16 @@ Both get the examples in the order of the other methods, and as many steps as as
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import score_configurations
 from coalora.files import write_json
 from coalora.train.loop import train
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, ReferenceMethod, RuntimeSettings, TrainingSettings
+from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
 from pipeline.stages.checkpoints import place, tell
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
@@ -32,7 +34,7 @@ def train_reference(
     tables: Artifact,
     selection: Artifact,
     index: int,
-    method: ReferenceMethod,
+    method: str,
     adapter: AdapterSettings,
     training: TrainingSettings,
     steps: int,
@@ -47,12 +49,12 @@ def train_reference(
         BaseModel(base),
         data,
         tables,
-        method="lq-lora" if method == "lq-lora" else "shared",
+        method=method,
         adapter=adapter,
         runtime=runtime,
         seed=seed,
     )
-    if method == "lq-lora":
+    if METHODS[method].start == "compensation":
         adapted.start_from_compensation(configuration[0])
     bits = measured.average_bits(configuration)
     scratch = place()
@@ -68,7 +70,7 @@ def train_reference(
         checkpoints=None if scratch is None else scratch.checkpoints(tell),
     )
     losses, metrics = score_configurations(adapted, data.validation, configuration, batch_size=batch_size)
-    content = {"method": method, "steps": steps, "loss": float(losses[0]), "metric": float(metrics[0])}
+    content: dict[str, Any] = {"method": method, "steps": steps, "loss": float(losses[0]), "metric": float(metrics[0])}
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_json(folder / REFERENCE_SCORE, content)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from coalora.adapt.methods import METHODS
 from coalora.calibrate.costs import budget_name
 from coalora.evaluate.compare import compare, guess_loss, normalization
 from coalora.evaluate.metrics import reported_metrics
@@ -21,15 +22,6 @@ from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 from tasks.harness import HARNESS
 from tasks.reference import REFERENCE_SCORE
-
-LABELS = {
-    "none": "no adapter",
-    "shared": "Shared-LoRA",
-    "paper": "CoA-LoRA as in the paper",
-    "coa": "CoA-LoRA",
-    "qlora": "one LoRA per budget",
-    "lq-lora": "one LQ-LoRA per budget",
-}
 
 
 @stage("result")
@@ -229,7 +221,7 @@ def _layer_bits(configuration: np.ndarray, measured: Any) -> list[float]:
 
 
 def _label(method: str, task: str) -> str:
-    return "head only" if method == "none" and task == "classification" else LABELS[method]
+    return "head only" if method == "none" and task == "classification" else METHODS[method].label
 
 
 def _bytes_per_weight(settings: Settings) -> int:

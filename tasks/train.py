@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coalora.adapt.adapted import Method
+from coalora.adapt.methods import METHODS
 from coalora.files import write_json, write_tensors
 from coalora.train.loop import TrainingRecipe, train
 from coalora.train.objective import Objective
@@ -35,7 +35,7 @@ def train_round(
     tables: Artifact,
     configurations: Artifact,
     previous: Artifact | None,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     training: TrainingSettings,
     rounds: int,
@@ -79,7 +79,7 @@ def run_steps(
     tables: Artifact,
     configurations: Artifact,
     previous: Artifact | None,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     training: TrainingSettings,
     rounds: int,
@@ -101,8 +101,8 @@ def run_steps(
         return {"step": 0, "records": []}
     members = load_set(configurations, measured)
     recipe = training_recipe(training, training.initial_steps + rounds * training.round_steps)
-    if method == "paper":
-        recipe = replace(recipe, sampling="uniform")
+    if own := METHODS[method].sampling:
+        recipe = replace(recipe, sampling=own)
     among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
     state, records = train(
         adapted,

@@ -1,20 +1,14 @@
 """A base model that is quantized to any configuration and adapted to it.
 
-The methods share one class, so that a comparison differs in nothing else:
-`coa`     the trained pair with theta's adjustment, y = W x + s B (I + U) A x, and as the recipe says with experts for
-          low bit-widths, beside theta or in its place, and with the closed-form compensation of each choice;
-`paper`   theta's adjustment of a pair of full rank, as in the paper;
-`shared`  the pair of full rank alone (U = 0);
-`lq-lora` the pair of full rank, started from the compensation of one configuration (`start_from_compensation`);
-`none`    no LoRA at all: only the task head of a classifier is trained (a linear probe on the quantized base), and
-          nothing for a language model.
+y = q(W, c) x + s B (I + U) A x, with what `coalora.adapt.methods` says of the method: theta's adjustment U or none,
+terms for low bit-widths and the closed-form compensation of each choice beside the pair, or no pair at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,6 +19,7 @@ from transformers import PreTrainedModel
 from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
 from coalora.adapt.experts import Experts, adjusted_choices
 from coalora.adapt.lora import ADAPTER, attach, lora_config
+from coalora.adapt.methods import METHODS
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
@@ -35,8 +30,6 @@ from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 
-Method = Literal["coa", "paper", "shared", "lq-lora", "none"]
-
 
 class AdaptedModel:
     """Base, adapter and theta as one model that takes any configuration.
@@ -45,7 +38,7 @@ class AdaptedModel:
         model: the base model; it is wrapped in place.
         layers, space: as in `QuantizedBase`.
         task: decides PEFT's task type, and so whether a head is trained.
-        method: one of the module docstring's.
+        method: a name of `METHODS`.
         recipe: the adapter's sizes.
         statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair, but
@@ -61,7 +54,7 @@ class AdaptedModel:
         space: ChoiceSpace,
         task: Task,
         *,
-        method: Method,
+        method: str,
         recipe: AdapterRecipe,
         seed: int,
         statistics: Sequence[InputStatistics] | None = None,
@@ -73,7 +66,7 @@ class AdaptedModel:
         checkpoint: Path | str | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.method = method
+        self.method, described = method, METHODS[method]
         self.is_language_model = task == "language-modeling"
         self.recipe = recipe
         self.layers = list(layers)
@@ -91,7 +84,7 @@ class AdaptedModel:
         self.device = next(model.parameters()).device
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None
-        compensated = recipe.compensation_rank if method == "coa" else 0
+        compensated = recipe.compensation_rank if described.follows_choices else 0
         if compensated:
             self.compensation = CompensationTable(
                 self.base.residual,
@@ -105,7 +98,7 @@ class AdaptedModel:
         config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
         self.peft_model, self.lora_A, self.lora_B = attach(model, layers, config, seed=seed)
         self.theta: ConfigurationAwareModel | None = None
-        if method == "paper" or (method == "coa" and recipe.theta != "none"):
+        if described.theta == "all" or (described.theta == "recipe" and recipe.theta != "none"):
             torch.manual_seed(seed + 1)
             self.theta = ConfigurationAwareModel(
                 space,
@@ -113,15 +106,15 @@ class AdaptedModel:
                 max(trained),
                 embedding_dim=recipe.embedding_dim,
                 hidden_dim=recipe.hidden_dim,
-                adjusted=adjusted_choices(space, recipe) if method == "coa" else None,
+                adjusted=adjusted_choices(space, recipe) if described.theta == "recipe" else None,
             ).to(self.device)
         self.experts: Experts | None = None
-        if method == "coa" and recipe.expert_bits:
+        if described.follows_choices and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
             wanted = {"auto": self.is_language_model, "compensation": True, "zero": False}[recipe.expert_start]
             if wanted and start:
                 self._start(self.experts)
-        if method == "none":
+        if not described.has_lora:
             self._drop_lora()
 
     @torch.no_grad()
@@ -205,7 +198,7 @@ class AdaptedModel:
         for index, choice in enumerate(configuration if self.experts is not None else ()):
             terms = self.experts(index, int(choice)) if self.experts is not None else None
             self.lora_A[index].expert, self.lora_B[index].expert = terms or (None, None)
-        if self.compensation is not None and self.method == "coa":
+        if self.compensation is not None:
             for index, choice in enumerate(configuration):
                 A, B = self.compensation(index, int(choice))
                 self.lora_A[index].compensation = A

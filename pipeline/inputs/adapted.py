@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coalora.adapt.adapted import AdaptedModel, Method
+from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
 from coalora.train.loop import ASIDE, TrainingState
@@ -32,7 +32,7 @@ def build_adapted(
     data: Benchmark,
     tables: Artifact,
     *,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     runtime: RuntimeSettings,
     seed: int,

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from coalora.adapt.adapted import AdaptedModel, Method
+from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Benchmark
 from coalora.files import digest
 from pipeline.inputs.adapted import build_adapted
@@ -69,7 +69,7 @@ def resident_model(
     benchmark: Artifact,
     tables: Artifact,
     state: Artifact,
-    method: Method,
+    method: str,
     adapter: AdapterSettings,
     runtime: RuntimeSettings,
     seed: int,

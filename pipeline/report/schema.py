@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from coalora.adapt.methods import METHODS
 from coalora.errors import CoaloraError
 
 Count = Annotated[int, Field(ge=0)]
@@ -20,7 +21,6 @@ Seconds = Annotated[float, Field(ge=0)]
 Point = tuple[float, float]  # (loss, cost), the order of the search's objectives; the cost is average bits by default
 
 RESULT = "result.json"  # the file of a result artifact
-ARM_ORDER = ("none", "shared", "paper", "coa")
 
 
 class _Part(BaseModel):
@@ -227,8 +227,8 @@ class Result(_Part):
     @property
     def arm_names(self) -> list[str]:
         """Names of the arms in reading order: no adapter, Shared-LoRA, CoA-LoRA, then others as given."""
-        known = [name for name in ARM_ORDER if name in self.arms]
-        return known + [name for name in self.arms if name not in ARM_ORDER]
+        known = [name for name in METHODS if name in self.arms]
+        return known + [name for name in self.arms if name not in known]
 
     @property
     def budgets_in_order(self) -> list[Budget]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from coalora.adapt.methods import METHODS
 from pipeline.settings.choices import ChoiceSettings, CostSettings
 from pipeline.settings.data import BenchmarkSettings, ModelSettings, Section
 from pipeline.settings.storage import StorageSettings
@@ -109,18 +110,14 @@ class TrainingSettings(Section):
     )
 
 
-SetMethod = Literal["none", "shared", "paper"]
-ReferenceMethod = Literal["qlora", "lq-lora"]
-
-
 class BaselineSettings(Section):
     """What CoA-LoRA is compared with, on the same configurations, examples and steps."""
 
-    methods: list[SetMethod] = Field(
+    methods: list[str] = Field(
         ["none", "shared"],
         description="Trained over the same sets: none (no adapter), shared (Shared-LoRA), paper (theta as there).",
     )
-    per_budget: list[ReferenceMethod] = Field(
+    per_budget: list[str] = Field(
         default_factory=list,
         description="Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
     )
@@ -128,9 +125,20 @@ class BaselineSettings(Section):
         None, ge=1, description="Steps of each such run; by default those of the whole training."
     )
 
+    @field_validator("methods", "per_budget")
+    @classmethod
+    def _trained_as_they_are(cls, methods: list[str], field: ValidationInfo) -> list[str]:
+        place = {"sets": "methods", "budget": "per_budget"}
+        if "coa" in methods:
+            raise ValueError("leave coa out: it is what the others are compared with")
+        for method in methods:
+            if place[METHODS[method].over] != field.field_name:
+                raise ValueError(f"move {method} to {place[METHODS[method].over]}")
+        return methods
+
     @field_validator("methods")
     @classmethod
-    def _shared_gives_the_ceiling(cls, methods: list[SetMethod]) -> list[SetMethod]:
+    def _shared_gives_the_ceiling(cls, methods: list[str]) -> list[str]:
         if len(set(methods)) < len(methods) or "shared" not in methods:
             raise ValueError(
                 "give each method once, and shared among them: full precision is measured with its adapter"

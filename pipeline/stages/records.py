@@ -12,6 +12,7 @@ from typing import Any
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore
 
+from coalora.adapt.methods import METHODS
 from pipeline.faults import disk_faults
 from pipeline.stages.stage import Pool, Stage
 from pipeline.store.artifacts import Artifact
@@ -90,14 +91,13 @@ _STAGES = {
     "show-round": "show the Pareto front",
     "show-result": "show the result",
 }
-_METHODS = {"coa": "CoA-LoRA", "shared": "Shared-LoRA", "none": "no adapter", "paper": "CoA-LoRA as in the paper"}
 
 
 def run_name(stage: str, call: Mapping[str, Any]) -> str:
     """What the run page calls a task run: the stage in words, and what tells its runs apart."""
     name = _STAGES.get(stage, stage)
     if "method" in call:
-        name += f" {_METHODS.get(call['method'], call['method'])}"
+        name += f" {METHODS[call['method']].label}"
     details = []
     if "round_index" in call:
         details.append(f"round {call['round_index']}")

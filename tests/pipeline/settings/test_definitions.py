@@ -36,6 +36,9 @@ def message(*changes: str) -> str:
 WRONG: list[tuple[list[str], Sequence[str]]] = [
     # Unknown keys: at the top, in a section, nested.
     (["serch.rounds=3"], ["serch: unknown key, did you mean 'search'?"]),
+    (["baselines.methods=[shared, paprika]"], ["no method 'paprika'", "paper"]),
+    (["baselines.methods=[shared, qlora]"], ["move qlora to per_budget"]),
+    (["baselines.methods=[shared, coa]"], ["leave coa out"]),
     (["epochs=3"], ["epochs: unknown key, known keys: adapter, baselines, benchmark"]),
     (["search.round=3"], ["search.round: unknown key, did you mean 'rounds'?"]),
     (["training.epochs=3"], ["training.epochs: unknown key, known keys: batch_size, gradient_checkpointing"]),
