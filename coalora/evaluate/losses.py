@@ -67,9 +67,7 @@ def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
         raise CoaloraError(
             "bits per byte need a text with at least two tokens", got=f"{len(split)} blocks of one token"
         )
-    outcome = Outcome(
-        float(total) / n, _array(predictions), _array(references), n_classes, bytes_per_token=split.bytes_per_token
-    )
+    outcome = Outcome(float(total) / n, _array(predictions), _array(references), bytes_per_token=split.bytes_per_token)
     return Score(outcome.loss, {m.name: m.compute(outcome) for m in metrics_of(_kind(split), n_classes)})
 
 

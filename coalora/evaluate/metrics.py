@@ -2,7 +2,8 @@
 
 What is undefined has a value all the same, because a report holds finite numbers only: F1 without a positive example
 or prediction, Matthews' correlation of a constant and Pearson's or Spearman's of a constant are 0, as a guess is worth
-nothing (scikit-learn's convention for the first two; scipy answers NaN to the others).
+nothing (scikit-learn's convention for the first two; scipy answers NaN to the others). Both packages are
+imported by the metrics that need them: a second or two, which settings that only name metrics should not pay.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,14 +30,12 @@ class Outcome:
     Attributes:
         loss: mean loss (cross-entropy in nats an example or a token; squared error for values).
         predictions, labels: (n,) classes or values; empty for text.
-        n_classes: number of classes; 1 for values, 0 for text.
         bytes_per_token: UTF-8 bytes that a token of text stands for.
     """
 
     loss: float
     predictions: np.ndarray
     labels: np.ndarray
-    n_classes: int
     bytes_per_token: float = 1.0
 
 
@@ -73,37 +72,42 @@ def _accuracy(outcome: Outcome) -> float:
 
 @_metric("f1", "classes", binary=True)
 def _f1(outcome: Outcome) -> float:
-    return float(_f1_by_class(outcome)[1])
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(outcome.labels, outcome.predictions, zero_division=0))
 
 
 @_metric("macro_f1", "classes")
 def _macro_f1(outcome: Outcome) -> float:
     """Mean over the classes that occur among labels or predictions."""
-    table = _confusion(outcome)
-    return float(_f1_by_class(outcome)[(table.sum(0) + table.sum(1)) > 0].mean())
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(outcome.labels, outcome.predictions, average="macro", zero_division=0))
 
 
 @_metric("matthews_correlation", "classes")
 def _matthews_correlation(outcome: Outcome) -> float:
     """R_K of Gorodkin (2004), which for two classes is Matthews' correlation coefficient."""
-    table = _confusion(outcome).astype(np.float64)
-    true, predicted, n = table.sum(1), table.sum(0), table.sum()
-    covariance = table.trace() * n - true @ predicted
-    scale = (n**2 - predicted @ predicted) * (n**2 - true @ true)
-    return float(covariance / math.sqrt(scale)) if scale > 0 else 0.0
+    from sklearn.metrics import matthews_corrcoef
+
+    if len(np.union1d(outcome.labels, outcome.predictions)) < 2:
+        return 0.0  # scikit-learn's answer, too, but it warns
+    return float(matthews_corrcoef(outcome.labels, outcome.predictions))
 
 
 @_metric("pearson", "values")
 def _pearson(outcome: Outcome) -> float:
-    return _correlation(outcome.predictions, outcome.labels)
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, outcome)
 
 
 @_metric("spearman", "values")
 def _spearman(outcome: Outcome) -> float:
     """Pearson's correlation of the ranks; ties share their mean rank."""
-    from scipy.stats import rankdata  # half a second, which settings that only name metrics should not pay
+    from scipy.stats import spearmanr
 
-    return _correlation(rankdata(outcome.predictions), rankdata(outcome.labels))
+    return _correlation(spearmanr, outcome)
 
 
 @_metric("bits_per_byte", "text", higher_is_better=False)
@@ -145,10 +149,8 @@ def get_metric(name: str | None, kind: Kind, num_labels: int | None) -> Metric:
     if name not in known:
         classes = f" ({num_labels})" if kind == "classes" else ""
         raise CoaloraError(
-            f"the metric must be one for {kind}{classes}",
-            got=name,
-            expected=", ".join(known),
-            remedy="set benchmark.metric to one of these, or leave it out",
+            f"{name!r} is no metric for {kind}{classes}",
+            remedy=f"Choose one of {', '.join(known)}, or name none for the first of them",
         )
     return known[name]
 
@@ -167,22 +169,8 @@ def reported_metrics(
     return list({metric.name: metric for metric in [first, *others]}.values())
 
 
-def _confusion(outcome: Outcome) -> np.ndarray:
-    """(n_classes, n_classes) counts: rows are labels, columns predictions."""
-    n = outcome.n_classes
-    return np.bincount(outcome.labels * n + outcome.predictions, minlength=n * n).reshape(n, n)
-
-
-def _f1_by_class(outcome: Outcome) -> np.ndarray:
-    table = _confusion(outcome)
-    both = table.sum(0) + table.sum(1)  # 2 TP + FP + FN
-    return np.divide(2 * table.diagonal(), both, out=np.zeros(len(table)), where=both > 0)
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    # A constant is compared as it is: its mean may differ from it by rounding, which would pass for variance.
+def _correlation(of: Callable[..., Any], outcome: Outcome) -> float:
+    x, y = (np.asarray(values, dtype=np.float64) for values in (outcome.predictions, outcome.labels))
     if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
         return 0.0
-    x, y = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (x, y))
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()
-    return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
+    return float(of(x, y).statistic)

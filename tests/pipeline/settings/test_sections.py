@@ -192,8 +192,8 @@ def test_rules_that_say_nothing_or_contradict_themselves_are_refused(rule: dict[
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"metric": "pearson"}, "metric must be one for text, got pearson: expected bits_per_byte, perplexity"),
-        ({"metrics": ["bits_per_byte", "bleu"]}, "got bleu"),
+        ({"metric": "pearson"}, "'pearson' is no metric for text. Choose one of bits_per_byte, perplexity"),
+        ({"metrics": ["bits_per_byte", "bleu"]}, "'bleu' is no metric for text"),
     ],
 )
 def test_a_metric_that_does_not_apply_is_refused(changes: dict[str, Any], words: str) -> None:
