@@ -4,12 +4,14 @@ Steps with theta and steps of Shared-LoRA alternate on two models over the same 
 hits both alike; medians are compared. Random weights in the published shapes.
 
     python -m benchmarks.step [--quick]
+    python -m benchmarks.step --count     the operations that a step dispatches beyond the base's, on any machine
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -17,9 +19,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks._models import SHAPES, adapt, batch, build, layers_of, seconds
+from benchmarks._models import SHAPES, adapt, batch, build, build_small, layers_of, seconds
+from benchmarks._operations import beyond_the_base
 from benchmarks._report import report
-from coalora.adapt.lora import fold
+from coalora.adapt.effective import fold
+from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.models.loading import default_device
 from coalora.quant.space import ChoiceSpace
@@ -109,10 +113,29 @@ def adapter_on_disk(name: str, device: torch.device, r: int = 64) -> list[dict]:
     ]
 
 
+def counts() -> list[dict]:
+    """Dispatched operations beyond the base's for each target layer, forward and backward, views left out."""
+    rows = []
+    recipes = {"Shared-LoRA": ("shared", 0), "theta": ("coa", 0), "theta and experts": ("coa", 3)}
+    for name in ("RoBERTa-large", "SmolLM2-135M", "Qwen2.5-1.5B"):
+        for what, (method, bits) in recipes.items():
+            recipe = AdapterRecipe(r=4, expert_bits=bits)
+            n, beyond = beyond_the_base(partial(build_small, name), SPACE, method, recipe)
+            most = ", ".join(f"{count} {op.split('.')[1]}" for op, count in beyond.most_common(3))
+            row = {"model": name, "adapter": what, "layers": n, "operations": sum(beyond.values())}
+            rows.append(row | {"a layer": sum(beyond.values()) / n, "limit": 7, "most of them": most})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 7 if parser.parse_args().quick else 40
+    parser.add_argument("--count", action="store_true", help="count dispatched operations instead of timing them")
+    given = parser.parse_args()
+    if given.count:
+        report("step-count", counts())
+        return
+    rounds = 7 if given.quick else 40
     device = default_device()
     names = list(SHAPES) if device.type == "cuda" else ["MiniLM-L6"]
     rows = [row for name in names for row in steps(name, device, rounds)]

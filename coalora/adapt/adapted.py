@@ -96,7 +96,9 @@ class AdaptedModel:
         self._known_statistics = statistics
         trained = [rank - compensated for rank in self.ranks]
         config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
-        self.peft_model, self.lora_A, self.lora_B = attach(model, layers, config, seed=seed)
+        self.peft_model, self.lora_A, self.lora_B, self.terms = attach(
+            model, layers, config, scale=recipe.scale, seed=seed
+        )
         self.theta: ConfigurationAwareModel | None = None
         if described.theta == "all" or (described.theta == "recipe" and recipe.theta != "none"):
             torch.manual_seed(seed + 1)
@@ -191,19 +193,13 @@ class AdaptedModel:
     def switch(self, configuration: np.ndarray) -> None:
         """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta."""
         self.base.switch(configuration)
-        U = self.adjustments(configuration)
-        # unbind's backward is one stack; indexing would fill a gradient of N x r x r for every layer.
-        for lora_A, u in zip(self.lora_A, [None] * len(self.layers) if U is None else U.unbind(), strict=True):
-            lora_A.U = u
-        for index, choice in enumerate(configuration if self.experts is not None else ()):
-            terms = self.experts(index, int(choice)) if self.experts is not None else None
-            self.lora_A[index].expert, self.lora_B[index].expert = terms or (None, None)
-        if self.compensation is not None:
-            for index, choice in enumerate(configuration):
-                A, B = self.compensation(index, int(choice))
-                self.lora_A[index].compensation = A
-                # PEFT multiplies the product by s; the compensation is meant as it is.
-                self.lora_B[index].compensation = B / self.recipe.scale
+        chosen = [int(choice) for choice in configuration]
+        experts, compensation = self.experts, self.compensation
+        self.terms.set(
+            self.adjustments(configuration),
+            None if experts is None else [experts(index, k) for index, k in enumerate(chosen)],
+            None if compensation is None else [compensation(index, k) for index, k in enumerate(chosen)],
+        )
 
     @torch.no_grad()
     def start_from_compensation(self, configuration: np.ndarray) -> None:
@@ -233,8 +229,7 @@ class AdaptedModel:
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""
         self.base.restore()
-        for lora_A, lora_B in zip(self.lora_A, self.lora_B, strict=True):
-            lora_A.U = lora_A.compensation = lora_B.compensation = lora_A.expert = lora_B.expert = None
+        self.terms.set()
 
 
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:

@@ -70,9 +70,7 @@ class Experts(nn.Module):
         expert = self.expert_of_choice[choice]
         if expert == NO_EXPERT:
             return None
-        A, B = self.lora_A[f"{index}_{expert}"], self.lora_B[f"{index}_{expert}"]
-        # Views: a parameter that is set on a module becomes one of its own.
-        return A.view_as(A), B.view_as(B)
+        return self.lora_A[f"{index}_{expert}"], self.lora_B[f"{index}_{expert}"]
 
 
 def expert_of_choice(space: ChoiceSpace, max_bits: int) -> list[int]:

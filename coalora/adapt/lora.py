@@ -1,41 +1,52 @@
 """PEFT's LoRA layers with what a configuration adds to them: y = W x + s (B + B_b)(I + U)(A + A_b) x + B_c A_c x.
 
-`get_peft_model` builds PEFT's own layers; only the classes of each `lora_A` and `lora_B` linear change, so that
-parameter names, the adapter's file format and everything else of PEFT stay as they are. Folding U costs r*r*in a layer,
-whatever the number of tokens; the compensation (A_c, B_c) of the layer's choice is joined to the trained pair as
-further rows and columns. Both are the same expressions that the export writes to disk: one plain LoRA.
+`get_peft_model` builds PEFT's own layers; only classes change (of each LoRA layer and of its `lora_A` and `lora_B`), so
+that parameter names, the adapter's file format and everything else of PEFT stay as they are. Base and adapter are one
+autograd function, whose products run in the type of the base weight on factors that `coalora.adapt.effective` has made
+for all layers: beside the base's own two products it takes six, saves the input once, and casts nothing of its size.
+What the function does not know (dropout in training, autocast, quantized layers of other libraries, several adapters)
+takes PEFT's own path, on the same factors.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from coalora.adapt.effective import Terms
 from coalora.models.loading import Task
+from coalora.models.switching.packed import PackedConv1D, PackedLinear
 from coalora.models.targets import TargetLayer
 
 ADAPTER = "default"
 _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "language-modeling": TaskType.CAUSAL_LM}
+_PACKED, _TRANSPOSED = (PackedLinear, PackedConv1D), (Conv1D, PackedConv1D)
 
 
 class AdjustedLinear(nn.Linear):
-    """A `lora_A` whose effective weight is (I + U)(A + A_b) with the rows A_c below; None for what a choice lacks."""
+    """A `lora_A` whose effective weight is (I + U)(A + A_b) with the rows A_c below."""
 
-    U: Tensor | None = None
-    expert: Tensor | None = None
-    compensation: Tensor | None = None
+    terms: Terms
+    index: int
+
+    @property
+    def U(self) -> Tensor | None:
+        """This layer's adjustment (r, r); None without theta."""
+        return None if self.terms.U is None else self.terms.U[self.index]
 
     def effective_weight(self) -> Tensor:
-        folded = fold(self.weight if self.expert is None else self.weight + self.expert, self.U)
-        return folded if self.compensation is None else torch.cat([folded, self.compensation.to(folded.dtype)])
+        return self.terms.lora_A(self.index)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight())
@@ -44,23 +55,91 @@ class AdjustedLinear(nn.Linear):
 class ExtendedLinear(nn.Linear):
     """A `lora_B` whose effective weight is B + B_b with the columns B_c / s beside it, s being LoRA's scale."""
 
-    expert: Tensor | None = None
-    compensation: Tensor | None = None
+    terms: Terms
+    index: int
 
     def effective_weight(self) -> Tensor:
-        weight = self.weight if self.expert is None else self.weight + self.expert
-        return weight if self.compensation is None else torch.cat([weight, self.compensation.to(weight.dtype)], dim=1)
+        return self.terms.lora_B(self.index)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight())
 
 
-def fold(lora_A: Tensor, U: Tensor | None) -> Tensor:
-    """(I + U) A, r x in; A itself where U is None. U may be larger than r: its leading part counts."""
-    if U is None:
-        return lora_A
-    r = lora_A.shape[0]
-    return torch.addmm(lora_A, U[:r, :r].to(lora_A.dtype), lora_A)
+class AdaptedLinear(LoraLinear):
+    """PEFT's LoRA layer with base and adapter in one autograd function."""
+
+    terms: Terms
+    index: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._fused(x):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        A, B = self.terms.pair(self.index)
+        # A packed layer has no weight to keep: its source makes one in each of the passes.
+        source = base.source() if isinstance(base, _PACKED) else None
+        weight = base.weight if source is None else None
+        transposed = isinstance(base, _TRANSPOSED)
+        return cast(Tensor, Product.apply(x, base.bias, A, B, weight, source, transposed, self.terms.scale))
+
+    def _fused(self, x: Tensor) -> bool:
+        base = self.base_layer
+        return (
+            type(base) in (nn.Linear, Conv1D, *_PACKED)
+            and base.weight.dtype == x.dtype
+            and not (self.disable_adapters or self.merged or base.weight.requires_grad)
+            and self.active_adapters == [ADAPTER]
+            and not (self.training and isinstance(self.lora_dropout[ADAPTER], nn.Dropout))
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T, with gradients for x, b, A (r, in) and B (out, r), and none for W.
+
+    W (out, in), or its transpose where `transposed`, is `weight`, or is made by `source` in each of the passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        weight: Tensor | None,
+        source: Callable[[], Tensor] | None,
+        transposed: bool,
+        scale: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        stored = source() if source is not None else cast(Tensor, weight)
+        out = F.linear(rows, stored.t() if transposed else stored, bias)
+        hidden = rows.mm(A.t())
+        out.addmm_(hidden, B.t(), alpha=scale)
+        ctx.save_for_backward(rows, A, B, hidden, weight)
+        ctx.source, ctx.transposed, ctx.scale, ctx.shape = source, transposed, scale, x.shape
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, A, B, hidden, weight = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        for_x = for_bias = for_A = for_B = None
+        # With beta=0 the first argument is not read: it stands for a result of the right shape.
+        for_hidden = torch.addmm(hidden, grad, B, beta=0, alpha=ctx.scale)
+        if ctx.needs_input_grad[0]:
+            stored = weight if ctx.source is None else ctx.source()
+            for_x = grad.mm(stored.t() if ctx.transposed else stored).addmm_(for_hidden, A).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            for_bias = grad.sum(0)
+        if ctx.needs_input_grad[2]:
+            for_A = for_hidden.t().mm(rows)
+        if ctx.needs_input_grad[3]:
+            for_B = torch.addmm(B, grad.t(), hidden, beta=0, alpha=ctx.scale)
+        return for_x, for_bias, for_A, for_B, None, None, None, None
 
 
 def lora_config(
@@ -98,23 +177,33 @@ def _whole(value: float) -> int:
 
 
 def attach(
-    model: PreTrainedModel, layers: Sequence[TargetLayer], config: LoraConfig, *, seed: int
-) -> tuple[PeftModel, list[AdjustedLinear], list[ExtendedLinear]]:
-    """Wrap `model` with PEFT and return it with the N `lora_A` and the N `lora_B` layers, in the order of `layers`.
+    model: PreTrainedModel, layers: Sequence[TargetLayer], config: LoraConfig, *, scale: float, seed: int
+) -> tuple[PeftModel, list[AdjustedLinear], list[ExtendedLinear], Terms]:
+    """Wrap `model` with PEFT and return it with the N `lora_A`, the N `lora_B` layers and the terms that they share.
 
-    The same seed gives the same initial adapter.
+    The pairs of all layers are made anew, together, at the start of every forward pass of the model. `scale` is that of
+    `config`. The same seed gives the same initial adapter.
     """
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # PEFT asks for an attribute that transformers has renamed; nothing that a user could act upon.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        peft_model = get_peft_model(model, config)
-    adjusted, extended = [], []
-    for layer in layers:
-        module = peft_model.get_base_model().get_submodule(layer.name)
-        lora_A: AdjustedLinear = module.lora_A[ADAPTER]  # type: ignore[index, assignment]
-        lora_B: ExtendedLinear = module.lora_B[ADAPTER]  # type: ignore[index, assignment]
-        lora_A.__class__, lora_B.__class__ = AdjustedLinear, ExtendedLinear
-        adjusted.append(lora_A)
-        extended.append(lora_B)
-    return cast(PeftModel, peft_model), adjusted, extended
+        peft_model = cast(PeftModel, get_peft_model(model, config))
+    base = peft_model.get_base_model()
+    modules = cast(list[AdaptedLinear], [base.get_submodule(layer.name) for layer in layers])
+    adjusted = cast(list[AdjustedLinear], [module.lora_A[ADAPTER] for module in modules])
+    extended = cast(list[ExtendedLinear], [module.lora_B[ADAPTER] for module in modules])
+    dtypes = [module.base_layer.get_parameter("weight").dtype for module in modules]
+    terms = Terms(adjusted, extended, dtypes, scale)
+    for index, parts in enumerate(zip(modules, adjusted, extended, strict=True)):
+        for part, own in zip(parts, (AdaptedLinear, AdjustedLinear, ExtendedLinear), strict=True):
+            if type(part) in (LoraLinear, nn.Linear):
+                part.__class__ = own
+            part.terms, part.index = terms, index  # type: ignore[assignment]
+
+    def make(*_: object) -> None:
+        if not modules[0].disable_adapters:
+            terms.make()
+
+    base.register_forward_pre_hook(make)
+    return peft_model, adjusted, extended, terms

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
-from coalora.adapt.lora import fold, lora_config
+from coalora.adapt.lora import lora_config
 from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.tables import CalibrationTables

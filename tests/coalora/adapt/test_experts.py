@@ -86,12 +86,12 @@ def test_steps_of_rare_experts_survive_a_resumed_run_bit_for_bit(tiny_llama, mak
 def test_above_the_limit_the_shared_pair_is_alone_again(tiny_llama, make_adapted) -> None:
     adapted = make_adapted(tiny_llama(), perturb=0.1, expert_bits=3)
     adapted.switch(at(adapted, 0))
-    assert all(a.expert is not None for a in adapted.lora_A)
+    assert all(expert is not None for expert in adapted.terms.experts)
     adapted.switch(at(adapted, 7))  # 8 bits
-    assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
+    assert all(expert is None for expert in adapted.terms.experts)
     adapted.switch(at(adapted, 0))
     adapted.full_precision()
-    assert all(m.expert is None for m in [*adapted.lora_A, *adapted.lora_B])
+    assert all(expert is None for expert in adapted.terms.experts)
 
 
 def test_experts_of_the_lowest_bits_start_at_their_compensation(tiny_llama, make_adapted) -> None:

@@ -1,0 +1,137 @@
+"""The effective pairs A_eff = (I + U)(A + A_b) and B_eff = B + B_b of all layers, made in a few batched products.
+
+Layers of one shape share a product, so that a step costs a handful of operations for the adapter's construction and not
+a handful for each layer; gradients flow through it into lora_A, lora_B, theta and experts. Sums and products are those
+of the parameters' type (float32); what layers multiply with is rounded once, to the type of their base weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Terms:
+    """What the current configuration adds to the N trained pairs; shared by all layers of a model.
+
+    Args:
+        lora_A, lora_B: the N layers of PEFT that own the trained pairs, r x in and out x r.
+        dtypes: (N,) of the base weights.
+        scale: LoRA's s, by which the compensation's B_c is divided: PEFT multiplies every product by it.
+
+    Attributes:
+        U: (N, r, r), or None for no adjustment.
+        experts: (N,) pairs (A_b, B_b), None where a layer has none.
+        compensation: (N,) pairs (A_c, B_c), None where a layer has none.
+    """
+
+    def __init__(
+        self, lora_A: Sequence[nn.Linear], lora_B: Sequence[nn.Linear], dtypes: Sequence[torch.dtype], scale: float
+    ) -> None:
+        self._layers = (list(lora_A), list(lora_B))
+        self._dtypes = list(dtypes)
+        self.scale = scale
+        shapes = [[x.weight.shape for x in side] for side in self._layers]
+        self._groups = [_groups(zip(side, dtypes, strict=True)) for side in shapes]
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._pairs: list[Pair] | None = None
+        self.set()
+
+    def set(
+        self,
+        U: Tensor | None = None,
+        experts: Sequence[Pair | None] | None = None,
+        compensation: Sequence[Pair | None] | None = None,
+    ) -> None:
+        """Take over the terms of a configuration; those not given are none."""
+        nothing: list[Pair | None] = [None] * len(self._dtypes)
+        self.U, self.experts, self.compensation = U, experts or nothing, compensation or nothing
+        self._pairs = None
+
+    def make(self) -> None:
+        """Make all pairs of the parameters as they are now; layers use them until the next `make` or `set`."""
+        self._pairs = list(zip(self._made(0), self._made(1), strict=True))
+
+    def pair(self, index: int) -> Pair:
+        """(A_eff, B_eff) of a layer, in its base weight's type: what `make` made, or made for this layer alone."""
+        if self._pairs is not None:
+            return self._pairs[index]
+        dtype = self._dtypes[index]
+        return self.lora_A(index).to(dtype), self.lora_B(index).to(dtype)
+
+    def lora_A(self, index: int) -> Tensor:
+        """(I + U)(A + A_b) with the rows A_c below, in the parameters' type."""
+        expert, compensation = self.experts[index], self.compensation[index]
+        A = self._layers[0][index].weight
+        folded = fold(A if expert is None else A + expert[0], None if self.U is None else self.U[index])
+        return folded if compensation is None else torch.cat([folded, compensation[0].to(folded.dtype)])
+
+    def lora_B(self, index: int) -> Tensor:
+        """B + B_b with the columns B_c / s beside it, in the parameters' type."""
+        expert, compensation = self.experts[index], self.compensation[index]
+        B: Tensor = self._layers[1][index].weight
+        B = B if expert is None else B + expert[1]
+        return B if compensation is None else torch.cat([B, compensation[1].to(B.dtype) / self.scale], dim=1)
+
+    def _made(self, side: int) -> list[Tensor]:
+        made: list[Tensor | None] = [None] * len(self._dtypes)
+        for group in self._groups[side]:
+            stacked = torch.stack([self._layers[side][i].weight for i in group])
+            experts = [self.experts[i] for i in group]
+            if any(expert is not None for expert in experts):
+                nothing = torch.zeros_like(stacked[0])
+                stacked = stacked + _Stacked.apply(*(nothing if e is None else e[side] for e in experts))
+            if side == 0 and self.U is not None:
+                stacked = torch.baddbmm(stacked, self._of_group(self.U, group, stacked), stacked)
+            beside = [pair[side] for pair in (self.compensation[i] for i in group) if pair is not None]
+            if beside:  # all layers of a model have a compensation, or none has
+                further = torch.stack(beside).to(stacked.dtype)
+                stacked = torch.cat([stacked, further / self.scale if side else further], dim=1 + side)
+            for i, tensor in zip(group, stacked.to(self._dtypes[group[0]]).unbind(), strict=True):
+                made[i] = tensor
+        return made  # type: ignore[return-value]
+
+    def _of_group(self, U: Tensor, group: tuple[int, ...], like: Tensor) -> Tensor:
+        """The leading r x r parts of the group's U, r being the group's rank."""
+        if len(group) < len(U):
+            if group not in self._indices:
+                self._indices[group] = torch.tensor(group, device=U.device)
+            U = U.index_select(0, self._indices[group])
+        r = like.shape[1]
+        return U[:, :r, :r].to(like.dtype)
+
+
+class _Stacked(torch.autograd.Function):
+    """torch.stack whose gradients share no memory with those of what its result is added to.
+
+    Those of `torch.stack` are views of one tensor, which the sum hands to both: clipping in place would scale it twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.clone().unbind()
+
+
+def fold(lora_A: Tensor, U: Tensor | None) -> Tensor:
+    """(I + U) A, r x in; A itself where U is None. U may be larger than r: its leading part counts."""
+    if U is None:
+        return lora_A
+    r = lora_A.shape[0]
+    return torch.addmm(lora_A, U[:r, :r].to(lora_A.dtype), lora_A)
+
+
+def _groups(keys: Iterable[object]) -> list[tuple[int, ...]]:
+    """Indices of equal keys, in the order of their first."""
+    found: dict[object, list[int]] = {}
+    for index, key in enumerate(keys):
+        found.setdefault(key, []).append(index)
+    return [tuple(indices) for indices in found.values()]
