@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks._settings import CACHE, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.recipe import AdapterRecipe
-from coalora.evaluate.losses import score_configurations
+from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json, write_json
 from coalora.search.allocation import allocate
 from coalora.search.hypervolume import hypervolume
@@ -146,4 +146,5 @@ def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
     train(
         adapted, setting.benchmark.train, members, tables.average_bits(members), training, steps=TRAINED_STEPS, seed=0
     )  # fmt: skip
-    return lambda C: score_configurations(adapted, setting.benchmark.search, C, batch_size=32)[0]
+    meter = LossMeter(adapted, setting.benchmark.search, 32)
+    return lambda C: meter(C, "losses")

@@ -29,7 +29,7 @@ from benchmarks._report import report
 from benchmarks._settings import CACHE, SPACES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.recipe import AdapterRecipe
-from coalora.evaluate.losses import score, score_configurations
+from coalora.evaluate.losses import measure_configurations, score
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
 from coalora.search.allocation import allocate
 from coalora.train.loop import TrainingRecipe, train
@@ -173,8 +173,8 @@ def _recipe(arm: Arm, setting: Setting, steps: int) -> TrainingRecipe:
 
 
 def _measured(adapted: AdaptedModel, setting: Setting, configurations: np.ndarray) -> dict[str, list[float]]:
-    losses, metrics = score_configurations(adapted, setting.benchmark.validation, configurations, batch_size=64)
-    return {"loss": losses.tolist(), "metric": metrics.tolist()}
+    scores = measure_configurations(adapted, setting.benchmark.validation, configurations, batch_size=64)
+    return {"loss": [s.loss for s in scores], "metric": [s.metric for s in scores]}
 
 
 def gap_closed(runs: Mapping[str, np.ndarray], low: str, high: str, ours: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""A set of configurations: what training samples from, the search improves and DVC versions."""
+"""Set of configurations, as training samples from it and the search improves it, and its JSON form."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,8 +30,18 @@ class ConfigurationSet:
     losses: np.ndarray
     joined: np.ndarray
 
+    @classmethod
+    def unmeasured(cls, configurations: np.ndarray, joined: int = 0) -> ConfigurationSet:
+        """Configurations (n, N) without losses that join in one round."""
+        n = len(configurations)
+        return cls(configurations, np.full(n, np.nan), np.full(n, joined, dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self.configurations)
+
+    def with_losses(self, losses: np.ndarray) -> ConfigurationSet:
+        """The same members with losses (n,)."""
+        return replace(self, losses=losses)
 
     def sorted(self, tables: CalibrationTables) -> ConfigurationSet:
         """The same members in rising order of stored bytes (ties: lower loss, then lexicographic)."""
@@ -48,6 +58,11 @@ class ConfigurationSet:
             np.concatenate([self.losses, other.losses]),
             np.concatenate([self.joined, other.joined]),
         )
+
+    def distinct(self) -> ConfigurationSet:
+        """Each configuration once, as its first member."""
+        _, first = np.unique(self.configurations, axis=0, return_index=True)
+        return self.take(first)
 
     def objectives(self, tables: CalibrationTables) -> np.ndarray:
         """Y (n, 2): loss and cost (by default average bits), both minimised."""
@@ -84,20 +99,21 @@ class ConfigurationSet:
                 space; a member that does not give every layer one of the listed choices.
         """
         if content.get("format") != SET_FORMAT:
-            raise CoaloraError("not a configuration set", got=f"format {content.get('format')}", expected=SET_FORMAT)
+            raise CoaloraError(
+                f"the format {content.get('format')!r} is not that of a configuration set ({SET_FORMAT})",
+                remedy="Use a file that this version wrote",
+            )
         layers = [layer.name for layer in tables.layers]
         if content.get("layers") != layers or content.get("scheme") != tables.space.scheme_name:
             raise CoaloraError(
-                "a configuration set belongs to the layers and the scheme that it was made for",
-                got=f"{content.get('scheme')} over {len(content.get('layers', []))} layers",
-                expected=f"{tables.space.scheme_name} over {len(layers)} layers",
+                f"the set was made for scheme {content.get('scheme')} and {len(content.get('layers', []))} layers, and "
+                f"not for {tables.space.scheme_name} and these {len(layers)} layers",
+                remedy="Use a set of the same layers and scheme",
             )
         if content.get("base_digest") != tables.base_digest:
             raise CoaloraError(
-                "a configuration set belongs to the base model that it was made for",
-                got=f"base {content.get('base_digest')}",
-                expected=f"base {tables.base_digest}",
-                remedy="make a set for this base model, or load the base model that the set names",
+                f"the set was made for the base model {content.get('base_digest')}, and not for {tables.base_digest}",
+                remedy="Make a set for this base model, or load the base model that the set names",
             )
         index = np.array([tables.space.index(choice) for choice in content["choices"]], dtype=np.int64)
         members = content["members"]
@@ -107,15 +123,14 @@ class ConfigurationSet:
             extent = f"{min(chosen, default=0)} to {max(chosen, default=0)}"
             if len(chosen) != len(layers) or not all(0 <= k < len(index) for k in chosen):
                 raise CoaloraError(
-                    "a member gives every layer one of the listed choices",
-                    got=f"member {number}: {len(chosen)} choices from {extent}",
-                    expected=f"{len(layers)} choices from 0 to {len(index) - 1}",
+                    f"member {number} of the set has {len(chosen)} choices from {extent}, and not {len(layers)} "
+                    f"from 0 to {len(index) - 1}",
+                    remedy="Use the file as it was written",
                 )
             if not (taken := tables.allowed[every, index[chosen]]).all():
                 raise CoaloraError(
-                    "a member gives every layer a choice that it may take",
-                    got=f"member {number}: {layers[int(np.argmin(taken))]} has one that its rules forbid",
-                    remedy="make a set for these rules",
+                    f"member {number} of the set gives {layers[int(np.argmin(taken))]} a choice that its rules forbid",
+                    remedy="Make a set for these rules",
                 )
         return cls(
             np.array([index[m["choices"]] for m in members], dtype=np.int64).reshape(-1, len(layers)),

@@ -13,14 +13,15 @@ from coalora.calibrate.tables import calibration_tables
 from coalora.data.classification import read_header
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import check_tasks
+from coalora.method.initial import given_set
+from coalora.models.files import model_files
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import PretrainRecipe, llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.costs import priced_tables
-from pipeline.inputs.fingerprint import model_files
-from pipeline.inputs.sets import read_set_file, start_members
+from pipeline.inputs.sets import read_set_file
 from pipeline.settings.sections import Settings
 from pipeline.tracking.faults import require_server
 from pipeline.tracking.place import default_place
@@ -62,7 +63,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     # All but the errors, which take the weights.
     tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
     if settings.initial_set.file is not None:
-        start_members(read_set_file(settings.initial_set.file), tables)
+        given_set(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)
     _check_adapter(settings, layers)
     _check_objective(settings)

@@ -9,9 +9,10 @@ import torch
 from coalora.data import build
 from coalora.errors import CoaloraError
 from coalora.files import write_json
+from coalora.models.files import model_folder
 from coalora.models.pretrain import PretrainRecipe, pretrain
 from pipeline.inputs.corpus import documents, examples
-from pipeline.inputs.fingerprint import MODEL_FILES, model_digest
+from pipeline.inputs.fingerprint import model_digest
 from pipeline.inputs.loaders import MODEL, REFERENCE, BaseModel
 from pipeline.orchestration.progress import Progress
 from pipeline.settings.sections import BenchmarkSettings, ModelSettings, RuntimeSettings
@@ -41,7 +42,7 @@ def prepare_base(
         if path.is_dir():
             name = path.resolve().name
         else:
-            path = _snapshot(name, model.revision)
+            path = model_folder(name, model.revision)
             # The snapshot's folder is named after the commit, which stays exact when a branch moves on.
             reference["revision"] = path.name
         write_json(folder / REFERENCE, reference | {"name": name, "digest": model_digest(path)})
@@ -109,20 +110,3 @@ def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: 
         }
 
     return Store().put("benchmark", write)
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = [f"*{suffix}" for suffix in MODEL_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CoaloraError(
-            "the base model must be a hub id or a local folder",
-            got=f"{name}: {reason}",
-            expected="for example 'FacebookAI/roberta-large' or a path to a saved model",
-            remedy="check model.name_or_path and the network",
-        ) from error

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coalora.calibrate.statistics import collect_statistics, save_statistics
-from coalora.calibrate.tables import calibration_tables, error_table
-from coalora.errors import CoaloraError
+from coalora.calibrate import tables as method
+from coalora.calibrate.statistics import save_statistics
 from coalora.models.targets import find_target_layers
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
@@ -29,29 +28,19 @@ def calibrate(
 ) -> Artifact:
     """Calibration tables (`tables.safetensors`) and input statistics (`statistics.safetensors`)."""
     source, data = BaseModel(base), load_benchmark(benchmark)
-    if calibration.n_samples > len(data.train):
-        raise CoaloraError(
-            "calibration reads training examples",
-            got=f"calibration.n_samples {calibration.n_samples}",
-            expected=f"at most {len(data.train)}",
-            remedy="lower calibration.n_samples",
-        )
     model = source.load(data, runtime, seed=seed)
     layers = find_target_layers(model, target_modules)
     space, allowed = choices_of(choices, layers)
-    statistics = collect_statistics(
+    tables, statistics = method.calibrate(
         model,
         layers,
-        data.train.head(calibration.n_samples),
-        batch_size=calibration.batch_size,
-        hessians=calibration.hessians or space.needs_statistics,
-        progress=Progress("input statistics"),
+        data.train,
+        space,
+        calibration,
+        base_digest=source.digest,
+        allowed=allowed,
+        progress=Progress,
     )
-    weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-    err = error_table(
-        weights, statistics, space, allowed=allowed, progress=Progress(f"errors of {len(space)} choices by layer")
-    )
-    tables = calibration_tables(layers, space, err, source.digest, allowed)
 
     def write(folder: Path) -> dict[str, Scalar]:
         tables.save(folder / TABLES)

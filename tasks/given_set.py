@@ -1,11 +1,11 @@
-"""Stage `given-set`: a set of an earlier run, such as `flows.restore` brings back, as the start of another run."""
+"""Stage `given-set`: a set of an earlier run as the start of another one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from coalora.method import initial as method
 from pipeline.inputs.loaders import load_tables, put_set
-from pipeline.inputs.sets import start_members
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact
 
@@ -17,4 +17,4 @@ def given_set(*, tables: Artifact, content: dict[str, Any]) -> Artifact:
     The content itself is the input, so that it decides the cache key, wherever the file lies.
     """
     measured = load_tables(tables)
-    return put_set(start_members(content, measured), measured, {"round": 0})
+    return put_set(method.given_set(content, measured), measured, {"round": 0})

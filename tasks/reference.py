@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.adapt.methods import METHODS
-from coalora.evaluate.losses import score_configurations
+from coalora.evaluate.losses import measure_configurations
 from coalora.files import write_json
 from coalora.train.loop import train
 from pipeline.inputs.adapted import build_adapted
@@ -69,8 +69,8 @@ def train_reference(
         progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
         checkpoints=None if scratch is None else scratch.checkpoints(tell),
     )
-    losses, metrics = score_configurations(adapted, data.validation, configuration, batch_size=batch_size)
-    content: dict[str, Any] = {"method": method, "steps": steps, "loss": float(losses[0]), "metric": float(metrics[0])}
+    (found,) = measure_configurations(adapted, data.validation, configuration, batch_size=batch_size)
+    content: dict[str, Any] = {"method": method, "steps": steps, "loss": found.loss, "metric": found.metric}
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_json(folder / REFERENCE_SCORE, content)

@@ -1,4 +1,4 @@
-"""What a budget counts: average bits, bytes, or a device's microseconds. Any cost that is a sum over layers will do.
+"""Costs that a budget can count: average bits, bytes, or a device's microseconds; any sum over layers will do.
 
 Latency comes from a table measured on the device, as CSV: `layer` (a layer's kind or name; globs and suffixes as in
 target_modules), the choice (`choice`, as it prints, globs allowed; or columns named by fields, blank for any value) and
@@ -66,9 +66,8 @@ def read_latency(
     unknown = [name for name in fields if name not in known]
     if {"layer", "microseconds"} - set(header) or unknown or ("choice" in header) == bool(fields):
         raise CoaloraError(
-            "a latency table has the columns layer, microseconds, and either choice or fields of the choices",
-            got=f"{path}: {', '.join(header) or 'no header'}",
-            expected=f"layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
+            f"the latency table {path} has the columns {', '.join(header) or '(none)'}",
+            remedy=f"Write layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
         )
     choices = [{"scheme": space.scheme_of(k).name, **c.as_dict()} for k, c in enumerate(space.choices)]
     table, line_of = np.zeros(allowed.shape), np.zeros(allowed.shape, dtype=np.int64)
@@ -85,17 +84,16 @@ def read_latency(
         if (twice := cells & (line_of > 0)).any():
             at, k = np.argwhere(twice)[0]
             raise CoaloraError(
-                "a latency table gives each layer and choice once",
-                got=f"{layers[at].name} under {space.describe(int(k))} in lines {line_of[at, k]} and {line} of {path}",
-                remedy="make one of the two rows narrower, or leave it out",
+                f"lines {line_of[at, k]} and {line} of {path} both give {layers[at].name} under "
+                f"{space.describe(int(k))}",
+                remedy="Make one of the two rows narrower, or leave it out",
             )
         table[cells], line_of[cells] = value, line
     if (absent := allowed & (line_of == 0)).any():
         pairs = [f"{layers[at].kind} under {space.describe(int(k))}" for at, k in np.argwhere(absent)]
         raise CoaloraError(
-            "a latency table gives every target layer and choice of the run",
-            got=f"no row for {'; '.join(list(dict.fromkeys(pairs))[:3])} ({absent.sum()} pairs in all) in {path}",
-            remedy="measure these too, or leave such choices out of the run",
+            f"{path} has no row for {'; '.join(list(dict.fromkeys(pairs))[:3])} ({absent.sum()} pairs in all)",
+            remedy="Measure these too, or leave such choices out of the run",
         )
     return table
 
@@ -103,20 +101,19 @@ def read_latency(
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Header, and the rows that are not blank with their line numbers."""
     if not path.is_file():
-        raise CoaloraError("the latency table must exist", got=path, remedy="correct cost.table")
+        raise CoaloraError(f"the latency table {path} does not exist", remedy="Correct cost.table")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise CoaloraError("a latency table is CSV in UTF-8", got=f"{path}: {error}") from error
+        raise CoaloraError(f"{path} is no CSV in UTF-8 ({error})", remedy="Correct the latency table") from error
     header = lines[0][1] if lines else []
     for line, cells in lines[1:]:
         if len(cells) != len(header):
             raise CoaloraError(
-                "every row of a latency table has a cell for each column",
-                got=f"{len(cells)} cells in line {line} of {path}",
-                expected=f"{len(header)}: {', '.join(header)}",
+                f"line {line} of {path} has {len(cells)} cells for {len(header)} columns ({', '.join(header)})",
+                remedy="Complete the line",
             )
     return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
 
@@ -128,6 +125,6 @@ def _microseconds(text: str, where: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise CoaloraError(
-            "microseconds are a finite number, not negative", got=f"{text!r} in {where}", expected="for example 81.5"
+            f"the microseconds {text!r} of {where} are no finite number from 0 on", remedy="Write them as 81.5"
         )
     return value

@@ -84,9 +84,8 @@ def collect_statistics(
     for layer, moment, count in zip(layers, moments, counts, strict=True):
         if count == 0 or not bool(torch.isfinite(moment).all()):
             raise CoaloraError(
-                "calibration feeds every target layer finite inputs",
-                got=f"{layer.name}: {'no input' if count == 0 else 'NaN or inf'} in {len(split)} examples",
-                remedy="leave the layer out of target_modules, or run the base model in a wider dtype",
+                f"{layer.name} was fed {'nothing' if count == 0 else 'NaN or infinity'} in {len(split)} examples",
+                remedy="Leave the layer out of target_modules, or run the base model in a wider dtype",
             )
     return [
         InputStatistics(moment, None if product is None else (product / count).cpu())
@@ -114,9 +113,8 @@ def load_statistics(path: Path, layers: Sequence[TargetLayer]) -> list[InputStat
     absent = [layer.name for layer in layers if f"{layer.name}.second_moment" not in tensors]
     if absent:
         raise CoaloraError(
-            "every target layer has input statistics",
-            got=f"none for {', '.join(absent[:3])} ({len(absent)} of {len(layers)}) in {path.name}",
-            remedy="calibrate this model with these target_modules anew",
+            f"{path.name} has no statistics of {', '.join(absent[:3])} ({len(absent)} of {len(layers)} layers)",
+            remedy="Calibrate this model with these target_modules anew",
         )
     return [
         InputStatistics(tensors[f"{layer.name}.second_moment"], tensors.get(f"{layer.name}.hessian"))

@@ -1,4 +1,4 @@
-"""Per-layer, per-choice tables: what a choice costs (bits) and what it breaks (error).
+"""Calibration tables: cost (bits) and error of every choice for every target layer.
 
 Error is the relative error of the layer's output, E the residual W_l - q(W_l, k) and H = E[x x^T] of its inputs:
     err[l, k] = tr(E H E^T) / tr(W_l H W_l^T) = E ||E x||^2 / E ||W_l x||^2,
@@ -13,17 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coalora.calibrate.costs import UNITS, CostKind, CostUnit
+from coalora.calibrate.statistics import collect_statistics
+from coalora.data.benchmark import Split
+from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
+
+if TYPE_CHECKING:
+    from coalora.recipes import CalibrationRecipe
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,51 @@ class _OutputNorm:
             return float(matrix.square().sum(0) @ self._weighting)
         # By rows, so that rounding does not grow with their number; never below zero but for rounding.
         return max(0.0, float((matrix @ self._hessian).mul_(matrix).sum(1).sum(dtype=torch.float64)))
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[TargetLayer],
+    split: Split,
+    space: ChoiceSpace,
+    recipe: CalibrationRecipe,
+    *,
+    base_digest: str,
+    allowed: np.ndarray | None = None,
+    progress: Callable[[str], Callable[[int, int], None]] | None = None,
+) -> tuple[CalibrationTables, list[InputStatistics]]:
+    """Tables and input statistics of a base model's target layers (N), over the first examples of `split`.
+
+    Args:
+        model: the base model in full precision, before PEFT wraps it.
+        base_digest: identity of its weights (`coalora.models.files.model_digest`).
+        allowed: bool (N, K), the choices that a layer may take; None allows all.
+        progress: makes a listener (done, total) for what is named.
+
+    Raises:
+        CoaloraError: fewer examples than `recipe.n_samples`; a layer that no example reaches.
+    """
+    if recipe.n_samples > len(split):
+        raise CoaloraError(
+            f"calibration asks for {recipe.n_samples} examples, and there are {len(split)}",
+            remedy="Lower calibration.n_samples",
+        )
+    statistics = collect_statistics(
+        model,
+        layers,
+        split.head(recipe.n_samples),
+        batch_size=recipe.batch_size,
+        hessians=recipe.hessians or space.needs_statistics,
+        progress=progress("input statistics") if progress else None,
+    )
+    err = error_table(
+        [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers],
+        statistics,
+        space,
+        allowed=allowed,
+        progress=progress(f"errors of {len(space)} choices by layer") if progress else None,
+    )
+    return calibration_tables(layers, space, err, base_digest, allowed), statistics
 
 
 def calibration_tables(

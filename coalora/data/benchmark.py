@@ -1,4 +1,4 @@
-"""A benchmark: three splits of one data set, tokenized.
+"""Benchmark: three splits of one data set, tokenized.
 
 `train` is trained on (its first examples calibrate), `search` guides the Pareto search, `validation` is only reported:
 nothing is selected on it.
@@ -131,14 +131,10 @@ def pad(
         CoaloraError: no sequences, or one without tokens.
     """
     if not sequences:
-        raise CoaloraError("a split needs at least one example", got="none")
+        raise CoaloraError("a split has no examples", remedy="Give at least one")
     lengths = torch.tensor([len(s) for s in sequences])
     if int(lengths.min()) == 0:
-        raise CoaloraError(
-            "every example needs at least one token",
-            got=f"none in example {int(lengths.argmin()) + 1}",
-            remedy="remove empty texts",
-        )
+        raise CoaloraError(f"example {int(lengths.argmin()) + 1} has no tokens", remedy="Remove empty texts")
     return Split(
         _rectangle(sequences, pad_token_id),
         lengths,

@@ -8,10 +8,39 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from coalora.data.benchmark import Benchmark, Split, pad
+from coalora.data.benchmark import SPLITS, Benchmark, Split, pad
 from coalora.data.classification import Examples
 from coalora.data.text import blocks
 from coalora.errors import CoaloraError
+
+
+def text_split(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, limit: int | None = None
+) -> Split:
+    """Blocks of joined texts, each of which ends in the end of text.
+
+    Args:
+        max_length: predicted tokens a block (its rows hold one more).
+        limit: at most so many blocks.
+
+    Raises:
+        CoaloraError: not enough text for one block.
+    """
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        return tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+    ids, bytes_per_token = blocks(texts, encode, max_length, end_of_text=tokenizer.eos_token_id, limit=limit)
+    return Split(ids, torch.full((len(ids),), max_length + 1), None, bytes_per_token, tokenizer.pad_token_id or 0)
+
+
+def example_split(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Split:
+    """Texts (of a pair, the longer first) cut to `max_length` tokens, with their labels."""
+    columns = list(zip(*examples.texts, strict=True))
+    encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+    # Only tokenizers of models that embed them return token types.
+    types = encoded.get("token_type_ids")
+    return pad(encoded["input_ids"], tokenizer.pad_token_id or 0, examples.labels, types)
 
 
 def language_modeling(
@@ -29,22 +58,9 @@ def language_modeling(
         max_length: predicted tokens a block (its rows hold one more).
         limits: at most so many blocks of each split.
     """
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    splits = {}
-    for part in ("train", "search", "validation"):
-        ids, bytes_per_token = blocks(
-            documents[part],
-            encode,
-            max_length,
-            end_of_text=tokenizer.eos_token_id,
-            limit=limits.get(part),
-        )
-        splits[part] = Split(
-            ids, torch.full((len(ids),), max_length + 1), None, bytes_per_token, tokenizer.pad_token_id or 0
-        )
+    splits = {
+        part: text_split(documents[part], tokenizer, max_length=max_length, limit=limits.get(part)) for part in SPLITS
+    }
     return Benchmark(name, "language-modeling", None, **splits)
 
 
@@ -73,19 +89,15 @@ def classification(
     for part, examples in {"train": train, "validation": validation, "search": search}.items():
         if examples is not None and num_labels > 1 and max(examples.labels) >= num_labels:
             raise CoaloraError(
-                "labels lie below num_labels",
-                got=f"label {max(examples.labels)} in {part}",
-                expected=f"0 to {num_labels - 1}",
-                remedy="set benchmark.num_labels",
+                f"{part} has the label {max(examples.labels)}, and the model {num_labels} classes from 0 on",
+                remedy="Set benchmark.num_labels",
             )
     order = torch.randperm(len(train.texts), generator=torch.Generator().manual_seed(seed)).tolist()
     if search is None:
         if not 0 < n_search < len(order):
             raise CoaloraError(
-                "the search split is set aside from the training examples and must leave some",
-                got=f"n_search {n_search} of {len(order)}",
-                expected=f"1 to {len(order) - 1}",
-                remedy="correct benchmark.n_search",
+                f"{n_search} examples for the search cannot be set aside from {len(order)} training examples",
+                remedy=f"Set benchmark.n_search to 1 to {len(order) - 1}",
             )
         search, order = _take(train, order[:n_search]), order[n_search:]
     parts = {"train": _take(train, order), "search": search, "validation": validation}
@@ -93,12 +105,10 @@ def classification(
     for part, examples in parts.items():
         examples = _take(examples, range(len(examples.texts))[: limits.get(part)])
         if not examples.texts:
-            raise CoaloraError("a split needs at least one example", got=f"limit {limits.get(part)} for {part}")
-        columns = list(zip(*examples.texts, strict=True))
-        encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
-        # Only tokenizers of models that embed them return token types.
-        types = encoded.get("token_type_ids")
-        splits[part] = pad(encoded["input_ids"], tokenizer.pad_token_id or 0, examples.labels, types)
+            raise CoaloraError(
+                f"a limit of {limits.get(part)} leaves {part} without examples", remedy="Raise it to at least 1"
+            )
+        splits[part] = example_split(examples, tokenizer, max_length=max_length)
     return Benchmark(name, "classification", num_labels, **splits)
 
 

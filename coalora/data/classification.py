@@ -1,4 +1,4 @@
-"""Sentences, or pairs of sentences, with a class or a value, from local tables or the hub."""
+"""Examples of classification and regression: sentences, or pairs of them, with a label, from local tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_table(
     """
     path = Path(path)
     if not path.is_file():
-        raise CoaloraError("a benchmark file must exist", got=path, remedy="correct the path in benchmark.files")
+        raise CoaloraError(f"the benchmark file {path} does not exist", remedy="Correct the path in benchmark.files")
     frame = _frame(path, text_columns)
     wanted = [*text_columns, label_column]
     _check_columns(path, list(frame.columns), wanted)
@@ -46,9 +46,8 @@ def read_table(
     holes = (cells.isna() | (cells.astype(str).apply(lambda column: column.str.strip()) == "")).any(axis=1)
     if holes.any():
         raise CoaloraError(
-            "every row needs its texts and its label",
-            got=f"{path.name}: row {int(holes.argmax()) + 1} has an empty cell",
-            remedy="remove or complete the row",
+            f"row {int(holes.argmax()) + 1} of {path.name} lacks a text or its label",
+            remedy="Remove or complete the row",
         )
     return to_examples(
         [tuple(map(str, row)) for row in zip(*(frame[c] for c in text_columns), strict=True)],
@@ -63,19 +62,15 @@ def to_examples(texts: list[tuple[str, ...]], labels: list, where: str, *, regre
     values: Sequence[float | None] = [_value(x) if regression else _class_index(x) for x in labels]
     wrong = sorted({str(x) for x, value in zip(labels, values, strict=True) if value is None})
     if wrong:
-        shown = f"{where}: {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}"
+        shown = f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} among the labels of {where}"
         if regression:
-            raise CoaloraError(
-                "labels of a regression are finite numbers", got=shown, remedy="correct them, or set num_labels"
-            )
+            raise CoaloraError(f"{shown} are no finite numbers", remedy="Correct them, or set num_labels to classify")
         raise CoaloraError(
-            "labels are class indices",
-            got=shown,
-            expected="integers from 0 to num_labels - 1 (negative ones mark a split without labels)",
-            remedy="use a labelled split, map the classes to integers, or set num_labels to 1 for a regression",
+            f"{shown} are no class indices, which are integers from 0 on (-1 marks a split without labels)",
+            remedy="Use a labelled split, map the classes to integers, or set num_labels to 1 for a regression",
         )
     if not texts:
-        raise CoaloraError("a split needs at least one example", got=f"{where}: no rows")
+        raise CoaloraError(f"{where} has no rows", remedy="Give at least one example")
     return Examples(texts, [value for value in values if value is not None])
 
 
@@ -127,29 +122,24 @@ def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) ->
     missing = [c for c in wanted if c not in columns]
     if missing:
         raise CoaloraError(
-            "a benchmark file must have the named columns",
-            got=f"{path.name} without {', '.join(map(repr, missing))}",
-            expected=f"some of its columns: {', '.join(map(repr, columns))}",
-            remedy="set benchmark.text_columns and benchmark.label_column",
+            f"{path.name} has no column {', '.join(map(repr, missing))}, but {', '.join(map(repr, columns))}",
+            remedy="Set benchmark.text_columns and benchmark.label_column",
         )
 
 
 def _check_format(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise CoaloraError(
-            "the file's ending tells its format",
-            got=path.name,
-            expected=", ".join(FORMATS),
-            remedy="rename or convert it",
+            f"the ending of {path.name} is none of {', '.join(FORMATS)}, which tell the format",
+            remedy="Rename or convert it",
         )
 
 
 def _unreadable(path: Path, error: Exception) -> CoaloraError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CoaloraError(
-        "a benchmark file must be readable as what its ending says, in UTF-8",
-        got=f"{path.name} ({(str(error).strip() or type(error).__name__).splitlines()[0]})",
-        expected=f"a {path.suffix.lower()} file",
-        remedy="repair, rename or convert it",
+        f"{path.name} cannot be read as {path.suffix.lower()} in UTF-8 ({reason})",
+        remedy="Repair, rename or convert it",
     )
 
 

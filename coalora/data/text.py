@@ -32,14 +32,12 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise CoaloraError("a text file must exist", got=path, remedy="correct the path")
+        raise CoaloraError(f"the text file {path} does not exist", remedy="Correct the path")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CoaloraError(
-            "a text file is UTF-8",
-            got=f"{path} (byte {error.start} is not)",
-            remedy="convert it, for example with iconv -t utf-8",
+            f"byte {error.start} of {path} is not UTF-8", remedy="Convert it, for example with iconv -t utf-8"
         ) from error
 
 
@@ -67,9 +65,8 @@ def split_documents(documents: Sequence[str], fractions: dict[str, float], *, se
     """
     if not 0 < sum(fractions.values()) < 1 or min(fractions.values()) <= 0:
         raise CoaloraError(
-            "held-out fractions are positive and leave something to train on",
-            got=fractions,
-            expected="sum below 1",
+            f"the held-out fractions {fractions} leave no text to train on, or hold none out",
+            remedy="Give positive numbers with a sum below 1",
         )
     parts: dict[str, list[str]] = {name: [] for name in [*fractions, "train"]}
     for document in documents:
@@ -85,9 +82,8 @@ def split_documents(documents: Sequence[str], fractions: dict[str, float], *, se
     for name, part in parts.items():
         if not part:
             raise CoaloraError(
-                "every split needs at least one document",
-                got=f"{len(documents)} documents, none in {name!r}",
-                remedy="give a separate file for it, or a larger fraction",
+                f"none of {len(documents)} documents fell to {name!r}",
+                remedy="Give a separate file for it, or a larger fraction",
             )
     return parts
 
@@ -125,11 +121,9 @@ def blocks(
             break
     n = (len(tokens) - 1) // length if limit is None else min((len(tokens) - 1) // length, limit)
     if n < 1:
+        few = f"{len(tokens)} tokens" if limit is None else f"{len(tokens)} tokens and at most {limit} blocks"
         raise CoaloraError(
-            "a split needs at least one block of text",
-            got=f"{len(tokens)} tokens" if limit is None else f"{len(tokens)} tokens, at most {limit} blocks",
-            expected=f"more than {length}",
-            remedy="shorten benchmark.max_length or give more text",
+            f"{few} make no block of {length + 1} tokens", remedy="Shorten max_length, or give more text"
         )
     used = n * length + 1
     n_bytes, start = 0.0, 0

@@ -30,9 +30,8 @@ def harness_version() -> str:
         return version("lm-eval")
     except PackageNotFoundError:
         raise CoaloraError(
-            "harness tasks need the lm-evaluation-harness",
-            got="evaluation.harness_tasks without the package lm-eval",
-            remedy="pip install 'coalora[eval]', or set evaluation.harness_tasks=[]",
+            "the package lm-eval, which harness tasks need, is not installed",
+            remedy="Run `pip install 'coalora[eval]'`, or set evaluation.harness_tasks=[]",
         ) from None
 
 
@@ -45,17 +44,15 @@ def check_tasks(names: Sequence[str], include: str | Path | None = None) -> None
     harness_version()
     if include is not None and not Path(include).is_dir():
         raise CoaloraError(
-            "harness_include is a folder of task YAML files", got=include, remedy="correct evaluation.harness_include"
+            f"there is no folder {include} of harness tasks", remedy="Correct evaluation.harness_include"
         )
     known = _manager_of(names, include).all_tasks
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
+            close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "see `lm-eval ls tasks`"
             raise CoaloraError(
-                "a harness task must be one that lm-eval knows",
-                got=name,
-                expected=", ".join(close) if close else f"one of {len(known)} tasks (lm-eval ls tasks)",
-                remedy="correct evaluation.harness_tasks, or name its folder with evaluation.harness_include",
+                f"lm-eval knows no task {name!r} ({close})",
+                remedy="Correct evaluation.harness_tasks, or name its folder with evaluation.harness_include",
             )
 
 
@@ -96,7 +93,7 @@ def run_harness(
         fewshot_random_seed=seed,
     )
     if found is None:  # on ranks other than the first of several processes
-        raise CoaloraError("the harness runs in one process", got="no results")
+        raise CoaloraError("the harness gave no results to this process", remedy="Run it in one process")
     return {task: _numbers(values) for task, values in found["results"].items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
     n = int(count)
     if n == 0:
         raise CoaloraError(
-            "bits per byte need a text with at least two tokens", got=f"{len(split)} blocks of one token"
+            f"none of the {len(split)} examples has a second token to predict", remedy="Give longer texts"
         )
     outcome = Outcome(float(total) / n, _array(predictions), _array(references), bytes_per_token=split.bytes_per_token)
     return Score(outcome.loss, {m.name: m.compute(outcome) for m in metrics_of(_kind(split), n_classes)})
@@ -93,17 +94,51 @@ def measure_configurations(
     return scores
 
 
-def score_configurations(
-    adapted: AdaptedModel,
-    split: Split,
-    configurations: np.ndarray,
-    *,
-    batch_size: int,
-    progress: Callable[..., None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(losses (n,), default metrics (n,)) of `measure_configurations`."""
-    scores = measure_configurations(adapted, split, configurations, batch_size=batch_size, progress=progress)
-    return np.array([s.loss for s in scores], dtype=float), np.array([s.metric for s in scores], dtype=float)
+class Memo(Protocol):
+    """Losses that a loop has found so far, kept by its caller: a loop that was killed does not measure them again."""
+
+    values: list[float]
+
+    def add(self, value: float) -> None:
+        """One more loss."""
+
+    def save(self) -> None:
+        """The loop ends, by itself or by an exception."""
+
+
+@dataclass(frozen=True)
+class LossMeter:
+    """Losses of configurations on one and the same split: `meter(configurations (n, N), what) -> (n,)`.
+
+    Args:
+        adapted: the model; it is left at the last configuration.
+        split: the examples.
+        progress: makes a listener (done, total, loss=...) for what is measured.
+        memo: makes the memory (what, number of losses) of a loop.
+    """
+
+    adapted: AdaptedModel
+    split: Split
+    batch_size: int
+    progress: Callable[[str], Callable[..., None]] | None = None
+    memo: Callable[[str, int], Memo] | None = None
+
+    def __call__(self, configurations: np.ndarray, what: str) -> np.ndarray:
+        told = self.progress(what) if self.progress else None
+        memo = self.memo(what, len(configurations)) if self.memo else None
+        losses = list(memo.values) if memo else []
+        try:
+            for row in configurations[len(losses) :]:
+                (found,) = measure_configurations(self.adapted, self.split, row[None], batch_size=self.batch_size)
+                losses.append(found.loss)
+                if memo:
+                    memo.add(losses[-1])
+                if told:
+                    told(len(losses), len(configurations), loss=losses[-1])
+        finally:
+            if memo:
+                memo.save()
+        return np.array(losses, dtype=float)
 
 
 def _kind(split: Split) -> Kind:

@@ -56,13 +56,11 @@ def windows(n_tokens: int, max_length: int, stride: int) -> list[tuple[int, int,
     """
     if not 1 <= stride < max_length:
         raise CoaloraError(
-            "the stride of windows is at least 1 and below their length",
-            got=f"stride {stride}, max_length {max_length}",
-            expected=f"1 to {max_length - 1}",
-            remedy="correct --stride or --max-length",
+            f"a stride of {stride} leaves tokens of windows of {max_length} out",
+            remedy=f"Set the stride to 1 to {max_length - 1}, or a greater max_length",
         )
     if n_tokens < 2:
-        raise CoaloraError("a text needs at least two tokens", got=n_tokens, remedy="give more text")
+        raise CoaloraError(f"a text of {n_tokens} tokens has none to predict", remedy="Give more text")
     found, first, begin = [], 1, 0
     while first < n_tokens:
         end = min(begin + max_length, n_tokens)

@@ -56,22 +56,18 @@ def check_binding(folder: Path, digest: str) -> None:
     for name in (BINDING, WEIGHTS):
         if not (folder / name).is_file():
             raise CoaloraError(
-                "an adapter carries the digest of the quantized base it was made for",
-                got=f"no {name} in {folder}",
-                remedy="export the adapter with this project, or load it with PEFT at your own risk",
+                f"there is no {name} in {folder}, so nothing says which quantized base the adapter is for",
+                remedy="Export the adapter with this project, or load it with PEFT at your own risk",
             )
     binding, header = read_json(folder / BINDING), read_header(folder / WEIGHTS)
     if header != binding:
         raise CoaloraError(
-            f"an adapter's weights carry the same digests as its {BINDING}",
-            got=f"{WEIGHTS} with {header}",
-            expected=binding,
-            remedy="export the adapter again; a file in its folder was exchanged or saved anew",
+            f"{WEIGHTS} of {folder} carries {header}, and its {BINDING} {binding}",
+            remedy="Export the adapter again: a file in its folder was exchanged or saved anew",
         )
     bound = binding["base_configuration_digest"]
     if bound != digest:
         raise CoaloraError(
-            "an adapter only fits the quantized base it was made for",
-            got=f"an adapter for {bound} on a base with {digest}",
-            remedy="load the adapter that was exported beside this base",
+            f"the adapter was made for the quantized base {bound}, and this one is {digest}",
+            remedy="Load the adapter that was exported beside this base",
         )

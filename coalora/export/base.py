@@ -1,4 +1,4 @@
-"""The packed quantized base on disk, and its loader.
+"""Packed quantized base on disk, and its loader.
 
 `quantized.safetensors` holds the bit-packed target layers and nothing else, so that its size is the reported bits
 (its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer; beside them
@@ -52,9 +52,9 @@ def write_base(
     names = {f"{layer.name}.weight" for layer in tables.layers}
     if absent := sorted(names - model.state_dict().keys()):
         raise CoaloraError(
-            "a base is packed from the model that was calibrated, before PEFT wraps it",
-            got=f"{type(model).__name__} without {', '.join(absent[:2])} ({len(absent)} of {len(names)} absent)",
-            remedy="load the base model anew and pack that",
+            f"{type(model).__name__} lacks {', '.join(absent[:2])} ({len(absent)} of {len(names)} target weights): it "
+            "is another model than the one that was calibrated, or PEFT wraps it",
+            remedy="Load the base model anew and pack that",
         )
     folder.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Tensor] = {}
@@ -106,9 +106,8 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     )
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # transformers would make weights up
         raise CoaloraError(
-            "a packed base holds every tensor of its model and no other",
-            got=f"{', '.join(wrong[:3])} missing or unknown ({len(wrong)} in all) in {folder}",
-            remedy="export the base again",
+            f"{', '.join(wrong[:3])} of the packed base {folder} are missing or unknown ({len(wrong)} tensors in all)",
+            remedy="Export the base again",
         )
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -131,18 +130,15 @@ def _read_configuration(folder: Path) -> dict:
     for name in (CONFIGURATION, PACKED, REST, "config.json"):
         if not (folder / name).is_file():
             raise CoaloraError(
-                "a packed base is a folder that the export wrote",
-                got=f"no {name} in {folder}",
-                expected=f"{CONFIGURATION}, {PACKED}, {REST} and config.json",
-                remedy="name the folder `base` of an export; export.base decides whether one is written",
+                f"there is no {name} in {folder}, which is no packed base",
+                remedy="Name the folder `base` of an export; export.base decides whether one is written",
             )
     content = read_json(folder / CONFIGURATION)
     if configuration_digest(content) != content["digest"]:
         raise CoaloraError(
-            "a packed base agrees with its digest",
-            got=configuration_digest(content),
-            expected=content["digest"],
-            remedy="export the base again",
+            f"configuration.json of {folder} names the digest {content['digest']}, and has "
+            f"{configuration_digest(content)}",
+            remedy="Export the base again",
         )
     return content
 

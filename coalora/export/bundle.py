@@ -1,4 +1,4 @@
-"""The bundle: everything that answers a budget, without the base model.
+"""Bundle: everything that answers a budget, without the base model.
 
 Shared pair, theta, head, calibration tables and the final configuration set: a few megabytes from which the
 configuration and the adapter of any budget follow in milliseconds.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from coalora.adapt.effective import fold
@@ -36,16 +38,38 @@ class Adapted:
 
     Attributes:
         average_bits: stored bits a weight of the target layers.
-        digest: of the quantized base that the adapter is for.
-        configuration: layer name -> choice.
+        choices: (N,) choice indices.
+        content: `configuration_dict` with `average_bits` and the `digest` of the quantized base it is for.
+        config: PEFT's config of the adapter.
         tensors: the adapter under PEFT's names.
     """
 
     average_bits: float
-    digest: str
-    configuration: dict[str, dict]
-    tensors: dict[str, Tensor]
     choices: np.ndarray
+    content: dict[str, Any]
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the quantized base that the adapter is for."""
+        return self.content["digest"]
+
+    @property
+    def configuration(self) -> dict[str, dict]:
+        """Layer name -> choice."""
+        return self.content["layers"]
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write a PEFT adapter folder, which stock `PeftModel.from_pretrained` loads.
+
+        Example:
+            >>> bundle.adapt(budget=3.5).save_pretrained(folder / "adapter")
+            >>> sorted(path.name for path in (folder / "adapter").iterdir())
+            ['adapter_config.json', 'adapter_model.safetensors', 'coalora.json']
+        """
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        write_adapter(Path(folder), self.config, tensors, self.content)
 
 
 class Bundle:
@@ -99,11 +123,11 @@ class Bundle:
         """
         low, high = self.tables.cost_range()
         if not low <= budget:
+            unit = self.tables.cost_unit
             raise CoaloraError(
-                f"a budget is at least the smallest {self.tables.cost_unit.words} of the choice space",
-                got=budget,
-                expected=f"{low:.3f} to {high:.3f} {self.tables.cost_unit.unit}",
-                remedy="ask for more, or train with a space that has smaller choices",
+                f"a budget of {budget} {unit.unit} is below the choice space, which spans {low:.3f} to {high:.3f} "
+                f"{unit.words}",
+                remedy="Ask for more, or train with a space that has smaller choices",
             )
         members, tables = self.members, self.tables
         return best_within(
@@ -134,39 +158,43 @@ class Bundle:
                 below, beside = self._compensation(index, int(k))
                 tensors[A] = torch.cat([tensors[A], below])
                 tensors[B] = torch.cat([tensors[B], beside / self.recipe.scale], dim=1)
-        return Adapted(
-            float(self.tables.average_bits(configuration)),
-            configuration_digest(content),
-            content["layers"],
-            tensors,
-            np.asarray(configuration),
-        )
+        average_bits = float(self.tables.average_bits(configuration))
+        content |= {"average_bits": round(average_bits, 6), "digest": configuration_digest(content)}
+        config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale)
+        config.base_model_name_or_path = self.base_model
+        return Adapted(average_bits, np.asarray(configuration), content, config, tensors)
 
     def _compensation(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
         if (index, choice) not in self.compensation:
             raise CoaloraError(
-                "a bundle holds the compensation of its members' choices",
-                got=f"{self.tables.space.describe(choice)} for {self.tables.layers[index].name}",
-                remedy="choose a configuration of the set (adapt, select), or train with adapter.compensation_rank=0",
+                f"the bundle has no compensation of {self.tables.space.describe(choice)} for "
+                f"{self.tables.layers[index].name}",
+                remedy="Choose a configuration of its set (adapt, select), or train with compensation_rank=0",
             )
         return self.compensation[index, choice]
 
     def adapt(self, budget: float) -> Adapted:
-        """Configuration and adapter for any budget, in the unit of the tables' cost (by default average bits)."""
+        """Configuration and adapter for any budget, in the unit of the tables' cost (by default average bits).
+
+        Raises:
+            CoaloraError: the budget is below what any configuration can reach.
+
+        Example:
+            >>> adapted = bundle.adapt(budget=3.5)
+            >>> adapted.average_bits <= 3.5
+            True
+        """
         return self.adapt_to(self.select(budget))
 
     def write(self, adapted: Adapted, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `configuration.json` and a PEFT adapter under `adapter/` into `folder`."""
-        content = configuration_dict(adapted.choices, self.tables)
-        content |= {"average_bits": round(adapted.average_bits, 6), "digest": adapted.digest}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "configuration.json", content)
-        config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale)
-        config.base_model_name_or_path = self.base_model
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in adapted.tensors.items()}
-        write_adapter(folder / "adapter", config, tensors, content)
+        write_json(folder / "configuration.json", adapted.content)
+        adapted.save_pretrained(folder / "adapter", dtype=dtype)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
+        """Write the bundle's three files into `folder`."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tables.save(folder / "tables.safetensors")
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
@@ -184,7 +212,7 @@ class Bundle:
         write_tensors(folder / "adapter.safetensors", self.tensors | stored, header)
 
     @classmethod
-    def load(cls, folder: Path) -> Bundle:
+    def load(cls, folder: Path | str) -> Bundle:
         """Read what `save` wrote.
 
         Raises:
@@ -193,14 +221,15 @@ class Bundle:
         folder = Path(folder)
         for name in ("adapter.safetensors", "tables.safetensors", "configurations.json"):
             if not (folder / name).is_file():
-                raise CoaloraError(
-                    "a bundle is a folder with tables, configurations and adapter tensors", got=f"no {name} in {folder}"
-                )
+                raise CoaloraError(f"there is no {name} in {folder}", remedy="Name the folder of a bundle")
         tables = CalibrationTables.load(folder / "tables.safetensors")
         members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
         tensors, header = read_tensors(folder / "adapter.safetensors")
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            raise CoaloraError("not a bundle's adapter.safetensors", got=f"header {header}", expected=_FORMAT)
+            raise CoaloraError(
+                f"adapter.safetensors of {folder} has the header {header}, not that of a bundle ({_FORMAT})",
+                remedy="Write the bundle again with this version",
+            )
         stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
         pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
         return cls(

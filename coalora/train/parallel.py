@@ -131,10 +131,8 @@ def spawn(
     """
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise CoaloraError(
-            "every training process has a GPU of its own",
-            got=f"{processes} processes",
-            expected=f"at most {torch.cuda.device_count()}",
-            remedy="lower runtime.processes",
+            f"{processes} training processes need a GPU each, and there are {torch.cuda.device_count()}",
+            remedy="Lower runtime.processes",
         )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

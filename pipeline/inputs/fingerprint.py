@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalora.errors import CoaloraError
 from coalora.files import digest, file_sha256
+from coalora.models import files
 from pipeline.environment import coalora_home
 
-MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".py")
 # A file written within one tick of its file system's clock after it was hashed looks the same as before.
 _SETTLED_NS = 2_000_000_000
 
@@ -51,24 +50,6 @@ def _read_memory(file: Path) -> dict[str, str]:
     return memory if well_formed else {}
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files that make up a saved model and its tokenizer.
-
-    Raises:
-        CoaloraError: there is no config.json, or no safetensors weights.
-    """
-    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES) if folder.is_dir() else []
-    names = [p.name for p in files]
-    if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
-        raise CoaloraError(
-            "a local base model is a folder with config.json and safetensors weights",
-            got=f"{folder}: {', '.join(names) or 'nothing there'}",
-            remedy="set model.name_or_path to a folder that save_pretrained wrote (pickled weights are not read)",
-        )
-    return files
-
-
 def model_digest(folder: Path) -> str:
-    """Digest of a saved model's files."""
-    files = model_files(folder)
-    return digest([[p.name for p in files], files_digest(files)])
+    """Digest of a saved model's files, each hashed once."""
+    return files.model_digest(folder, files_digest)

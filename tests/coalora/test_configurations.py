@@ -87,7 +87,7 @@ def test_an_empty_set_round_trips(members: ConfigurationSet, tables: Calibration
 def test_a_set_of_other_layers_is_refused(
     members: ConfigurationSet, tables: CalibrationTables, tiny_gpt2, tables_for
 ) -> None:
-    with pytest.raises(CoaloraError, match=r"got: nf over 14 layers; expected: nf over 8 layers"):
+    with pytest.raises(CoaloraError, match=r"made for scheme nf and 14 layers, and not for nf and these 8 layers"):
         ConfigurationSet.from_dict(members.to_dict(tables), tables_for(tiny_gpt2()))
 
 
@@ -95,12 +95,12 @@ def test_a_set_of_another_base_is_refused_with_both_digests(
     members: ConfigurationSet, tables: CalibrationTables
 ) -> None:
     other = dataclasses.replace(tables, base_digest="1" * 64)
-    with pytest.raises(CoaloraError, match=f"got: base {'0' * 64}; expected: base {'1' * 64}"):
+    with pytest.raises(CoaloraError, match=f"for the base model {'0' * 64}, and not for {'1' * 64}"):
         ConfigurationSet.from_dict(members.to_dict(tables), other)
 
 
 def test_a_file_that_is_no_set_is_refused(tables: CalibrationTables) -> None:
-    with pytest.raises(CoaloraError, match="not a configuration set; got: format None"):
+    with pytest.raises(CoaloraError, match="format None is not that of a configuration set"):
         ConfigurationSet.from_dict({"members": []}, tables)
 
 

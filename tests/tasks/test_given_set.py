@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from coalora.errors import CoaloraError
+from coalora.method.initial import given_set as start_members
 from flows.graph import Graph
 from flows.run import Run
 from pipeline.inputs.loaders import load_set, load_tables
-from pipeline.inputs.sets import read_set_file, start_members
+from pipeline.inputs.sets import read_set_file
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
@@ -122,12 +123,12 @@ def _words_for_numbers(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_other_layers, "fits the layers and the choice space of this run.*initial_set.file=null"),
-        (_other_choice, "fits the layers and the choice space of this run: not a choice of this space"),
-        (_short_member, "every layer one of the listed choices"),
-        (_no_members, "JSON as every search round writes it"),
-        (_words_for_numbers, "JSON as every search round writes it"),
-        (_one_member, "at least two different configurations"),
+        (_other_layers, "does not fit this run: the set was made for .*initial_set.file=null"),
+        (_other_choice, "does not fit this run: .*choice"),
+        (_short_member, "does not fit this run: member 0 of the set has 13 choices"),
+        (_no_members, "is damaged .*members"),
+        (_words_for_numbers, "is damaged"),
+        (_one_member, "has 1 different configurations.*at least two"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused_before_anything_runs(
@@ -139,9 +140,9 @@ def test_a_set_that_does_not_fit_is_refused_before_anything_runs(
 
 
 def test_a_file_that_is_no_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match=r"initial_set\.file must exist.*flows\.restore"):
+    with pytest.raises(CoaloraError, match=r"initial_set\.file .*gone\.json does not exist.*coalora restore"):
         preflight(starting_with(str(tmp_path / "gone.json")))
     for text in ("{", "[]", '{"format": "coalora-configuration/1"}'):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(CoaloraError, match=r"every search round writes it"):
+        with pytest.raises(CoaloraError, match=r"other\.json is (no JSON|of the form)"):
             read_set_file(tmp_path / "other.json")

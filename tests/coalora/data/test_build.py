@@ -154,17 +154,17 @@ def test_a_search_split_of_its_own_is_taken_as_it_is(bert_tokenizer) -> None:
 
 @pytest.mark.parametrize("n_search", [0, 10, 11])
 def test_a_search_split_that_leaves_nothing_or_holds_nothing_is_refused(bert_tokenizer, n_search: int) -> None:
-    with pytest.raises(CoaloraError, match=f"got: n_search {n_search} of 10; expected: 1 to 9"):
+    with pytest.raises(CoaloraError, match=f"{n_search} examples for the search .* 10 training.*n_search to 1 to 9"):
         _build(bert_tokenizer, _examples(10), n_search=n_search)
 
 
 def test_a_label_beyond_num_labels_is_refused_with_its_split(bert_tokenizer) -> None:
-    with pytest.raises(CoaloraError, match="got: label 2 in validation; expected: 0 to 1"):
+    with pytest.raises(CoaloraError, match="validation has the label 2, and the model 2 classes"):
         _build(bert_tokenizer, _examples(10), validation=Examples([("a",)], [2]))
 
 
 def test_a_limit_of_nothing_is_refused(bert_tokenizer) -> None:
-    with pytest.raises(CoaloraError, match="limit 0 for train"):
+    with pytest.raises(CoaloraError, match="limit of 0 leaves train without examples"):
         _build(bert_tokenizer, _examples(10), limits={"train": 0})
 
 

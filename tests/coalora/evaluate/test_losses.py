@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from coalora.data.benchmark import pad
 from coalora.errors import CoaloraError
-from coalora.evaluate.losses import score, score_configurations
+from coalora.evaluate.losses import LossMeter, measure_configurations, score
 
 
 def naive_text(model, split) -> tuple[float, float]:
@@ -82,15 +82,16 @@ def test_configurations_are_scored_each_as_if_alone(
 ) -> None:
     configurations = random_configurations(tables_for(tiny_llama()), 4)
     adapted = make_adapted(tiny_llama(), perturb=0.1)
-    losses, metrics = score_configurations(adapted, text_split, configurations, batch_size=4)
+    scores = measure_configurations(adapted, text_split, configurations, batch_size=4)
     for i in (2, 0, 3, 1):
         alone = make_adapted(tiny_llama(), perturb=0.1)
         alone.switch(configurations[i])
         result = score(alone, text_split, batch_size=4)
-        assert (losses[i], metrics[i]) == (result.loss, result.metric)
+        assert scores[i] == result
+    losses = [s.loss for s in scores]
     assert len(set(losses)) == 4
-    again, _ = score_configurations(adapted, text_split, configurations[::-1], batch_size=4)
-    assert np.array_equal(again[::-1], losses)
+    again = LossMeter(adapted, text_split, 4)(configurations[::-1], "losses")
+    assert again[::-1].tolist() == losses
 
 
 def test_scoring_leaves_nothing_behind(tiny_bert_classifier, make_adapted, class_split) -> None:
@@ -98,7 +99,7 @@ def test_scoring_leaves_nothing_behind(tiny_bert_classifier, make_adapted, class
     before = adapted.state_dict()
     torch.manual_seed(0)
     generator = torch.get_rng_state()
-    score_configurations(adapted, class_split, np.zeros((2, 12), dtype=np.int64), batch_size=4)
+    measure_configurations(adapted, class_split, np.zeros((2, 12), dtype=np.int64), batch_size=4)
     assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
     assert all(p.grad is None for p in adapted.named_parameters().values())
     assert not any(a.U.requires_grad for a in adapted.lora_A)
@@ -111,26 +112,50 @@ def test_scoring_leaves_nothing_behind(tiny_bert_classifier, make_adapted, class
 
 
 def test_no_configurations_give_no_scores(tiny_llama, make_adapted, text_split) -> None:
-    losses, metrics = score_configurations(
-        make_adapted(tiny_llama()), text_split, np.zeros((0, 14), dtype=np.int64), batch_size=4
-    )
-    assert losses.shape == metrics.shape == (0,)
+    meter = LossMeter(make_adapted(tiny_llama()), text_split, 4)
+    assert meter(np.zeros((0, 14), dtype=np.int64), "losses").shape == (0,)
 
 
 def test_progress_reports_every_configuration(tiny_llama, make_adapted, text_split) -> None:
     calls = []
-    losses, _ = score_configurations(
+    meter = LossMeter(
         make_adapted(tiny_llama()),
         text_split,
-        np.zeros((2, 14), dtype=np.int64),
-        batch_size=4,
-        progress=lambda done, total, loss: calls.append((done, total, loss)),
+        4,
+        progress=lambda what: lambda done, total, loss: calls.append((what, done, total, loss)),
     )
-    assert calls == [(1, 2, losses[0]), (2, 2, losses[1])]
+    losses = meter(np.zeros((2, 14), dtype=np.int64), "set")
+    assert calls == [("set", 1, 2, losses[0]), ("set", 2, 2, losses[1])]
+
+
+def test_a_meter_goes_on_from_what_its_memo_knows_and_saves_it_whatever_happens(
+    tiny_llama, make_adapted, text_split
+) -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.values, self.saved = [7.0], 0
+
+        def add(self, value: float) -> None:
+            self.values = [*self.values, value]
+            if len(self.values) == 3:
+                raise KeyboardInterrupt
+
+        def save(self) -> None:
+            self.saved += 1
+
+    kept = Kept()
+    meter = LossMeter(make_adapted(tiny_llama()), text_split, 4, memo=lambda what, most: kept)
+    configurations = np.zeros((2, 14), dtype=np.int64)
+    losses = meter(configurations, "set")
+    assert losses[0] == 7.0
+    assert losses[1] == kept.values[1] != 7.0
+    with pytest.raises(KeyboardInterrupt):
+        meter(np.zeros((3, 14), dtype=np.int64), "set")
+    assert kept.saved == 2
 
 
 def test_text_without_a_predicted_token_is_refused(tiny_llama, make_adapted) -> None:
-    with pytest.raises(CoaloraError, match="2 blocks of one token"):
+    with pytest.raises(CoaloraError, match="none of the 2 examples has a second token"):
         score(make_adapted(tiny_llama()), pad([[5], [6]], 0), batch_size=2)
 
 

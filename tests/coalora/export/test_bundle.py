@@ -96,7 +96,7 @@ def test_experts_compensation_and_ranks_fold_into_one_plain_adapter(
 def test_a_choice_that_no_member_has_lacks_its_compensation_and_says_so(tiny_llama, make_bundle) -> None:
     bundle, _ = make_bundle(tiny_llama, **RICH)
     del bundle.compensation[3, 5]
-    with pytest.raises(CoaloraError, match=r"compensation of its members' choices; got: nf4 b64"):
+    with pytest.raises(CoaloraError, match=r"no compensation of nf4 b64"):
         bundle.adapt_to(np.full(14, 5))
 
 
@@ -235,7 +235,7 @@ def test_tensors_of_another_format_are_refused(tiny_llama, make_bundle, tmp_path
     bundle, _ = make_bundle(tiny_llama)
     bundle.save(tmp_path)
     write_tensors(tmp_path / "adapter.safetensors", bundle.tensors, {"format": "coalora-bundle/99"})
-    with pytest.raises(CoaloraError, match=r"coalora-bundle/99.*expected: coalora-bundle/2"):
+    with pytest.raises(CoaloraError, match=r"coalora-bundle/99.*not that of a bundle \(coalora-bundle/2\)"):
         Bundle.load(tmp_path)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import tasks.search
+import coalora.evaluate.losses
 from coalora.files import read_json, write_json
 from pipeline.settings.sections import StageSettings
 from pipeline.stages.checkpoints import Memo, checkpoint_every, checkpoints_folder, discard, place, scratch_of
@@ -134,7 +134,7 @@ def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, mon
         "adapter": s.adapter, "search": s.search.model_copy(update={"rounds": 0}), "round_index": 1,
         "runtime": s.runtime, "seed": s.seed,
     }  # fmt: skip
-    original, measured = tasks.search.score_configurations, []
+    original, measured = coalora.evaluate.losses.measure_configurations, []
 
     def score(*arguments, **options):
         measured.append(1)
@@ -142,7 +142,7 @@ def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, mon
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(tasks.search, "score_configurations", score)
+    monkeypatch.setattr(coalora.evaluate.losses, "measure_configurations", score)
     with pytest.raises(KeyboardInterrupt):
         search_round.task.fn(**inputs)
     again = search_round.task.fn(**inputs)

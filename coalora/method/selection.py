@@ -1,0 +1,53 @@
+"""Choice for each asked budget, measured with the final adapter.
+
+For a budget the best member that fits, the same filled up to the budget, and the allocation at the budget are measured;
+the lowest loss wins, and of equal ones the cheaper. Only the split that guided the search is looked at: validation
+examples are for reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import ConfigurationSet
+from coalora.search.budget import best_within, contenders
+
+
+def select_budgets(
+    measure: Callable[[np.ndarray, str], np.ndarray],
+    members: ConfigurationSet,
+    tables: CalibrationTables,
+    budgets: Sequence[float],
+) -> tuple[ConfigurationSet, ConfigurationSet]:
+    """The members measured anew, and the configuration of every budget (in the order of `budgets`) with its loss.
+
+    Args:
+        measure: losses (n,) of configurations (n, N), such as a `LossMeter` of the final model; its second argument
+            says which: "final set" or "budgets".
+        budgets: in units of the tables' cost.
+
+    Raises:
+        CoaloraError: a budget below the cheapest configuration.
+    """
+    members = members.with_losses(measure(members.configurations, "final set")).sorted(tables)
+    known = {row.tobytes(): loss for row, loss in zip(members.configurations, members.losses, strict=True)}
+    rivals = []
+    for budget in budgets:
+        given = (tables.search_cost, tables.err, budget)
+        best = best_within(members.configurations, members.losses, *given, allowed=tables.allowed)
+        rivals.append(contenders(best, *given, allowed=tables.allowed))
+    if not rivals:
+        return members, members.take(np.arange(0))
+    distinct = np.unique(np.concatenate(rivals), axis=0)
+    new = np.array([row for row in distinct if row.tobytes() not in known], dtype=np.int64)
+    new = new.reshape(-1, distinct.shape[1])
+    known |= {row.tobytes(): loss for row, loss in zip(new, measure(new, "budgets"), strict=True)}
+    chosen = [
+        min(rows, key=lambda row: (known[row.tobytes()], tables.costs(row), tables.total_nbytes(row)))
+        for rows in rivals
+    ]
+    selected = ConfigurationSet.unmeasured(np.stack(chosen), int(members.joined.max(initial=0)))
+    return members, selected.with_losses(np.array([known[row.tobytes()] for row in chosen]))
