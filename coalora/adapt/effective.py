@@ -7,7 +7,8 @@ of the parameters' type (float32); what layers multiply with is rounded once, to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Terms:
         self._groups = [_groups(zip(side, dtypes, strict=True)) for side in shapes]
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._pairs: list[Pair] | None = None
+        self._given = False
         self.set()
 
     def set(
@@ -55,7 +57,30 @@ class Terms:
 
     def make(self) -> None:
         """Make all pairs of the parameters as they are now; layers use them until the next `make` or `set`."""
-        self._pairs = list(zip(self._made(0), self._made(1), strict=True))
+        if not self._given:
+            self._use(self.stacks())
+
+    def stacks(self) -> list[Tensor]:
+        """The factors of every group of layers of one shape: (layers, r, in) and (layers, out, r)."""
+        return [self._stack(side, group) for side, groups in enumerate(self._groups) for group in groups]
+
+    @contextmanager
+    def using(self, stacks: Sequence[Tensor]) -> Iterator[None]:
+        """Within, layers multiply with the given factors, in the order of `stacks`."""
+        self._given = True
+        self._use(stacks)
+        try:
+            yield
+        finally:
+            self._given, self._pairs = False, None
+
+    def _use(self, stacks: Sequence[Tensor]) -> None:
+        sides: tuple[list[Any], list[Any]] = ([None] * len(self._dtypes), [None] * len(self._dtypes))
+        groups = [(side, group) for side, groups in enumerate(self._groups) for group in groups]
+        for (side, group), stack in zip(groups, stacks, strict=True):
+            for index, factor in zip(group, stack.unbind(), strict=True):
+                sides[side][index] = factor
+        self._pairs = list(zip(*sides, strict=True))
 
     def pair(self, index: int) -> Pair:
         """(A_eff, B_eff) of a layer, in its base weight's type: what `make` made, or made for this layer alone."""
@@ -78,23 +103,19 @@ class Terms:
         B = B if expert is None else B + expert[1]
         return B if compensation is None else torch.cat([B, compensation[1].to(B.dtype) / self.scale], dim=1)
 
-    def _made(self, side: int) -> list[Tensor]:
-        made: list[Tensor | None] = [None] * len(self._dtypes)
-        for group in self._groups[side]:
-            stacked = torch.stack([self._layers[side][i].weight for i in group])
-            experts = [self.experts[i] for i in group]
-            if any(expert is not None for expert in experts):
-                nothing = torch.zeros_like(stacked[0])
-                stacked = stacked + _Stacked.apply(*(nothing if e is None else e[side] for e in experts))
-            if side == 0 and self.U is not None:
-                stacked = torch.baddbmm(stacked, self._of_group(self.U, group, stacked), stacked)
-            beside = [pair[side] for pair in (self.compensation[i] for i in group) if pair is not None]
-            if beside:  # all layers of a model have a compensation, or none has
-                further = torch.stack(beside).to(stacked.dtype)
-                stacked = torch.cat([stacked, further / self.scale if side else further], dim=1 + side)
-            for i, tensor in zip(group, stacked.to(self._dtypes[group[0]]).unbind(), strict=True):
-                made[i] = tensor
-        return made  # type: ignore[return-value]
+    def _stack(self, side: int, group: tuple[int, ...]) -> Tensor:
+        stacked = torch.stack([self._layers[side][i].weight for i in group])
+        experts = [self.experts[i] for i in group]
+        if any(expert is not None for expert in experts):
+            nothing = torch.zeros_like(stacked[0])
+            stacked = stacked + _Stacked.apply(*(nothing if e is None else e[side] for e in experts))
+        if side == 0 and self.U is not None:
+            stacked = torch.baddbmm(stacked, self._of_group(self.U, group, stacked), stacked)
+        beside = [pair[side] for pair in (self.compensation[i] for i in group) if pair is not None]
+        if beside:  # all layers of a model have a compensation, or none has
+            further = torch.stack(beside).to(stacked.dtype)
+            stacked = torch.cat([stacked, further / self.scale if side else further], dim=1 + side)
+        return stacked.to(self._dtypes[group[0]])
 
     def _of_group(self, U: Tensor, group: tuple[int, ...], like: Tensor) -> Tensor:
         """The leading r x r parts of the group's U, r being the group's rank."""

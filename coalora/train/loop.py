@@ -21,7 +21,8 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.train.checkpoint import Checkpoint, Checkpoints, uninterrupted
-from coalora.train.objective import Objective, ask_teacher, step_loss
+from coalora.train.graph import GraphedGradients, eager_gradients
+from coalora.train.objective import Objective, ask_teacher
 from coalora.train.parallel import Parallel, Stopped, stop_asked
 from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
 
@@ -79,6 +80,7 @@ def train(
     parallel: Parallel | None = None,
     progress: Callable[..., None] | None = None,
     checkpoints: Checkpoints | None = None,
+    graph: bool = False,
 ) -> tuple[TrainingState, list[dict[str, float]]]:
     """Train for `steps` more steps and return the new state with one record a step (step, loss, lr, bits).
 
@@ -90,6 +92,8 @@ def train(
         checkpoints: where the same call, if it broke off, goes on from. It is written as time goes by, and when an
             interrupt, a termination signal or a time limit stops the call; who made it removes it. The steps that are
             done again after a kill, and so the result, are those of an undisturbed call bit for bit.
+        graph: launch the forward and backward passes of a step as one CUDA graph (`coalora.train.graph`): for models
+            whose steps are many small kernels. Losses are those of a call without up to rounding.
 
     Afterwards the model is in eval mode and holds the last step's configuration, adjusted by theta as it is now.
 
@@ -167,6 +171,9 @@ def train(
             if stop:
                 raise Stopped(f"stopped at step {done}")
 
+    if graph and recipe.gradient_checkpointing:
+        raise CoaloraError("a CUDA graph was asked for with gradient checkpointing", remedy="Turn one of them off")
+    gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -182,8 +189,7 @@ def train(
             # Dropout: a resumed step equals an undisturbed one.
             torch.manual_seed(seed * 1_000_003 + parallel.batch_step(step))
             adapted.switch(configurations[member])
-            loss, task_loss = step_loss(adapted, batch, recipe.objective, teacher)
-            loss.backward()
+            loss, task_loss = gradients(batch, teacher)
             parallel.average_gradients(list(parameters.values()))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm).float()
             # A finite loss can have a gradient that is not, and clipping spreads it everywhere: such a step is left out

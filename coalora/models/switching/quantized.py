@@ -92,6 +92,7 @@ class QuantizedBase:
         self.layers = list(layers)
         self.space = space
         self.cache_bytes = cache_bytes
+        self.weight_mode: WeightMode = weights
         self._cached_bytes = 0
         self._cache: OrderedDict[tuple[int, int], Packed] = OrderedDict()
         self._measured: dict[tuple[int, str], Tensor | None] = {}

@@ -1,0 +1,132 @@
+"""A step's forward and backward passes as one CUDA graph, launched at once instead of kernel by kernel.
+
+What is captured is the model: from the factors of all layers and a batch to the losses and the gradients of those
+factors. It depends on the configuration by numbers alone, which stay where they are: a switch writes weights in place,
+and factors are copied in. What depends on it by structure stays outside: theta, the experts of a configuration's bits,
+the sums and products that make the factors, clipping, and AdamW; a few dozen launches that a GPU does not wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coalora.adapt.adapted import AdaptedModel
+from coalora.errors import CoaloraError
+from coalora.train.objective import Objective, TeacherOutput, step_loss
+
+_WARMUP = 3  # passes before a capture: libraries choose their kernels and take their workspaces
+# Shapes of batches with a graph each, the first to come; a graph keeps the memory of its activations, so others run
+# without one.
+_SHAPES = 8
+
+Losses = tuple[Tensor, Tensor]
+
+
+def eager_gradients(adapted: AdaptedModel, objective: Objective) -> Callable[..., Losses]:
+    """(batch, teacher) -> `step_loss`, with its gradients in the parameters."""
+
+    def gradients(batch: dict[str, Tensor], teacher: TeacherOutput | None) -> Losses:
+        loss, task_loss = step_loss(adapted, batch, objective, teacher)
+        loss.backward()
+        return loss, task_loss
+
+    return gradients
+
+
+class GraphedGradients:
+    """`eager_gradients` by a graph for each shape of a batch.
+
+    Args:
+        adapted: the model, on a GPU.
+        objective: what a step minimises.
+        capture: False runs what would be captured, on any device.
+
+    The losses it returns are overwritten by the next call. Gradients that a parameter has already are replaced.
+
+    Raises:
+        CoaloraError: the model cannot be captured: no GPU, LoRA dropout, or layers that make their weights in
+            each pass.
+    """
+
+    def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
+        problems = {
+            f"a CUDA graph was asked for on {adapted.device.type}": capture and adapted.device.type != "cuda",
+            "a CUDA graph was asked for with LoRA dropout": adapted.recipe.lora_dropout > 0,
+            "a CUDA graph was asked for with weights that are made in each pass": adapted.base.weight_mode == "packed",
+        }
+        for problem, occurs in problems.items():
+            if occurs:
+                raise CoaloraError(problem, remedy="Train without a graph")
+        self._adapted, self._objective, self._capture = adapted, objective, capture
+        self._heads = [p for name, p in adapted.named_parameters().items() if name.startswith("head.")]
+        self._recorded: dict[Any, _Recorded] = {}
+
+    def __call__(self, batch: dict[str, Tensor], teacher: TeacherOutput | None) -> Losses:
+        factors = self._adapted.terms.stacks()
+        given = [*batch.values(), *([] if teacher is None else [teacher.logits, *teacher.hidden_states])]
+        key = (tuple(batch), *((tensor.shape, tensor.dtype) for tensor in given))
+        if key not in self._recorded and len(self._recorded) < _SHAPES:
+            self._recorded[key] = _Recorded(self, list(batch), given, factors)
+        if key in self._recorded:
+            losses, gradients = self._recorded[key](given, factors)
+        else:
+            losses, gradients = self.run(list(batch), given, [f.detach().requires_grad_() for f in factors])
+        trained = [(f, g) for f, g in zip(factors, gradients, strict=False) if f.requires_grad and g is not None]
+        if trained:
+            torch.autograd.backward([f for f, _ in trained], [g for _, g in trained])
+        for parameter, gradient in zip(self._heads, gradients[len(factors) :], strict=True):
+            parameter.grad = gradient
+        return losses
+
+    def run(self, names: Sequence[str], given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        """(losses, gradients of factors and heads) of a batch whose tensors are `given`, a teacher's behind them."""
+        batch = dict(zip(names, given, strict=False))
+        rest = given[len(names) :]
+        teacher = TeacherOutput(rest[0], tuple(rest[1:])) if rest else None
+        with torch.enable_grad(), self._adapted.terms.using(factors):
+            loss, task_loss = step_loss(self._adapted, batch, self._objective, teacher)
+            gradients = torch.autograd.grad(loss, [*factors, *self._heads], allow_unused=True)
+        return (loss.detach(), task_loss.detach()), gradients
+
+
+class _Recorded:
+    """The graph of one shape: its inputs, its outputs, and how to run it."""
+
+    def __init__(
+        self, owner: GraphedGradients, names: list[str], given: Sequence[Tensor], factors: Sequence[Tensor]
+    ) -> None:
+        self._owner, self._names = owner, names
+        self._given = [tensor.clone() for tensor in given]
+        self._factors = [factor.detach().clone().requires_grad_() for factor in factors]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if not owner._capture:
+            return
+        generator = torch.cuda.get_rng_state()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARMUP):
+                self._run()
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = self._run()
+        torch.cuda.set_rng_state(generator)
+
+    def _run(self) -> Any:
+        return self._owner.run(self._names, self._given, self._factors)
+
+    def __call__(self, given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            for own, tensor in zip(self._given, given, strict=True):
+                own.copy_(tensor)
+            torch._foreach_copy_(self._factors, list(factors))
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._outputs
