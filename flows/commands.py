@@ -126,6 +126,10 @@ def upload(
     endpoint_url: Endpoint = None,
     region: Region = None,
     profile: Profile = None,
+    expire_uploads: Annotated[
+        bool,
+        typer.Option("--expire-uploads", help="Let the bucket free uploads that were killed, by a rule of its own."),
+    ] = False,
 ) -> None:
     """Publish a finished run in S3.
 
@@ -133,22 +137,21 @@ def upload(
     """
     log_to_terminal()
     from flows.finished import read_run
-    from pipeline.s3.address import S3Address
 
     settings, _ = read_run(run)
-    storage = _storage(settings.storage, endpoint_url, region, profile)
-    if to:
-        address = S3Address.parse(to)
-        storage = storage.model_copy(update={"bucket": address.bucket, "prefix": address.prefix})
+    storage = _storage(settings.storage, endpoint_url, region, profile, at=to)
     if storage.bucket is None:
         raise CoaloraError("No bucket to publish in is named", remedy="Give --to s3://BUCKET/PREFIX")
 
     from coalora.files import read_json
     from pipeline.s3.client import S3Location
-    from pipeline.s3.publication import publish
+    from pipeline.store.publish import publish
     from tasks.publish_s3 import tag_address, words
 
-    found = publish(run, S3Location.of(storage))
+    location = S3Location.of(storage)
+    if expire_uploads:
+        print(location.expire_uploads())
+    found = publish(run, location)
     print(f"{found.address}: {words(found)}")
     run_id = read_json(run / "run.json").get("mlflow_run_id")
     for version in tag_address(settings.tracking, run_id, found.address) if run_id else []:
@@ -168,13 +171,13 @@ def download(
 ) -> None:
     """Download a published run, or a part of it.
 
-    Every file is verified; an interrupted download goes on where it stopped.
+    Every file is verified; an interrupted download goes on with the files that are missing.
     """
     log_to_terminal()
-    from pipeline.s3.address import S3Address
+    from pipeline.s3.client import S3Address
 
     place, storage = S3Address.parse(address), _storage(None, endpoint_url, region, profile)
-    from pipeline.s3.retrieval import retrieve
+    from pipeline.store.publish import retrieve
 
     found = retrieve(place, out, storage, only=only)
     print(
@@ -231,11 +234,11 @@ def prune(
         list[str],
         typer.Option(metavar="URI ...", help="More MLflow servers or databases to ask."),
     ] = [],  # noqa: B006
-    published: Annotated[
-        str | None, typer.Option(metavar="s3://BUCKET/PREFIX", help="Free this place of publications instead.")
+    at: Annotated[
+        str | None, typer.Option(metavar="s3://BUCKET/PREFIX", help="Free this place in S3 instead of this machine.")
     ] = None,
     withdraw: Annotated[
-        list[str], typer.Option(metavar="PIPELINE/RUN ...", help="With --published: these runs go, too.")
+        list[str], typer.Option(metavar="PIPELINE/RUN ...", help="With --at: these published runs go, too.")
     ] = [],  # noqa: B006
     endpoint_url: Endpoint = None,
     region: Region = None,
@@ -245,16 +248,17 @@ def prune(
 
     Kept: everything that a run folder under runs/, a run or registered version in MLflow, or a configuration set under
     DVC refers to, with all stages of these runs; what a run uses that is under way; and what was made or used lately.
+    In S3 published runs stay as well.
     """
-    if withdraw and not published:
-        raise CoaloraError("--withdraw needs a place of publications", remedy="Give --published s3://BUCKET/PREFIX")
-    if older_than < 0:
-        raise CoaloraError(f"--older-than {older_than:g} is below 0", remedy="Give a number of days, 0 or more")
-    from flows.prune import prune_published, prune_store
+    if withdraw and not at:
+        raise CoaloraError("--withdraw names published runs, and no place", remedy="Give --at s3://BUCKET/PREFIX")
+    if not 0 <= older_than < 1e6:
+        raise CoaloraError(f"--older-than is {older_than:g}", remedy="Give a number of days, 0 or more")
+    from flows.prune import prune_bucket, prune_store
 
-    if published:
-        storage = _storage(None, endpoint_url, region, profile)
-        prune_published(published, storage, withdraw, days=older_than, delete=delete)
+    if at:
+        storage = _storage(None, endpoint_url, region, profile, at=at)
+        prune_bucket(storage, root.resolve(), tracking_uri, withdraw, days=older_than, delete=delete)
     else:
         prune_store(root.resolve(), tracking_uri, days=older_than, delete=delete)
 
@@ -265,9 +269,16 @@ def _settings(name: str, file: Path, changes: list[str]) -> Any:
     return load_settings(name, file=file, changes=changes)
 
 
-def _storage(base: Any, endpoint_url: str | None, region: str | None, profile: str | None) -> Any:
+def _storage(
+    base: Any, endpoint_url: str | None, region: str | None, profile: str | None, *, at: str | None = None
+) -> Any:
     """`base`, or what AWS's own variables and files say, with the given options in place of its own values."""
     from pipeline.settings.storage import storage_settings
 
     given = {"endpoint_url": endpoint_url, "region": region, "profile": profile}
+    if at:
+        from pipeline.s3.client import S3Address
+
+        address = S3Address.parse(at)
+        given |= {"bucket": address.bucket, "prefix": address.prefix}
     return storage_settings(base, {name: value for name, value in given.items() if value is not None})

@@ -1,20 +1,19 @@
-"""What `coalora prune` shows and removes: artifacts of the store, or published objects, that nothing refers to."""
+"""Report of `coalora prune`: what nothing refers to on this machine or in a bucket, and its removal."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from coalora.errors import CoaloraError
-from pipeline.s3.address import S3Address
-from pipeline.s3.client import S3Location
-from pipeline.s3.garbage import check_published, delete_left_over, left_over, published_runs, withdraw
+from pipeline.environment import STORE_VARIABLE
 from pipeline.settings.storage import StorageSettings
-from pipeline.store.prune import Garbage, find_garbage, remove
-from pipeline.store.references import references_of
-from pipeline.store.store import Store
+from pipeline.store.prune import Garbage, find_garbage, find_shared_garbage, remove, remove_shared
+from pipeline.store.roots import Roots, roots_of
+from pipeline.store.store import Store, default_store
+
+_MOST = 50  # pieces that are shown one by one
 
 
 def prune_store(root: Path, trackers: Sequence[str], *, days: float, delete: bool) -> None:
@@ -25,60 +24,64 @@ def prune_store(root: Path, trackers: Sequence[str], *, days: float, delete: boo
         trackers: MLflow servers or databases to ask, besides the default one and those that the runs name.
         days: what was made or used within them stays.
     """
-    store, seconds = Store(), days * 24 * 3600
-    references = references_of(root, _trackers(store, trackers))
-    found = find_garbage(store, references, _results(store), older_than=seconds)
-    _show(found, references.seen, store, days)
-    if not found:
-        return
-    if not delete:
-        print("\nNothing was removed. To remove it: coalora prune --delete")
-        return
-    removed = [item for item in found if remove(store, item, older_than=seconds)]
-    print(f"\nRemoved {len(removed)} of {len(found)}: {_megabytes(sum(item.nbytes for item in removed))} freed.")
+    store, seconds = default_store(), days * 24 * 3600
+    found = find_garbage(store, _roots(store, root, trackers, days), _results(store), older_than=seconds)
+    _show(str(store.root), found, store.root)
+    if store.shared_url is not None:
+        print(f"The shared store is another place: `coalora prune --at ${STORE_VARIABLE}` looks there.")
+    _conclude(found, [item for item in found if remove(store, item, older_than=seconds)] if delete else None)
 
 
-def prune_published(
-    place: str, storage: StorageSettings, withdrawn: Sequence[str], *, days: float, delete: bool
+def prune_bucket(
+    storage: StorageSettings,
+    root: Path,
+    trackers: Sequence[str],
+    withdrawn: Sequence[str],
+    *,
+    days: float,
+    delete: bool,
 ) -> None:
-    """Show, or remove, objects of a place of publications that no published run refers to.
+    """Show, or remove, what nothing refers to in a bucket, by the rules of this machine; published runs stay.
 
     Args:
-        place: s3://BUCKET/PREFIX.
-        storage: how the server is reached.
-        withdrawn: runs that go, too, as PIPELINE/RUN.
+        storage: bucket and prefix, and how the server is reached.
+        root, trackers, days: as of `prune_store`.
+        withdrawn: published runs that go, too, as PIPELINE/RUN.
+
+    Raises:
+        CoaloraError: a run that is not published, or S3 fails.
     """
-    address, seconds = S3Address.parse(place), days * 24 * 3600
-    root = S3Location.of(storage.model_copy(update={"bucket": address.bucket, "prefix": address.prefix}))
-    root.check()
+    from pipeline.s3.client import S3Location
+    from pipeline.store.publish import check_published, published_names, withdraw
+    from pipeline.store.shared import SharedStore
+
     if wrong := [name for name in withdrawn if name.count("/") != 1]:
         raise CoaloraError(f"--withdraw {wrong[0]} names no run", remedy="Write PIPELINE/RUN, such as demo/a2f1f322")
+    shared, store, seconds = SharedStore(S3Location.of(storage)), default_store(), days * 24 * 3600
+    shared.location.check()
+    roots = _roots(store, root, trackers, days)
     pairs = [(pipeline, run) for pipeline, _, run in (name.partition("/") for name in withdrawn)]
-    for pipeline, run in pairs:
-        check_published(root, pipeline, run)
-    for pipeline, run in pairs if delete else ():
-        withdraw(root, pipeline, run)
-        print(f"Withdrawn: {pipeline}/{run}")
-    runs = published_runs(root)
-    found = left_over(root, older_than=seconds, without=pairs)
-    stay = f"what is younger than {days:g} days stays"
-    print(f"{root}: {len(runs.keys() - set(pairs))} runs that stay, {len(pairs)} withdrawn; {stay}.")
-    for item in sorted(found, key=lambda item: -item.size):
-        print(f"  {_megabytes(item.size):>10}  {(time.time() - item.modified) / 86400:6.1f} d  {root.name_of(item)}")
-    print(f"  {_megabytes(sum(item.size for item in found)):>10}  in {len(found)} objects")
-    if not delete:
-        print("\nNothing was removed. To remove it, say the same with --delete.")
-        return
-    gone = delete_left_over(root, found, older_than=seconds)
-    print(f"\nRemoved {len(gone)} of {len(found)}: {_megabytes(sum(item.size for item in gone))} freed.")
+    for pair in pairs:
+        check_published(shared, *pair)
+    for pair in pairs if delete else ():
+        withdraw(shared, *pair)
+        print(f"Withdrawn: {'/'.join(pair)}")
+    print(f"{shared}: {len(set(published_names(shared)) - set(pairs))} runs that stay, {len(pairs)} withdrawn.")
+    used, _ = roots.used(store.root, seconds)
+    found = find_shared_garbage(shared, used, roots, older_than=seconds, without=pairs)
+    _show(str(shared), found)
+    _conclude(found, remove_shared(shared, found, used, roots, older_than=seconds) if delete else None)
 
 
-def _trackers(store: Store, named: Sequence[str]) -> set[str]:
-    """MLflow's places that may hold runs; the database of COALORA_HOME where there is one."""
-    found = {*named, *filter(None, [os.environ.get("MLFLOW_TRACKING_URI")])}
+def _roots(store: Store, root: Path, trackers: Sequence[str], days: float) -> Roots:
+    """References of the checkout and of MLflow's places that may hold runs, which are told."""
+    found = {*trackers, *filter(None, [os.environ.get("MLFLOW_TRACKING_URI")])}
     if (store.root / "mlflow.db").is_file():
         found.add(f"sqlite:///{store.root / 'mlflow.db'}")
-    return found
+    roots = roots_of(root, found)
+    words = ", ".join(f"{number} {what}" for what, number in sorted(roots.seen.items()))
+    print(f"References of {words or 'nothing'}; what is younger than {days:g} days stays.")
+    return roots
 
 
 def _results(store: Store) -> Path:
@@ -87,16 +90,25 @@ def _results(store: Store) -> Path:
     return Path(get_current_settings().results.local_storage_path or store.root / "results")
 
 
-def _show(found: Sequence[Garbage], seen: dict[str, int], store: Store, days: float) -> None:
-    words = ", ".join(f"{number} {what}" for what, number in sorted(seen.items()))
-    print(f"{store.root}: references of {words or 'nothing'}; what is younger than {days:g} days stays.")
+def _show(where: str, found: Sequence[Garbage], below: Path | None = None) -> None:
+    """A line for each piece, the largest first."""
+    for item in sorted(found, key=lambda item: -item.nbytes)[:_MOST]:
+        place = item.place
+        if below is not None and isinstance(place, Path) and place.is_relative_to(below):
+            place = place.relative_to(below)
+        print(f"  {_megabytes(item.nbytes):>10}  {item.age / 86400:6.1f} d  {item.kind:<10}  {place}  ({item.why})")
+    if len(found) > _MOST:
+        print(f"  and {len(found) - _MOST} smaller ones")
+    print(f"  {_megabytes(sum(item.nbytes for item in found)):>10}  in {len(found)} to free at {where}")
+
+
+def _conclude(found: Sequence[Garbage], gone: Sequence[Garbage] | None) -> None:
     if not found:
         print("Nothing to free.")
-        return
-    for item in sorted(found, key=lambda item: -item.nbytes):
-        place = item.path.relative_to(store.root) if item.path.is_relative_to(store.root) else item.path
-        print(f"  {_megabytes(item.nbytes):>10}  {item.age / 86400:6.1f} d  {item.kind:<10}  {place}  ({item.why})")
-    print(f"  {_megabytes(sum(item.nbytes for item in found)):>10}  in {len(found)}")
+    elif gone is None:
+        print("\nNothing was removed. To remove it, say the same with --delete.")
+    else:
+        print(f"\nRemoved {len(gone)} of {len(found)}: {_megabytes(sum(item.nbytes for item in gone))} freed.")
 
 
 def _megabytes(nbytes: int) -> str:

@@ -20,7 +20,7 @@ from pipeline.settings.sections import Settings
 from pipeline.stages.checkpoints import checkpoint_every
 from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
-from pipeline.store.journal import Journal
+from pipeline.store.roots import Journal
 from pipeline.store.store import Artifact
 from pipeline.workers.pool import WorkerPool, open_pool
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _RESULT_PATHS = ("PREFECT_LOCAL_STORAGE_PATH", "PREFECT_RESULTS_LOCAL_STORAGE_PATH")  # two names, one setting
 STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
+READ_ONLY_VARIABLE = "COALORA_STORE_READ_ONLY"  # 1: that store is read, and never written
 
 _DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # first start runs migrations: over 30 s

@@ -15,7 +15,7 @@ from pipeline.settings.storage import StorageSettings
 from pipeline.tracking.values import one_line
 
 if TYPE_CHECKING:
-    from pipeline.s3.publication import Publication
+    from pipeline.store.publish import Publication
 
 ADDRESS_TAG = "s3_address"
 
@@ -24,7 +24,7 @@ ADDRESS_TAG = "s3_address"
 def publish_run(*, folder: str, storage: StorageSettings, tracking: TrackingSettings, run_id: str | None) -> str:
     """Publish a run folder, and tag its MLflow run and registered versions with the address; returns that."""
     from pipeline.s3.client import S3Location
-    from pipeline.s3.publication import publish
+    from pipeline.store.publish import publish
 
     found = publish(Path(folder), S3Location.of(storage))
     get_logger().info("%s: %s", found.address, words(found))
@@ -58,8 +58,7 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
             client.set_model_version_tag(version.name, version.version, ADDRESS_TAG, address)
     except MlflowException as error:
         raise CoaloraError(
-            "the run that is published is known to MLflow, whose versions are tagged with the address",
-            got=f"run {run_id}: {one_line(error)[:200]}",
-            remedy=f"{address} is whole; to tag the versions, too, call `coalora upload` where the pipeline ran",
+            f"MLflow does not tag run {run_id} with its address ({one_line(error)[:200]})",
+            remedy=f"Call `coalora upload` where MLflow can be reached; {address} itself is whole",
         ) from error
     return sorted(f"{version.name} version {version.version}" for version in versions)

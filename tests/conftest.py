@@ -6,8 +6,24 @@ gain. And no servers, stores or credentials of the user's, who may have sourced 
 """
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.s3_server import FaultProxy
 
 os.environ["OMP_NUM_THREADS"] = "1"
 for _name in list(os.environ):
     if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
         del os.environ[_name]
+
+
+@pytest.fixture(scope="session")
+def s3() -> "Iterator[FaultProxy]":
+    """One S3 server for all tests of a session, behind a proxy that makes faults."""
+    from tests.s3_server import fault_proxy, s3_server
+
+    with s3_server() as backend, fault_proxy(backend) as proxy:
+        yield proxy

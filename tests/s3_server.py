@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if kind == "flip-answer" and content:
             content = bytes([content[0] ^ 1]) + content[1:]
-        self.send_response(status)
+        self.send_response_only(status)  # the date is the server's
         for name, value in headers:
             self.send_header(name, value)
         # An answer to HEAD tells the length of a body that it does not have.

@@ -1,1 +1,1 @@
-"""S3 by boto3: addresses, objects with checksums and retries, and how a run is published."""
+"""Objects in S3 by boto3: addresses, one client, and errors that say what to do."""

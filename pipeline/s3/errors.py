@@ -1,4 +1,4 @@
-"""What boto3 raises, said as the rule that was broken and what to do. No message repeats a key or a signature."""
+"""Errors of S3: what boto3 raises, as a problem and a remedy. No message repeats a key or a signature."""
 
 from __future__ import annotations
 
@@ -27,22 +27,12 @@ class StorageRefused(StorageError):
     """S3 does not know the credentials, or they allow too little."""
 
 
-_WRONG = {
-    "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired",
-    "InvalidClientTokenId", "AuthFailure",
-}  # fmt: skip
-_BUSY = {
-    "SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "Throttling", "ThrottlingException",
-    "RequestLimitExceeded", "BandwidthLimitExceeded", "500", "502", "503", "504",
-}  # fmt: skip
-_ALTERED = {
-    "BadDigest",
-    "InvalidDigest",
-    "XAmzContentSHA256Mismatch",
-    "XAmzContentChecksumMismatch",
-    "ChecksumMismatch",
-}
-_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+class StorageDamaged(StorageError):
+    """An object is missing, or is not what it should be."""
+
+
+ABSENT = {"NoSuchKey", "404"}
+DENIED = {"AccessDenied", "403", "NotImplemented", "MethodNotAllowed"}
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -57,8 +47,55 @@ _UNREACHABLE = (
     boto.ConnectionError,  # refused, not resolved, TLS
     boto.HTTPClientError,  # closed on the way, time-outs
     boto.IncompleteReadError,
+    boto.ResponseStreamingError,
 )
 _DISK = {errno.ENOSPC, errno.EDQUOT}
+# (codes, error, problem, remedy), the first that fits
+_CODES: tuple[tuple[str, type[StorageError], str, str], ...] = (
+    (
+        "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken TokenRefreshRequired InvalidClientTokenId "
+        "AuthFailure",
+        StorageRefused,
+        "S3 does not know the credentials",
+        "Renew or correct the credentials that AWS_PROFILE or AWS_ACCESS_KEY_ID name; `aws sts get-caller-identity` "
+        "shows whose they are",
+    ),
+    ("RequestTimeTooSkewed", StorageRefused, "This machine's clock is wrong", "Set the clock (NTP)"),
+    (
+        "NoSuchBucket",
+        StorageError,
+        "The bucket does not exist",
+        "Create it (`aws s3 mb s3://BUCKET`, with --endpoint-url for a server of your own), or correct storage.bucket "
+        "and storage.endpoint_url",
+    ),
+    (
+        "SlowDown ServiceUnavailable InternalError RequestTimeout Throttling ThrottlingException RequestLimitExceeded "
+        "BandwidthLimitExceeded 500 502 503 504",
+        StorageUnavailable,
+        "The S3 server is overloaded or failing",
+        "Run the same command again later: what is done already is kept; storage.attempts raises the limit",
+    ),
+    (
+        "AccessDenied 403",
+        StorageRefused,
+        "The credentials do not allow this",
+        "Allow s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and s3:AbortMultipartUpload on the bucket, "
+        "or use other credentials",
+    ),
+    (
+        "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException 301",
+        StorageError,
+        "The bucket is in another region",
+        "Set storage.region (or AWS_REGION) to it",
+    ),
+    (
+        "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch ChecksumMismatch",
+        StorageError,
+        "Bytes were altered on the way",
+        "Run again; if it repeats, look for a proxy that alters them",
+    ),
+    ("NoSuchKey 404", StorageDamaged, "The object does not exist", "Check the address"),
+)
 
 
 def error_code(error: BaseException) -> str | None:
@@ -82,92 +119,44 @@ def translated(what: str, place: str, endpoint: str) -> Iterator[None]:
     except CoaloraError:
         raise
     except (BotoCoreError, ClientError, Boto3Error) as error:
-        raise as_storage_error(error, what, place, endpoint) from error
+        raise _as_storage_error(error, f"{what} at {place} ({scrub_text(endpoint)})") from error
     except OSError as error:
         if error.errno in _DISK:
             raise CoaloraError(
-                "there must be room on the disk",
-                got=f"{what}: {error.strerror}",
-                remedy="free some space and run the same command again: it goes on where it stopped",
+                f"The disk is full ({what}: {error.strerror})",
+                remedy="Free some space and run the same command again: it goes on with the files that are missing",
             ) from error
         raise
 
 
-def as_storage_error(error: BaseException, what: str, place: str, endpoint: str) -> StorageError:
-    """The error to raise instead of `error`."""
+def _as_storage_error(error: BaseException, where: str) -> StorageError:
     cause = error
     while not isinstance(cause, BotoCoreError | ClientError):  # boto3 wraps failures of its own transfers
         inner = cause.__cause__ or cause.__context__
         if inner is None:
             break
         cause = inner
-    server = scrub_text(endpoint)
-    got = f"{what} at {place} ({server}): {_reason(cause)}"
+    where = f"{where}: {_reason(cause)}"
     if isinstance(cause, _NO_CREDENTIALS):
         return StorageRefused(
-            "S3 needs credentials, which boto3 looks for in the environment, ~/.aws, and the machine's role",
-            got=got,
-            remedy="set AWS_PROFILE (or storage.profile) to a profile of ~/.aws/credentials, or AWS_ACCESS_KEY_ID and "
+            f"No credentials for S3 in the environment, ~/.aws or the machine's role ({where})",
+            remedy="Set AWS_PROFILE (or storage.profile) to a profile of ~/.aws/credentials, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY; never write them into settings",
         )
     if isinstance(cause, _UNREACHABLE):
         return StorageUnavailable(
-            "the S3 server must be reachable",
-            got=got,
-            remedy="check that it runs and that storage.endpoint_url (or AWS_ENDPOINT_URL) names it, then run the same "
+            f"The S3 server cannot be reached ({where})",
+            remedy="Check that it runs and that storage.endpoint_url (or AWS_ENDPOINT_URL) names it, then run the same "
             "command again: what is done already is kept",
         )
-    code = error_code(cause)
-    if isinstance(cause, boto.FlexibleChecksumError):
-        code = "BadDigest"
+    code = "BadDigest" if isinstance(cause, boto.FlexibleChecksumError) else error_code(cause)
     if code is None:
-        return StorageError("S3 must accept the request", got=got, remedy="check the settings under storage")
-    return _of_code(code, _status(cause), got)
-
-
-def _of_code(code: str, status: int, got: str) -> StorageError:
-    if code in _WRONG:
-        return StorageRefused(
-            "S3 must know the credentials",
-            got=got,
-            remedy="renew or correct the credentials that AWS_PROFILE or AWS_ACCESS_KEY_ID name; `aws sts "
-            "get-caller-identity` shows whose they are",
-        )
-    if code == "RequestTimeTooSkewed":
-        return StorageRefused("this machine's clock must be right", got=got, remedy="set the clock (NTP)")
-    if code == "NoSuchBucket":
-        return StorageError(
-            "the bucket must exist",
-            got=got,
-            remedy="create it (`aws s3 mb s3://BUCKET`, with --endpoint-url for a server of your own), or correct "
-            "storage.bucket and storage.endpoint_url",
-        )
-    if code in _BUSY or status >= 500:
-        return StorageUnavailable(
-            "the S3 server must answer within the attempts that are allowed",
-            got=got,
-            remedy="run the same command again later: what is done already is kept; storage.attempts raises the limit",
-        )
-    if code in ("AccessDenied", "403") or status == 403:
-        return StorageRefused(
-            "the credentials must allow what is done",
-            got=got,
-            remedy="allow s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and s3:AbortMultipartUpload on "
-            "the bucket, or use other credentials",
-        )
-    if code in _REGION or status == 301:
-        return StorageError(
-            "the bucket must be asked in its own region", got=got, remedy="set storage.region (or AWS_REGION) to it"
-        )
-    if code in _ALTERED:
-        return StorageError(
-            "bytes arrive as they were sent",
-            got=got,
-            remedy="run again; if it repeats, look for a proxy that alters them",
-        )
-    if code in ("NoSuchKey", "404") or status == 404:
-        return StorageError("the object must exist", got=got, remedy="check the address")
-    return StorageError("S3 must accept the request", got=got, remedy="look the code up in the server's manual")
+        return StorageError(f"boto3 refuses the request ({where})", remedy="Check the settings under storage")
+    for status in (code, str(_status(cause)), "503" if _status(cause) >= 500 else ""):
+        for codes, kind, problem, remedy in _CODES:
+            if status in codes.split():
+                return kind(f"{problem} ({where})", remedy=remedy)
+    return StorageError(f"S3 refuses the request ({where})", remedy="Look the code up in the server's manual")
 
 
 def _status(error: BaseException) -> int:

@@ -19,7 +19,7 @@ from pipeline.stages.keys import artifacts_in
 from pipeline.stages.records import Plan, recorded_artifact, write_record
 from pipeline.stages.stage import Pool, Stage
 from pipeline.store.artifacts import Artifact
-from pipeline.store.locks import FileLock, Lock, LockChain, wait_for
+from pipeline.store.locks import Lock, wait_for
 from pipeline.store.store import Store
 
 
@@ -90,9 +90,7 @@ class Planner:
 
     def _claim(self, key: str, before_waiting: Callable[[], None]) -> Lock:
         """The lock of a key, after waiting for whoever has it."""
-        here = FileLock(self.store.root / "locks" / f"{key}.lock")
-        shared = self.store.shared
-        lock: Lock = here if shared is None else LockChain(here, shared.lease(key))
+        lock = self.store.lock(key)
         if not lock.try_acquire():
             before_waiting()  # no lock is held while another is waited for: two runs cannot wait for each other
 

@@ -1,4 +1,4 @@
-"""A lock between machines that share a store in S3: one object that its holder writes again and again.
+"""Lock between machines that share a store in S3: one object that its holder writes again and again.
 
 Every change is a conditional write, so that of two machines one wins: the object is made with `If-None-Match: *`, kept
 alive and taken over with `If-Match: <ETag>`. It expires when it is older than `ttl` by the store's own clock
@@ -16,29 +16,14 @@ import json
 import threading
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any
-
-from botocore.exceptions import ClientError
 
 from pipeline.orchestration.progress import get_logger
-from pipeline.s3.client import S3Location
-from pipeline.s3.errors import StorageError, error_code, translated
+from pipeline.s3.client import S3Location, S3Object
+from pipeline.s3.errors import StorageError
 from pipeline.store.locks import describe, this_process
 
 TTL_SECONDS = 60.0
 BEATS = 4  # renewals in one ttl
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The lease object as it was last read. `age` in seconds, by the store's clock."""
-
-    etag: str
-    age: float
-    content: dict[str, Any]
 
 
 class Lease:
@@ -53,7 +38,7 @@ class Lease:
     def __init__(self, location: S3Location, name: str, *, ttl: float = TTL_SECONDS) -> None:
         self.location, self.name, self.ttl = location, name, ttl
         self._etag: str | None = None
-        self._seen: Seen | None = None
+        self._seen: S3Object | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -86,10 +71,13 @@ class Lease:
         self._etag = None
 
     def holder(self) -> str:
-        return describe(self._seen.content if self._seen else None)
+        facts: object = None
+        with suppress(ValueError):
+            facts = json.loads(self._seen.content) if self._seen else None
+        return describe(facts)
 
     def _take_over(self) -> str | None:
-        seen = self._seen = read_lease(self.location, self.name)
+        seen = self._seen = self.location.get(self.name)
         if seen is None or seen.age <= self.ttl:  # gone meanwhile: the next try makes it anew
             return None
         etag = self.location.put_bytes(self.name, _content(), if_match=seen.etag)
@@ -107,26 +95,6 @@ class Lease:
             if self._etag is None:
                 get_logger().warning("%s: lease lost to another machine; both results are kept", self.name)
                 return
-
-
-def read_lease(location: S3Location, name: str) -> Seen | None:
-    """The lease object, None where there is none."""
-    place = f"s3://{location.address.bucket}/{location.address.key(name)}"
-    with translated("reading a lock", place, location.endpoint):
-        try:
-            answer = location.client.get_object(Bucket=location.address.bucket, Key=location.address.key(name))
-        except ClientError as error:
-            if error_code(error) in ("NoSuchKey", "404"):
-                return None
-            raise
-        body = answer["Body"].read()
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-    content: object = None
-    with suppress(ValueError):
-        content = json.loads(body)
-    age = (now - answer["LastModified"]).total_seconds()
-    return Seen(str(answer["ETag"]), age, content if isinstance(content, dict) else {})
 
 
 def _content() -> bytes:

@@ -1,9 +1,9 @@
-"""One computation of a result at a time: a lock for each cache key, on this machine and across machines.
+"""Locks of cache keys: one computation of a result at a time, on this machine and across machines.
 
-On a machine it is `flock` on `<home>/locks/<key>.lock`: the kernel frees it when its holder ends, however it ends.
-Machines that share a store in S3 use a lease object beside the records (`pipeline.store.lease`). Locks save work and
-nothing more: artifacts are named by their content and every write is atomic, so that two runs that did compute the
-same result at once (a lease that was lost while the network was down) leave a store as whole as one.
+On a machine it is `filelock` (flock) on `<home>/locks/<key>.lock`: the kernel frees it when its holder ends, however
+it ends. Machines that share a store in S3 use a lease object beside the records (`pipeline.store.lease`). Locks save
+work and nothing more: artifacts are named by their content and every write is atomic, so that two runs that did compute
+the same result at once (a lease that was lost while the network was down) leave a store as whole as one.
 
 A thread never waits for a lock while it holds another (`pipeline.stages.runner.Runner.run_many`), so that there is no
 deadlock.
@@ -11,7 +11,6 @@ deadlock.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -21,28 +20,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import filelock
+
 from coalora.errors import CoaloraError
 
 POLL_SECONDS = 0.2
 MAX_POLL_SECONDS = 2.0
 REPEAT_SECONDS = 60.0  # how often a run that waits says so
 
-_open: set[int] = set()  # file descriptors of held locks
-
-
-def _forget_in_child() -> None:
-    # A lock belongs to all copies of its descriptor: a forked child that outlives a killed holder would keep it.
-    for descriptor in _open:
-        with suppress(OSError):
-            os.close(descriptor)
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-
 
 class Lock(Protocol):
-    """What can be held by one at a time."""
+    """Something that one at a time can hold."""
 
     def try_acquire(self) -> bool:
         """Take it if it is free."""
@@ -55,7 +43,7 @@ class Lock(Protocol):
 
 
 class FileLock:
-    """`flock` on a file that is there while it is held.
+    """Lock of a file that is there, and names its holder, while it is held.
 
     Args:
         path: the lock's file; its folder is made.
@@ -63,8 +51,8 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor: int | None = None
-        self._owner = 0  # process that holds it: a forked copy must not give back what it does not hold
+        # Whoever gives it back may be another thread than the one that took it.
+        self._lock = filelock.FileLock(path, thread_local=False)
 
     def try_acquire(self) -> bool:
         """Take the lock if no other process or thread has it.
@@ -74,43 +62,38 @@ class FileLock:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            return False
         except OSError as error:
             raise CoaloraError(
-                "locks are files in a folder that this user may write to",
-                got=f"{self.path.parent}: {error.strerror}",
-                remedy="mend the folder's owner or permissions, or set COALORA_HOME to another one",
+                f"No lock can be made in {self.path.parent} ({error.strerror})",
+                remedy="Mend the folder's owner or permissions, or set COALORA_HOME to another one",
             ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the file between our open and our lock: then it locks nothing.
-            if not _same_file(descriptor, self.path):
-                os.close(descriptor)
-                return False
-        except OSError:
-            os.close(descriptor)
-            return False
-        _open.add(descriptor)
-        self._descriptor, self._owner = descriptor, os.getpid()
         with suppress(OSError):  # for people alone; a full disk must not stop a run here
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
+            self.path.write_text(json.dumps(this_process()), encoding="utf-8")
         return True
 
     def release(self) -> None:
-        if self._descriptor is None or self._owner != os.getpid():
-            return
-        descriptor, self._descriptor = self._descriptor, None
-        with suppress(OSError):
-            self.path.unlink()
-        _open.discard(descriptor)
-        os.close(descriptor)
+        if self._lock.is_locked:  # not in a forked copy, which holds nothing
+            self.path.unlink(missing_ok=True)  # who has opened it sees that it is gone, and makes another
+            self._lock.release()
 
     def holder(self) -> str:
         try:
             return describe(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return "another process"
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process has this lock now; the file stays as it is."""
+    lock = filelock.FileLock(path)
+    try:
+        with lock.acquire(blocking=False):
+            return False
+    except (filelock.Timeout, OSError):
+        return True
 
 
 class LockChain:
@@ -164,7 +147,7 @@ def wait_for(lock: Lock, say: Callable[[str, float], None]) -> None:
 
 
 def this_process() -> dict[str, str | int]:
-    """What a lock says about its holder."""
+    """Host, process and time, which a lock tells of its holder."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
@@ -174,12 +157,3 @@ def describe(facts: object) -> str:
     if not isinstance(facts, dict) or "host" not in facts:
         return "another process"
     return f"process {facts.get('pid')} on {facts['host']} since {facts.get('since')}"
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)

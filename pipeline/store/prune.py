@@ -1,8 +1,11 @@
-"""What may go from the store: what nothing refers to, and what was left unfinished. `flows.prune` shows and removes it.
+"""Garbage collector of the store, on this machine and in a bucket, by the same rules.
 
-Kept in any case: what was made or used within the age limit (`Store.problems` sets the time of use), what a run that is
-under way lists in its journal, and the whole of every journal whose run has a folder, an MLflow run or a registered
-version.
+Kept in any case: what was made or used within the age limit; what a run that is under way lists in its journal; the
+whole of every journal whose run has a folder, an MLflow run or a registered version; and, in a bucket, every published
+run with its files. The age limit is also the time of grace for what is being written.
+
+A run folder on another machine is not seen from here: what only that one refers to goes from a bucket once it was not
+used for the age limit, and is computed again by whoever needs it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +23,19 @@ from typing import Any
 
 from coalora.files import read_json
 from pipeline.inputs.loaders import SET
+from pipeline.s3.client import S3Object
 from pipeline.stages.checkpoints import checkpoints_folder
-from pipeline.store.artifacts import artifact_folder, files_below
-from pipeline.store.journal import Journal, Used, journals
+from pipeline.store.artifacts import Manifest, artifact_folder, files_below
 from pipeline.store.locks import FileLock
-from pipeline.store.references import References, set_md5
+from pipeline.store.publish import published_names, read_run
+from pipeline.store.roots import Journal, Roots, Used, set_md5
+from pipeline.store.shared import ARTIFACTS, LOCKS, OBJECTS, RECORDS, SharedStore, object_name, parse_record
 from pipeline.store.store import Store
-from pipeline.store.workspace import sweep
 
 _RECORD = re.compile(r"[a-z0-9-]+-[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNUSED = "no run, version or DVC file refers to it"
+_NO_ARTIFACT = "of an artifact that goes or is gone"
 
 
 @dataclass(frozen=True)
@@ -37,77 +44,131 @@ class Garbage:
 
     Attributes:
         kind: what it is, for the table.
-        path: where.
+        place: path on this machine, or name below the bucket's prefix.
         nbytes: what it takes.
         age: seconds since it was made or used.
         why: why it may go.
+        etag: in a bucket; another one is another object.
     """
 
     kind: str
-    path: Path
+    place: Path | str
     nbytes: int
     age: float
     why: str
+    etag: str = ""
 
 
-def find_garbage(store: Store, references: References, results: Path, *, older_than: float) -> list[Garbage]:
-    """All that may go, records before the artifacts that they name.
+def find_garbage(store: Store, roots: Roots, results: Path, *, older_than: float) -> list[Garbage]:
+    """All that may go from this machine, records before the artifacts that they name.
 
     Args:
         results: folder of Prefect's result records.
         older_than: seconds; what is younger stays.
     """
-    used, dead = _journals(store, references, older_than)
-    used.digests |= references.digests
-    artifacts = list(_artifacts(store, used, references, older_than))
-    going = {item.path.name for item in artifacts}
+    used, dead = roots.used(store.root, older_than)
+    artifacts = list(_artifacts(store, used, roots, older_than))
+    going = {item.place.name for item in artifacts if isinstance(item.place, Path)}
     records = _records(results, store, used, going, older_than)
-    return [*_unfinished(store, older_than), *records, *artifacts, *_scratch(store, used, older_than), *dead]
+    journals = [_item("journal", journal.path, "its run is gone") for journal in dead]
+    return [*_unfinished(store, older_than), *records, *artifacts, *_checkpoints(used, older_than), *journals]
 
 
 def remove(store: Store, item: Garbage, *, older_than: float) -> bool:
-    """Remove one piece; False where it was used meanwhile, or is gone."""
+    """Remove one piece from this machine; False where it was used meanwhile, or is gone."""
+    path = Path(item.place)
     if item.kind == "artifact":
-        return store.remove(item.path, older_than)
+        return store.remove(path, older_than)
     if item.kind == "checkpoint":
-        lock = FileLock(store.root / "locks" / f"{item.path.name}.lock")
+        lock = FileLock(store.root / "locks" / f"{path.name}.lock")
         if not lock.try_acquire():
             return False
         try:
-            shutil.rmtree(item.path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         finally:
             lock.release()
-        return True
-    if item.kind == "unfinished":
-        shutil.rmtree(item.path, ignore_errors=True)
-        item.path.with_suffix(".lock").unlink(missing_ok=True)
-        return True
-    if item.kind == "journal" and Journal(item.path).is_used():
+    elif item.kind == "unfinished":
+        shutil.rmtree(path, ignore_errors=True)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+    elif item.kind == "journal" and Journal(path).is_used():
         return False
-    item.path.unlink(missing_ok=True)
+    else:
+        path.unlink(missing_ok=True)
     return True
 
 
-def _journals(store: Store, references: References, older_than: float) -> tuple[Used, list[Garbage]]:
-    """(what living journals list, the others)."""
-    used, dead = Used(), []
-    for journal in journals(store.root):
-        age = _age(journal.path)
-        if journal.is_used() or age < older_than or references.names(journal.identity):
-            used.add(journal.read())
-        else:
-            size = journal.path.stat().st_size
-            dead.append(Garbage("journal", journal.path, size, age, "its run is gone"))
-    return used, dead
+def find_shared_garbage(
+    shared: SharedStore, used: Used, roots: Roots, *, older_than: float, without: Collection[tuple[str, str]] = ()
+) -> list[Garbage]:
+    """All that may go from a bucket, in an order in which nothing that is left refers to what is gone.
+
+    Args:
+        used: what this machine's journals list.
+        older_than: seconds; what is younger stays.
+        without: runs (pipeline, run) whose manifests do not count: what would be left over without them.
+
+    Raises:
+        CoaloraError: the manifest of a run is damaged: what it refers to is not known, and nothing may go.
+    """
+    now = time.time()
+
+    def item(kind: str, found: S3Object, why: str) -> Garbage:
+        return Garbage(kind, found.name, found.size, now - found.modified, why, found.etag)
+
+    def old(found: S3Object) -> bool:
+        return now - found.modified >= older_than
+
+    location = shared.location
+    objects = list(location.list(OBJECTS))  # before the manifests: what a newer one names is newer, too
+    named = {
+        object_name(entry.sha256)
+        for run in published_names(shared)
+        if run not in without
+        for entry in read_run(shared, *run).files
+    }
+    artifacts = {_stem(found): found for found in location.list(ARTIFACTS)}
+    with ThreadPoolExecutor(location.settings.workers) as pool:
+        manifests = dict(zip(artifacts, pool.map(lambda f: _manifest(shared, f), artifacts.values()), strict=True))
+    garbage: list[Garbage] = []
+    for digest, found in artifacts.items():
+        manifest = manifests[digest]
+        wanted = digest in used.digests or _is_versioned(shared, manifest, roots)
+        if old(found) and (manifest is None or not wanted):
+            garbage.append(item("artifact", found, "unreadable" if manifest is None else _UNUSED))
+        elif manifest is not None:
+            named |= {object_name(entry.sha256) for entry in manifest.files}
+    there = artifacts.keys() - {_stem_of(str(g.place)) for g in garbage}
+    records = [found for found in location.list(RECORDS) if old(found) and _stem(found) not in used.keys]
+    for found in records:
+        content = location.get(found.name)
+        artifact = None if content is None else parse_record(content.content)
+        if artifact is None or artifact.digest not in there:
+            why = "unreadable" if artifact is None else _NO_ARTIFACT
+            garbage.insert(0, item("record", found, why))
+    garbage += [item("object", found, _UNUSED) for found in objects if found.name not in named and old(found)]
+    garbage += [item("lock", found, "of a run that ended") for found in location.list(LOCKS) if old(found)]
+    return garbage
 
 
-def _artifacts(store: Store, used: Used, references: References, older_than: float) -> Iterator[Garbage]:
+def remove_shared(
+    shared: SharedStore, found: Sequence[Garbage], used: Used, roots: Roots, *, older_than: float
+) -> list[Garbage]:
+    """Remove those of `found` that are still garbage, and unchanged; returns them."""
+    still = {(item.place, item.etag) for item in find_shared_garbage(shared, used, roots, older_than=older_than)}
+    gone = [item for item in found if (item.place, item.etag) in still]
+    if gone:
+        shared.location.delete([str(item.place) for item in gone])
+    return gone
+
+
+def _artifacts(store: Store, used: Used, roots: Roots, older_than: float) -> Iterator[Garbage]:
     for folder in sorted(store.folder.glob("??/*")):
         if not _DIGEST.fullmatch(folder.name) or folder.name in used.digests or _age(folder) < older_than:
             continue
-        if references.set_md5s and _set_md5(folder) in references.set_md5s:
-            continue
-        yield Garbage("artifact", folder, _size(folder), _age(folder), "no run, version or DVC file refers to it")
+        with suppress(OSError, ValueError):
+            if roots.set_md5s and set_md5(read_json(folder / SET)) in roots.set_md5s:
+                continue
+        yield _item("artifact", folder, _UNUSED)
 
 
 def _records(results: Path, store: Store, used: Used, going: set[str], older_than: float) -> Iterator[Garbage]:
@@ -117,28 +178,30 @@ def _records(results: Path, store: Store, used: Used, going: set[str], older_tha
             continue
         digest = _recorded_digest(file)
         if digest is None:
-            yield Garbage("record", file, file.stat().st_size, _age(file), "unreadable")
+            yield _item("record", file, "unreadable")
         elif digest in going or not (store.folder / artifact_folder(digest)).is_dir():
-            yield Garbage("record", file, file.stat().st_size, _age(file), "of an artifact that goes or is gone")
+            yield _item("record", file, _NO_ARTIFACT)
 
 
 def _unfinished(store: Store, older_than: float) -> Iterator[Garbage]:
-    scratch = store.folder / ".tmp"
-    for folder, size in sweep(scratch, older_than, remove=False):
-        yield Garbage("unfinished", folder, size, _age(folder), "of a process that ended")
-    for folder in sorted(scratch.glob("download-*")):
-        lock = FileLock(store.root / "locks" / f"{folder.name}.lock")
+    for folder in store.sweep(older_than, remove=False):
+        yield _item("unfinished", folder, "of a process that ended")
+    for folder, lock in store.downloads():
         if _age(folder) >= older_than and lock.try_acquire():
             lock.release()
-            yield Garbage("unfinished", folder, _size(folder), _age(folder), "a download that was given up")
+            yield _item("unfinished", folder, "a download that was given up")
 
 
-def _scratch(store: Store, used: Used, older_than: float) -> Iterator[Garbage]:
+def _checkpoints(used: Used, older_than: float) -> Iterator[Garbage]:
     """Checkpoints of stages that nobody came back to."""
     for folder in sorted(checkpoints_folder().glob("*")):
         newest = min((_age(file) for file in files_below(folder).values()), default=_age(folder))
         if newest >= older_than and folder.name not in used.keys:
             yield Garbage("checkpoint", folder, _size(folder), newest, "no run came back to it")
+
+
+def _item(kind: str, path: Path, why: str) -> Garbage:
+    return Garbage(kind, path, _size(path), _age(path), why)
 
 
 def _age(path: Path) -> float:
@@ -148,19 +211,12 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def _size(folder: Path) -> int:
+def _size(path: Path) -> int:
     total = 0
-    for file in files_below(folder).values():
+    for file in files_below(path).values() if path.is_dir() else [path]:
         with suppress(OSError):
             total += file.lstat().st_size
     return total
-
-
-def _set_md5(folder: Path) -> str | None:
-    with suppress(OSError, ValueError):
-        if (folder / SET).is_file():
-            return set_md5(read_json(folder / SET))
-    return None
 
 
 def _recorded_digest(file: Path) -> str | None:
@@ -180,3 +236,31 @@ def _found(value: Any) -> Iterator[str]:
             yield digest
         for inner in value.values():
             yield from _found(inner)
+
+
+def _stem(found: S3Object) -> str:
+    return _stem_of(found.name)
+
+
+def _stem_of(name: str) -> str:
+    """`<digest>` of `artifacts/<digest[:2]>/<digest>.json`, `<cache key>` of `records/<cache key>.json`."""
+    return name.rpartition("/")[2].removesuffix(".json")
+
+
+def _manifest(shared: SharedStore, found: S3Object) -> Manifest | None:
+    """The manifest in the bucket, without noting a use; None where it is not the artifact's."""
+    content = shared.location.get(found.name)
+    with suppress(ValueError):
+        manifest = Manifest.model_validate_json(content.content) if content is not None else None
+        if manifest is not None and manifest.digest == _stem(found):
+            return manifest
+    return None
+
+
+def _is_versioned(shared: SharedStore, manifest: Manifest | None, roots: Roots) -> bool:
+    """Whether DVC has the artifact's configuration set."""
+    for entry in manifest.files if manifest is not None and roots.set_md5s else ():
+        if entry.path == SET and (found := shared.location.get(object_name(entry.sha256))) is not None:
+            with suppress(ValueError):
+                return set_md5(json.loads(found.content)) in roots.set_md5s
+    return False

@@ -1,62 +1,81 @@
-"""Content-addressed store: an artifact is a folder of files, named by the digest of what is in them.
+"""Content-addressed store: an artifact is a folder of files, named by the digest of its content.
 
-`<home>/store/<digest[:2]>/<digest>/` holds the files and `manifest.json`, which is written last, before one
-atomic rename: a folder that has its final name is complete. Prefect keeps only the small `Artifact`
-reference, and a cache hit says nothing about the bytes: `Store.verify` hashes them again each time.
+`<home>/store/<digest[:2]>/<digest>/` holds the files and `manifest.json`, which is written last, before one atomic
+rename: a folder that has its final name is complete. Prefect keeps only the small `Artifact` reference, and a cache hit
+says nothing about the bytes: `Store.verify` hashes them again each time.
 
-With `COALORA_STORE` (`pipeline.store.shared`) the folder is a cache of a store that machines share: `path` downloads
-what is not here, `share` uploads what is new.
+With a shared store (`pipeline.store.shared`) the folder is a cache of it: `path` downloads what is not here, `share`
+uploads what is new.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
-from coalora.files import file_sha256, json_bytes, replace_file
-from pipeline.environment import STORE_VARIABLE, coalora_home
+from coalora.files import json_bytes, replace_file
+from pipeline.environment import READ_ONLY_VARIABLE, STORE_VARIABLE, coalora_home
 from pipeline.faults import disk_faults
-from pipeline.store.artifacts import MANIFEST, Artifact, FileEntry, Scalar, artifact_folder, content_digest, files_below
-from pipeline.store.locks import FileLock, wait_for
-from pipeline.store.materialize import MARKER, copy_out, damaged
-from pipeline.store.workspace import workspace
+from pipeline.store.artifacts import (
+    MANIFEST,
+    MARKER,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Scalar,
+    artifact_folder,
+    files_below,
+    first_problem,
+    manifest_of,
+)
+from pipeline.store.copies import fill
+from pipeline.store.locks import FileLock, Lock, LockChain, is_held, wait_for
 
 if TYPE_CHECKING:
     from pipeline.store.shared import SharedStore
 
-__all__ = ["MANIFEST", "MARKER", "Artifact", "FileEntry", "Scalar", "Store"]
+__all__ = ["MANIFEST", "MARKER", "Artifact", "FileEntry", "Scalar", "Store", "default_store"]
+
+STALE_SECONDS = 24 * 3600.0  # after which the workspace of a killed process is swept away
 
 
 class Store:
     """Artifacts below one home folder; safe for several processes at a time.
 
     Args:
-        root: home folder; `COALORA_HOME`, else `.coalora` under the working directory.
+        root: home folder; without it everything comes from the environment, as in `default_store`.
+        shared_url: `s3://bucket/prefix` of the shared store that this one is a cache of; none by default.
+        read_only: nothing is written to the shared store.
     """
 
-    def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root).expanduser().resolve() if root is not None else coalora_home()
+    def __init__(
+        self, root: str | Path | None = None, *, shared_url: str | None = None, read_only: bool = False
+    ) -> None:
+        if root is None:
+            root, shared_url, read_only = _from_environment()
+        self.root = Path(root).expanduser().resolve()
         self.folder = self.root / "store"
+        self.shared_url, self.read_only = shared_url, read_only
         self._scratch = self.folder / ".tmp"
 
     @property
     def shared(self) -> SharedStore | None:
-        """The store that this one is a cache of, where `COALORA_STORE` names one."""
-        if not os.environ.get(STORE_VARIABLE):
+        """The store that this one is a cache of, where there is one."""
+        if self.shared_url is None:
             return None  # without the import of boto3
-        from pipeline.store.shared import shared_store
+        from pipeline.store.shared import open_shared
 
-        return shared_store()
+        return open_shared(self.shared_url, read_only=self.read_only)
 
     def place(self, artifact: Artifact) -> Path:
         """Folder of the artifact's files, whether or not it is there."""
@@ -75,56 +94,55 @@ class Store:
             self._fetch(artifact, shared)
         return folder
 
+    def lock(self, cache_key: str) -> Lock:
+        """The lock of a key, on this machine and among those that write to the shared store."""
+        here = FileLock(self.root / "locks" / f"{cache_key}.lock")
+        shared = self.shared
+        return here if shared is None or shared.read_only else LockChain(here, shared.lease(cache_key))
+
     def put(self, kind: str, build: Callable[[Path], Mapping[str, Scalar] | None]) -> Artifact:
         """Keep what `build` writes into the empty folder it is given; its return value becomes `meta`.
 
         The same content is kept once; a damaged copy of it is replaced. An exception leaves nothing behind.
 
         Raises:
-            CoaloraError: no file was written, one is no regular file or has the manifest's name, or
+            CoaloraError: no file was written, one is no regular file or has a name that a manifest cannot hold, or
                 `meta` holds something else than finite JSON scalars.
         """
-        with workspace(self.root, self._scratch) as work:
+        with self._workspace() as work:
             meta = build(work)
-            files = files_below(work)
-            if not files or MANIFEST in files:
-                raise CoaloraError(f"an artifact holds at least one file, and none named {MANIFEST}", got=sorted(files))
-            for name, file in files.items():
-                if file.is_symlink() or not file.is_file():
-                    raise CoaloraError("an artifact holds regular files only", got=name, remedy="copy it")
-            entries = [FileEntry(n, f.stat().st_size, file_sha256(f)) for n, f in sorted(files.items())]
+            manifest = manifest_of(files_below(work).items(), f"artifact {kind!r}")
+            if not manifest.files:
+                raise CoaloraError(f"Artifact {kind!r} was made without a file", remedy="Write at least one")
             try:
-                artifact = Artifact(
-                    kind=kind,
-                    digest=content_digest(entries),
-                    nbytes=sum(entry.size for entry in entries),
-                    meta=dict(meta or {}),
-                )
+                artifact = Artifact(kind=kind, digest=manifest.digest, nbytes=manifest.nbytes, meta=dict(meta or {}))
             except ValidationError as error:
-                raise CoaloraError(f"meta of artifact {kind!r} holds finite JSON scalars", got=str(error)) from error
-            self._finish(work, artifact, entries)
+                raise CoaloraError(
+                    f"The facts of artifact {kind!r} are no finite JSON scalars: {first_problem(error)}"
+                ) from error
+            self._finish(work, artifact, manifest)
         return artifact
 
-    def entries(self, artifact: Artifact) -> list[FileEntry]:
-        """The artifact's files in order, as its manifest lists them.
+    def manifest(self, artifact: Artifact) -> Manifest:
+        """The artifact's files.
 
         Raises:
             CoaloraError: the artifact is not in the store, or its manifest is damaged.
         """
-        entries, problem = self._manifest(artifact)
-        if problem:
-            raise damaged(artifact, [problem])
-        return entries
+        manifest, problem = self._read_manifest(artifact)
+        if manifest is None:
+            raise _damaged(artifact, problem)
+        return manifest
 
     def verify(self, artifact: Artifact) -> list[str]:
         """Problems of the stored files: missing, altered or extra ones; empty = whole. Hashes every byte."""
-        entries, problem = self._manifest(artifact)
-        if problem:
+        manifest, problem = self._read_manifest(artifact)
+        if manifest is None:
             return [problem]
         found = files_below(self.place(artifact))
         found.pop(MANIFEST, None)
         problems: list[str] = []
-        for entry in entries:
+        for entry in manifest.files:
             file = found.pop(entry.path, None)
             if file is None:
                 problems.append(f"{entry.path}: missing")
@@ -151,47 +169,9 @@ class Store:
     def share(self, artifact: Artifact) -> int:
         """Upload the artifact where there is a shared store that lacks it; returns the bytes that were sent."""
         shared = self.shared
-        if shared is None or shared.manifest(artifact) is not None:
+        if shared is None or shared.read_only or shared.manifest(artifact) is not None:
             return 0
-        return shared.push(artifact, self.place(artifact), self.entries(artifact))
-
-    def remove(self, folder: Path, older_than: float) -> bool:
-        """Remove an artifact's folder unless it was made or used in the last `older_than` seconds; whether it went."""
-        with workspace(self.root, self._scratch) as work:
-            with self._committing():
-                try:
-                    if time.time() - folder.stat().st_mtime < older_than:
-                        return False
-                    folder.rename(work / "removed")
-                except FileNotFoundError:
-                    return False
-            return True
-
-    def _touch(self, artifact: Artifact) -> None:
-        # Under the lock of `remove`: what is touched first stays, what is removed first is missing.
-        with suppress(OSError), (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            os.utime(self.place(artifact))
-
-    def _fetch(self, artifact: Artifact, shared: SharedStore) -> None:
-        lock = FileLock(self.root / "locks" / f"download-{artifact.digest}.lock")
-        wait_for(lock, lambda holder, seconds: None)  # one download for all processes of this machine
-        try:
-            if self.place(artifact).is_dir():
-                return
-            # Not a workspace: one that was broken off is taken up again. `flows.prune` removes forgotten ones.
-            work = self._scratch / f"download-{artifact.digest}"
-            with disk_faults(self.root):
-                work.mkdir(parents=True, exist_ok=True)
-                entries = shared.pull(artifact, work)
-                self._finish(work, artifact, entries)
-                shutil.rmtree(work, ignore_errors=True)  # where another process was faster
-        finally:
-            lock.release()
-
-    def _discard(self, artifact: Artifact) -> None:
-        with workspace(self.root, self._scratch) as work, self._committing(), suppress(FileNotFoundError):
-            self.place(artifact).rename(work / "damaged")
+        return shared.push(artifact, self.place(artifact), self.manifest(artifact))
 
     def materialize(self, artifact: Artifact, destination: str | Path, *, subset: Sequence[str] | None = None) -> Path:
         """Copy the files to a folder outside the store, which then holds exactly these files and a marker.
@@ -207,27 +187,96 @@ class Store:
                 our marker; a pattern matches nothing; the artifact is damaged.
         """
         source = self.path(artifact)
-        with disk_faults(Path(os.path.abspath(destination))):
-            return copy_out(source, self.folder, artifact, self.entries(artifact), Path(destination), subset)
+        target = Path(os.path.abspath(destination))
+        real = target.resolve()
+        if real == self.folder or self.folder in real.parents or real in self.folder.parents:
+            raise CoaloraError(
+                f"The destination {target} is a folder of the store {self.folder}", remedy="Name another one"
+            )
 
-    def _manifest(self, artifact: Artifact) -> tuple[list[FileEntry], str | None]:
-        """(entries, problem): exactly one of the two says something."""
+        def copy(missing: list[FileEntry]) -> None:
+            for entry in missing:
+                _copy(source / entry.path, target / entry.path, entry, artifact)
+
+        with disk_faults(target):
+            entries = self.manifest(artifact).matching(subset)
+            fill(target, entries, {"digest": artifact.digest}, copy)
+        return target
+
+    def remove(self, folder: Path, older_than: float) -> bool:
+        """Remove an artifact's folder unless it was made or used in the last `older_than` seconds; whether it went."""
+        with self._workspace() as work:
+            with self._committing():
+                try:
+                    if time.time() - folder.stat().st_mtime < older_than:
+                        return False
+                    folder.rename(work / "removed")
+                except FileNotFoundError:
+                    return False
+            return True
+
+    def sweep(self, older_than: float = STALE_SECONDS, *, remove: bool = True) -> list[Path]:
+        """Workspaces of killed processes: older than so many seconds, their lock held by nobody; removes them."""
+        found: list[Path] = []
+        for lock in self._scratch.glob("*.lock"):
+            with suppress(OSError):  # gone meanwhile
+                if time.time() - lock.stat().st_mtime < older_than or is_held(lock):
+                    continue
+                found += [f for f in (lock.with_suffix(""), lock.with_suffix(".damaged")) if f.exists()]
+                if remove:
+                    for folder in (lock.with_suffix(""), lock.with_suffix(".damaged")):
+                        shutil.rmtree(folder, ignore_errors=True)
+                    lock.unlink()
+        return found
+
+    def downloads(self) -> list[tuple[Path, FileLock]]:
+        """Folders of downloads that are under way or broken off, each with its lock."""
+        folders = sorted(self._scratch.glob("download-*"))
+        return [(folder, FileLock(self.root / "locks" / f"{folder.name}.lock")) for folder in folders]
+
+    def _touch(self, artifact: Artifact) -> None:
+        # Under the lock of `remove`: what is touched first stays, what is removed first is missing.
+        with suppress(OSError):
+            if self.place(artifact).is_dir():
+                with self._committing():
+                    os.utime(self.place(artifact))
+
+    def _fetch(self, artifact: Artifact, shared: SharedStore) -> None:
+        # Not a workspace: one that was broken off keeps its whole files. `prune` removes forgotten ones.
+        work = self._scratch / f"download-{artifact.digest}"
+        lock = FileLock(self.root / "locks" / f"{work.name}.lock")
+        wait_for(lock, lambda holder, seconds: None)  # one download for all processes of this machine
+        try:
+            if self.place(artifact).is_dir():
+                return
+            with disk_faults(self.root):
+                work.mkdir(parents=True, exist_ok=True)
+                self._finish(work, artifact, shared.pull(artifact, work))
+                shutil.rmtree(work, ignore_errors=True)  # where another process was faster
+        finally:
+            lock.release()
+
+    def _discard(self, artifact: Artifact) -> None:
+        with self._workspace() as work, self._committing(), suppress(FileNotFoundError):
+            self.place(artifact).rename(work / "damaged")
+
+    def _read_manifest(self, artifact: Artifact) -> tuple[Manifest | None, str]:
+        """(manifest, problem): exactly one of the two says something."""
         name = f"{artifact.kind} {artifact.digest[:12]}"
         try:
-            content = json.loads((self.place(artifact) / MANIFEST).read_text(encoding="utf-8"))
-            entries = [FileEntry(str(path), int(size), str(sha)) for path, size, sha in content["files"]]
+            manifest = Manifest.model_validate_json((self.place(artifact) / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            return [], f"{name}: not in the store {self.folder}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return [], f"{name}: {MANIFEST} is unreadable"
-        if content_digest(entries) != artifact.digest:
-            return [], f"{name}: {MANIFEST} is altered"
-        return entries, None
+            return None, f"{name}: not in the store {self.folder}"
+        except (OSError, ValidationError):
+            return None, f"{name}: {MANIFEST} is unreadable"
+        if manifest.digest != artifact.digest:
+            return None, f"{name}: {MANIFEST} is altered"
+        return manifest, ""
 
-    def _finish(self, work: Path, artifact: Artifact, entries: list[FileEntry]) -> None:
+    def _finish(self, work: Path, artifact: Artifact, manifest: Manifest) -> None:
         """Write the manifest of a workspace's files and give the folder its name."""
-        replace_file(work / MANIFEST, json_bytes({"digest": artifact.digest, "files": entries}))
-        for name in [MANIFEST, *(entry.path for entry in entries)]:
+        replace_file(work / MANIFEST, json_bytes(manifest.model_dump()))
+        for name in [MANIFEST, *(entry.path for entry in manifest.files)]:
             (work / name).chmod(0o444)
         final = self.place(artifact)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -243,8 +292,60 @@ class Store:
                 work.rename(final)
 
     @contextmanager
-    def _committing(self) -> Iterator[None]:
+    def _workspace(self) -> Iterator[Path]:
+        """An empty folder, locked while it is worked in and removed afterwards; those of killed processes go."""
+        with disk_faults(self.root):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            self.sweep()
+            work = self._scratch / uuid.uuid4().hex
+            lock = work.with_name(work.name + ".lock")
+            with filelock.FileLock(lock):
+                try:
+                    work.mkdir()
+                    yield work
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+
+    def _committing(self) -> filelock.BaseFileLock:
         """Makes "look, then replace" one step; the kernel frees the lock when its holder is killed."""
-        with (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return filelock.FileLock(self.folder / ".lock", poll_interval=0.005)
+
+
+def default_store() -> Store:
+    """The store that the environment names: COALORA_HOME, COALORA_STORE and COALORA_STORE_READ_ONLY.
+
+    Raises:
+        CoaloraError: COALORA_STORE_READ_ONLY is neither 0 nor 1.
+    """
+    root, shared_url, read_only = _from_environment()
+    return Store(root, shared_url=shared_url, read_only=read_only)
+
+
+def _from_environment() -> tuple[Path, str | None, bool]:
+    read_only = os.environ.get(READ_ONLY_VARIABLE) or "0"
+    if read_only not in ("0", "1"):
+        raise CoaloraError(f"{READ_ONLY_VARIABLE} is {read_only[:80]!r}", remedy="Set it to 1 or 0")
+    return coalora_home(), os.environ.get(STORE_VARIABLE) or None, read_only == "1"
+
+
+def _copy(source: Path, target: Path, entry: FileEntry, artifact: Artifact) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Never written in place: DVC may have linked the old file to its cache.
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        shutil.copyfile(source, part)
+        if problem := entry.problem(part):
+            raise _damaged(artifact, problem)
+        os.replace(part, target)
+    except FileNotFoundError as error:
+        raise _damaged(artifact, f"{entry.path}: missing") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _damaged(artifact: Artifact, problem: str) -> CoaloraError:
+    return CoaloraError(
+        f"{artifact.kind} {artifact.digest[:12]} in the store is damaged: {problem}",
+        remedy="Run the pipeline again: the stage that made it rebuilds it",
+    )

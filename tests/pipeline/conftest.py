@@ -1,13 +1,19 @@
-"""A repository of DVC's for the tests of versioned sets; runners of stages with a store and records of their own."""
+"""Repositories of DVC, buckets in S3, and runners of stages, with a store and records of their own."""
 
 from __future__ import annotations
 
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:  # boto3 and moto are imported by the tests that need them
+    from pipeline.s3.client import S3Location
+    from pipeline.settings.storage import StorageSettings
+    from tests.s3_server import FaultProxy
 
 
 @pytest.fixture
@@ -57,3 +63,49 @@ def execute(request: pytest.FixtureRequest) -> Callable[[Callable[[Any], Any]], 
         return directly
     request.getfixturevalue("prefect_server")
     return in_flow
+
+
+@pytest.fixture
+def proxy(s3: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """The S3 server's proxy without faults and memories; credentials of the test in the environment."""
+    from tests.s3_server import set_credentials, without_waits
+
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    set_credentials(monkeypatch.setenv)
+    without_waits(monkeypatch)
+    s3.clear()
+    return s3
+
+
+@pytest.fixture
+def bucket(proxy: FaultProxy) -> str:
+    """A bucket of the test's own."""
+    from tests.s3_server import create_bucket
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    create_bucket(proxy.url, name)
+    proxy.clear()
+    return name
+
+
+@pytest.fixture
+def settings(proxy: FaultProxy, bucket: str) -> StorageSettings:
+    from pipeline.settings.storage import StorageSettings
+
+    return StorageSettings(
+        endpoint_url=proxy.url,
+        bucket=bucket,
+        prefix="team/models",
+        attempts=3,
+        timeout_seconds=5,
+        part_mib=5,
+        workers=2,
+    )
+
+
+@pytest.fixture
+def place(settings: StorageSettings) -> S3Location:
+    from pipeline.s3.client import S3Location
+
+    return S3Location.of(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
@@ -12,9 +13,7 @@ import pytest
 
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256
-from pipeline.s3.address import S3Address
-from pipeline.s3.client import S3Location
-from pipeline.s3.download import part_path
+from pipeline.s3.client import Megabytes, S3Address, S3Location, Transfer
 from pipeline.s3.errors import StorageError, StorageRefused, StorageUnavailable
 from pipeline.settings.storage import StorageSettings
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy
@@ -32,35 +31,47 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def fetch(place: S3Location, source: Path, target: Path) -> bool:
-    return place.get_file("x/large", target, sha256=file_sha256(source), size=source.stat().st_size)
+def send(place: S3Location, path: Path, name: str = "x/large", sha256: str | None = None) -> None:
+    place.put_files([Transfer(path, name, path.stat().st_size, sha256 or file_sha256(path))], "uploading")
+
+
+def fetch(place: S3Location, source: Path, target: Path, name: str = "x/large") -> None:
+    place.get_files([Transfer(target, name, source.stat().st_size, file_sha256(source))], "downloading")
+
+
+def content(place: S3Location, name: str) -> bytes | None:
+    found = place.get(name)
+    return None if found is None else found.content
 
 
 def test_a_small_object_comes_back_with_its_digest(place: S3Location) -> None:
     etag = place.put_bytes("x/a.json", b"content")
     found = place.head("x/a.json")
     assert found is not None
-    assert (found.key, found.size, found.etag) == ("team/models/x/a.json", 7, etag)
+    assert (found.name, found.size, found.etag) == ("x/a.json", 7, etag)
     assert found.sha256 == "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"
-    assert place.get_bytes("x/a.json") == b"content"
+    read = place.get("x/a.json")
+    assert read is not None
+    assert (read.content, read.etag) == (b"content", etag)
+    assert 0 <= read.age < 60
     assert place.head("x/b.json") is None
-    assert place.get_bytes("x/b.json") is None
+    assert place.get("x/b.json") is None
 
 
 def test_listing_is_below_the_prefix_and_deleting_what_is_gone_is_no_error(place: S3Location) -> None:
     for name in ("x/1", "x/2", "y"):
         place.put_bytes(name, b"")
     S3Location(S3Address(place.address.bucket, "team/models-of-others"), place.settings).put_bytes("z", b"")
-    assert [place.name_of(o) for o in place.list()] == ["x/1", "x/2", "y"]
-    assert [place.below("x").name_of(o) for o in place.below("x").list()] == ["1", "2"]
+    assert [o.name for o in place.list()] == ["x/1", "x/2", "y"]
+    assert [o.name for o in place.list("x/")] == ["x/1", "x/2"]
     place.delete(["x/1", "never-there"])
-    assert [place.name_of(o) for o in place.list()] == ["x/2", "y"]
+    assert [o.name for o in place.list()] == ["x/2", "y"]
 
 
 def test_a_lock_is_given_once(place: S3Location) -> None:
     assert place.put_bytes("lock", b"holder 1", if_absent=True) is not None
     assert place.put_bytes("lock", b"holder 2", if_absent=True) is None
-    assert place.get_bytes("lock") == b"holder 1"
+    assert content(place, "lock") == b"holder 1"
 
 
 def test_a_lock_is_taken_over_by_one_of_two(place: S3Location) -> None:
@@ -68,7 +79,7 @@ def test_a_lock_is_taken_over_by_one_of_two(place: S3Location) -> None:
     assert place.put_bytes("lock", b"first", if_match=etag) is not None
     assert place.put_bytes("lock", b"second", if_match=etag) is None
     assert place.put_bytes("never-there", b"x", if_match=etag) is None
-    assert place.get_bytes("lock") == b"first"
+    assert content(place, "lock") == b"first"
 
 
 def test_a_lock_whose_answer_was_lost_is_still_its_callers(place: S3Location, proxy: FaultProxy) -> None:
@@ -81,23 +92,22 @@ def test_a_lock_whose_answer_was_lost_is_still_its_callers(place: S3Location, pr
 def test_a_large_file_travels_in_parts_and_comes_back(
     place: S3Location, proxy: FaultProxy, large: Path, tmp_path: Path
 ) -> None:
-    place.put_file(large, "x/large")
+    send(place, large)
     parts = [r for r in proxy.requests if "partNumber" in r]
     assert len(parts) == 3
     found = place.head("x/large")
     assert found is not None
     assert (found.size, found.sha256) == (11 * MIB, file_sha256(large))
     target = tmp_path / "new folder" / "got"
-    assert fetch(place, large, target)
+    fetch(place, large, target)
     assert target.read_bytes() == large.read_bytes()
-    assert not fetch(place, large, target)
     assert [p.name for p in target.parent.iterdir()] == ["got"]
 
 
 @pytest.mark.parametrize("kind", ["cut-request", "close", "busy", "lost-answer"])
 def test_a_part_that_fails_is_sent_again(place: S3Location, proxy: FaultProxy, large: Path, kind: str) -> None:
     fault = proxy.fail("partNumber=2", kind, times=2)
-    place.put_file(large, "x/large")
+    send(place, large)
     assert fault.met == 2
     assert len([r for r in proxy.requests if "partNumber" in r]) == 5
     found = place.head("x/large")
@@ -109,8 +119,8 @@ def test_a_part_that_is_altered_on_the_way_is_refused_and_nothing_appears(
     place: S3Location, proxy: FaultProxy, large: Path
 ) -> None:
     proxy.fail("partNumber=2", "flip", times=99)
-    with pytest.raises(StorageError, match="bytes arrive as they were sent"):
-        place.put_file(large, "x/large")
+    with pytest.raises(StorageError, match="altered on the way"):
+        send(place, large)
     assert place.head("x/large") is None
 
 
@@ -118,8 +128,8 @@ def test_an_upload_that_fails_for_good_leaves_no_object_and_no_parts(
     place: S3Location, proxy: FaultProxy, large: Path
 ) -> None:
     fault = proxy.fail("partNumber=3", "busy", times=99)
-    with pytest.raises(StorageUnavailable, match=r"within the attempts.*SlowDown.*run the same command again"):
-        place.put_file(large, "x/large")
+    with pytest.raises(StorageUnavailable, match=r"overloaded.*SlowDown.*Run the same command again"):
+        send(place, large)
     assert fault.met == 3  # settings.attempts, no more
     assert place.head("x/large") is None
     assert place.client.list_multipart_uploads(Bucket=place.address.bucket).get("Uploads", []) == []
@@ -128,88 +138,109 @@ def test_an_upload_that_fails_for_good_leaves_no_object_and_no_parts(
 def test_a_file_that_changes_while_it_is_sent_is_not_kept(place: S3Location, tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"new content")
-    with pytest.raises(CoaloraError, match="stays as it is"):
-        place.put_file(path, "a", sha256="0" * 64)
+    with pytest.raises(CoaloraError, match="was changed while it was uploaded"):
+        send(place, path, "a", "0" * 64)
     assert place.head("a") is None
 
 
-def test_a_download_that_is_cut_in_mid_body_goes_on_from_there(
+def test_a_download_that_is_cut_in_mid_body_is_asked_for_again(
     place: S3Location, proxy: FaultProxy, large: Path, tmp_path: Path
 ) -> None:
-    place.put_file(large, "x/large")
-    proxy.clear()
-    # Each cut brings half of what is left: more cuts than attempts, since each made progress.
-    fault = proxy.fail("GET .*large", "cut-answer", times=5)
-    assert fetch(place, large, tmp_path / "got")
-    assert fault.met == 5
+    send(place, large)
+    fault = proxy.fail("GET .*large", "cut-answer", times=2)
+    fetch(place, large, tmp_path / "got")
+    assert fault.met == 2
     assert (tmp_path / "got").read_bytes() == large.read_bytes()
 
 
-def test_a_download_that_was_killed_fetches_the_rest_only(
+def test_bytes_that_are_altered_on_the_way_down_are_fetched_once_more(
     place: S3Location, proxy: FaultProxy, large: Path, tmp_path: Path
 ) -> None:
-    place.put_file(large, "x/large")
-    target = tmp_path / "got"
-    part_path(target, file_sha256(large)).write_bytes(large.read_bytes()[: 7 * MIB])
-    seen: list[str] = []
-    place.client.meta.events.register(
-        "before-send.s3.GetObject", lambda request, **_: seen.append(request.headers.get("Range", b"").decode())
-    )
-    assert fetch(place, large, target)
-    assert seen == [f"bytes={7 * MIB}-"]
-    assert target.read_bytes() == large.read_bytes()
+    send(place, large)
+    fault = proxy.fail("GET .*large", "flip-answer")
+    fetch(place, large, tmp_path / "got")
+    assert fault.met == 1
+    assert (tmp_path / "got").read_bytes() == large.read_bytes()
 
 
-def test_a_damaged_part_is_fetched_anew(place: S3Location, large: Path, tmp_path: Path) -> None:
-    place.put_file(large, "x/large")
-    target = tmp_path / "got"
-    for damage in (bytes(4 * MIB), bytes(12 * MIB), large.read_bytes()[:-1] + b"?"):
-        part_path(target, file_sha256(large)).write_bytes(damage)
-        target.unlink(missing_ok=True)
-        assert fetch(place, large, target)
-        assert target.read_bytes() == large.read_bytes()
-
-
-def test_a_damaged_object_gets_no_name(place: S3Location, large: Path, tmp_path: Path) -> None:
-    for content in (b"short", bytes(11 * MIB)):
+def test_a_damaged_object_gets_no_name_and_a_longer_one_is_not_read_to_its_end(
+    place: S3Location, proxy: FaultProxy, large: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "source" / "small"
+    small.parent.mkdir()
+    small.write_bytes(b"small")
+    for source, content in ((large, b"short"), (large, bytes(11 * MIB)), (small, bytes(9 * MIB))):
         place.put_bytes("x/large", content)
-        with pytest.raises(StorageError, match=r"what its manifest says.*publish it again"):
-            fetch(place, large, tmp_path / "got")
-        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(StorageError, match=r"not what its manifest says.*Publish it again"):
+            fetch(place, source, tmp_path / "got")
+        assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_download_that_fails_for_good_keeps_what_it_has(
+def test_files_that_are_whole_are_kept_when_another_fails(
     place: S3Location, proxy: FaultProxy, large: Path, tmp_path: Path
 ) -> None:
-    place.put_file(large, "x/large")
+    send(place, large)
+    empty = tmp_path / "source"
+    empty.touch()
+    send(place, empty, "x/empty")
     proxy.fail("GET .*large", "cut-answer")
     proxy.fail("GET .*large", "close", times=99)
-    with pytest.raises(StorageUnavailable, match="must be reachable"):
-        fetch(place, large, tmp_path / "got")
-    (part,) = tmp_path.iterdir()
-    assert part == part_path(tmp_path / "got", file_sha256(large))
-    assert part.stat().st_size >= 5 * MIB
+    files = [
+        Transfer(tmp_path / "out" / "a", "x/empty", 0, file_sha256(empty)),
+        Transfer(tmp_path / "out" / "b", "x/large", 11 * MIB, file_sha256(large)),
+    ]
+    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+        place.get_files(files, "downloading")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
-def test_a_full_disk_is_named(place: S3Location, large: Path, tmp_path: Path) -> None:
-    place.put_file(large, "x/large")
-    part_path(tmp_path / "got", file_sha256(large)).symlink_to("/dev/full")
-    with pytest.raises(CoaloraError, match=r"room on the disk.*No space left"):
+def test_a_full_disk_is_named(place: S3Location, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(place, large)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("s3transfer.utils.DeferredOpenFile.write", full)
+    with pytest.raises(CoaloraError, match=r"disk is full.*No space left"):
         fetch(place, large, tmp_path / "got")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_is_too_large_is_not_read(place: S3Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.put_bytes("a", b"12345")
+    monkeypatch.setattr("pipeline.s3.client._SMALL", 4)
+    with pytest.raises(StorageError, match="too many to be read"):
+        place.get("a")
+
+
+def test_a_lifecycle_rule_frees_killed_uploads_beside_the_rules_that_are_there(place: S3Location) -> None:
+    others = {"ID": "theirs", "Status": "Enabled", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 9}}
+    place.client.put_bucket_lifecycle_configuration(
+        Bucket=place.address.bucket, LifecycleConfiguration={"Rules": [others]}
+    )
+    assert "7 days after their start" in place.expire_uploads()
+    assert "already" in place.expire_uploads()
+    rules = place.client.get_bucket_lifecycle_configuration(Bucket=place.address.bucket)["Rules"]
+    assert {rule["ID"] for rule in rules} >= {"theirs"}
+    assert [r["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] for r in rules if r["ID"] != "theirs"] == [7]
+
+
+def test_whoever_may_set_no_rule_is_told_what_to_ask_for(place: S3Location, proxy: FaultProxy) -> None:
+    proxy.fail(r"GET .*\?lifecycle", "forbidden", times=9, code="AccessDenied")
+    assert "administrator to add" in place.expire_uploads()
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
 def test_wrong_credentials_are_said_at_once(place: S3Location, proxy: FaultProxy, code: str) -> None:
     fault = proxy.fail(".", "forbidden", times=99, code=code)
-    with pytest.raises(StorageRefused, match=f"know the credentials.*{code}.*AWS_PROFILE"):
+    with pytest.raises(StorageRefused, match=f"does not know the credentials.*{code}.*AWS_PROFILE"):
         place.check()
     assert fault.met == 1
 
 
 def test_credentials_that_allow_too_little_are_told_from_wrong_ones(place: S3Location, proxy: FaultProxy) -> None:
     proxy.fail("PUT", "forbidden", times=99, code="AccessDenied")
-    with pytest.raises(StorageRefused, match=r"must allow.*s3:PutObject"):
+    with pytest.raises(StorageRefused, match=r"do not allow.*s3:PutObject"):
         place.put_bytes("a", b"")
 
 
@@ -219,14 +250,14 @@ def test_a_missing_bucket_is_named_by_every_method(settings: StorageSettings, tm
     for call in (
         gone.check,
         lambda: gone.head("a"),
-        lambda: gone.get_bytes("a"),
+        lambda: gone.get("a"),
         lambda: gone.put_bytes("a", b"", if_absent=True),
-        lambda: gone.put_file(tmp_path / "a", "a"),
+        lambda: send(gone, tmp_path / "a", "a"),
         lambda: list(gone.list()),
         lambda: gone.delete(["a"]),
-        lambda: gone.get_file("a", tmp_path / "b", sha256="0" * 64, size=1),
+        lambda: fetch(gone, tmp_path / "a", tmp_path / "b", "a"),
     ):
-        with pytest.raises(StorageError, match=r"bucket must exist.*no-such-bucket.*storage\.bucket"):
+        with pytest.raises(StorageError, match=r"bucket does not exist.*no-such-bucket.*storage\.bucket"):
             call()
 
 
@@ -235,7 +266,7 @@ def test_a_server_that_is_not_there_is_named(settings: StorageSettings) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     place = S3Location.of(settings.model_copy(update={"endpoint_url": url}))
-    with pytest.raises(StorageUnavailable, match=f"reachable.*{url}.*storage.endpoint_url"):
+    with pytest.raises(StorageUnavailable, match=f"cannot be reached.*{url}.*storage.endpoint_url"):
         place.check()
 
 
@@ -244,7 +275,7 @@ def test_no_credentials_and_no_profile_are_told_apart(
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
-    with pytest.raises(StorageRefused, match=r"needs credentials.*locate credentials.*never write them"):
+    with pytest.raises(StorageRefused, match=r"No credentials.*locate credentials.*never write them"):
         S3Location.of(settings).check()
     with pytest.raises(StorageRefused, match="profile \\(nobody\\) could not be found"):
         S3Location.of(settings.model_copy(update={"profile": "nobody"}))
@@ -274,7 +305,7 @@ def test_no_error_and_no_log_line_holds_a_credential(
     with caplog.at_level(logging.DEBUG):
         place = S3Location.of(settings)  # even where all of the process is logged at level DEBUG
         proxy.fail("partNumber=1", "busy")
-        place.put_file(large, "x/large")
+        send(place, large)
         proxy.fail(".", "forbidden", times=9, code="SignatureDoesNotMatch")
         with pytest.raises(StorageRefused) as caught:
             place.check()
@@ -287,7 +318,7 @@ def test_no_error_and_no_log_line_holds_a_credential(
     "text", ["demo", "http://bucket/a", "s3://", "s3:///a", "s3://Big", "s3://b", "s3://ok//a", "s3://ok/a/../b"]
 )
 def test_an_address_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(CoaloraError, match="s3://BUCKET/PREFIX"):
+    with pytest.raises(CoaloraError, match="no address in S3"):
         S3Address.parse(text)
 
 
@@ -296,3 +327,15 @@ def test_an_address_is_read_and_written() -> None:
     assert (address.bucket, address.prefix, str(address)) == ("models", "team/coalora", "s3://models/team/coalora")
     assert (address.key("a/b"), address.below("a/").prefix) == ("team/coalora/a/b", "team/coalora/a")
     assert S3Address.parse("s3://models").key("a") == "a"
+
+
+def test_the_last_line_of_progress_comes_once_and_counts_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "coalora")
+    progress = Megabytes("publishing", 2_400_000 + 20 * 1000)
+    progress.add(2_400_000, "large")
+    for index in range(20):
+        progress.add(1000, f"small-{index}")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0] == "publishing (MB): 2/3, file large"
+    assert lines[1].startswith("publishing (MB): 3/3, file small-19")

@@ -1,15 +1,12 @@
-"""A stage that leaves traces, run by processes of their own, and an S3 server: two folders are two machines."""
+"""A stage that leaves traces, run by processes of their own: two folders are two machines."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -94,31 +91,3 @@ def until(process: subprocess.Popen[str], words: str) -> str:
         if words in line:
             return "".join(lines)
     raise AssertionError(f"{words!r} never came:\n{''.join(lines)}")
-
-
-@contextmanager
-def s3_server(bucket: str = "shared-store") -> Iterator[dict[str, str]]:
-    """A local S3 server with a bucket; yields the variables that lead to it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-    try:
-        client: Any = boto3.client(
-            "s3", endpoint_url=variables["AWS_ENDPOINT_URL"], region_name="us-east-1",
-            aws_access_key_id="test", aws_secret_access_key="test",
-        )  # fmt: skip
-        client.create_bucket(Bucket=bucket)
-        yield variables
-    finally:
-        server.stop()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.errors import CoaloraError
-from pipeline.s3.client import S3Location
 from pipeline.s3.errors import StorageError
 from pipeline.stages.runner import DirectRunner, stage
-from pipeline.store.lease import Lease, read_lease
-from pipeline.store.shared import SharedStore, file_name, record_name, shared_store
-from pipeline.store.store import Artifact, Store
-from tests.pipeline.store.stores import Traced, s3_server, until
+from pipeline.store.lease import Lease
+from pipeline.store.shared import SharedStore, manifest_name, object_name, record_name
+from pipeline.store.store import Artifact, Store, default_store
+from tests.pipeline.store.stores import Traced, until
+from tests.s3_server import FaultProxy, set_credentials
 
 pytestmark = pytest.mark.servers
 
@@ -52,19 +53,20 @@ def of_this_machine(*, n: int) -> Artifact:
     return Store().put("base", lambda folder: (folder / "a").write_text(str(n)) and {"path": "/on/this/machine"})
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as variables:
-        yield variables
+@pytest.fixture
+def server(proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Variables that lead to an empty shared store, in this process as well."""
+    variables = {"AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1", "COALORA_STORE": f"s3://{bucket}/a"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    set_credentials(variables.__setitem__)
+    return variables
 
 
 @pytest.fixture
-def shared(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SharedStore:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("COALORA_STORE", f"s3://shared-store/{tmp_path.name}")
+def shared(server: dict[str, str]) -> SharedStore:
     CALLS.clear()
-    found = shared_store()
+    found = Store().shared
     assert found is not None
     return found
 
@@ -89,8 +91,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     return Machine
 
 
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def names(shared: SharedStore) -> list[str]:
-    return [shared.location.name_of(found) for found in shared.location.list()]
+    return [found.name for found in shared.location.list()]
 
 
 def ran(runner: DirectRunner) -> list[tuple[str, bool]]:
@@ -105,8 +111,8 @@ def test_a_fresh_machine_finds_what_another_finished_and_downloads_only_what_it_
         made = first.run(text, n=5)
         length = first.run(reader, table=made)
     assert set(names(shared)) == {
-        *(file_name(made.digest, name) for name in ("sub/a.txt", "b.txt", "manifest.json")),
-        *(file_name(length.digest, name) for name in ("n.txt", "manifest.json")),
+        *(manifest_name(artifact.digest) for artifact in (made, length)),
+        *(object_name(sha(content)) for content in ("nnnnn", "b", "5")),
         *(record_name(record.key) for record in first.history),
     }  # and no lease is left
     with machine("b") as home:
@@ -175,9 +181,9 @@ def test_a_damaged_copy_here_is_replaced_by_the_shared_one(shared: SharedStore, 
 def test_a_damaged_shared_file_is_noticed_and_never_kept(shared: SharedStore, machine: type) -> None:
     with machine("a"):
         made = DirectRunner().run(text, n=2)
-    shared.location.put_bytes(file_name(made.digest, "b.txt"), b"B")
+    shared.location.put_bytes(object_name(sha("b")), b"B")
     with machine("b") as home:
-        with pytest.raises(StorageError, match="an object is what its manifest says"):
+        with pytest.raises(StorageError, match="not what its manifest says"):
             Store().path(made)
         assert not list(home.glob("store/??/*"))
 
@@ -185,10 +191,10 @@ def test_a_damaged_shared_file_is_noticed_and_never_kept(shared: SharedStore, ma
 def test_a_shared_artifact_that_lost_a_file_is_made_anew_by_the_next_run(shared: SharedStore, machine: type) -> None:
     with machine("a"):
         made = DirectRunner().run(text, n=2)
-    shared.location.delete([file_name(made.digest, "b.txt")])  # as a bucket's lifecycle rule does
+    shared.location.delete([object_name(sha("b"))])  # as a bucket's lifecycle rule does
     with machine("b"):
         runner = DirectRunner()
-        with pytest.raises(StorageError, match="object must exist"):
+        with pytest.raises(StorageError, match="object does not exist"):
             runner.run(reader, table=runner.run(text, n=2))
         again = DirectRunner()
         again.run(reader, table=again.run(text, n=2))
@@ -206,29 +212,104 @@ def test_a_truncated_shared_record_is_no_record(shared: SharedStore, machine: ty
         again = DirectRunner()
         again.run(text, n=2)
         assert ran(again) == [("shared-text", False)]
-        assert json.loads(shared.location.get_bytes(record_name(again.history[0].key)) or b"")["artifact"]
+        assert shared.record(again.history[0].key) is not None
 
 
 def test_an_upload_that_broke_off_is_no_result_and_is_made_whole(
-    shared: SharedStore, machine: type, monkeypatch: pytest.MonkeyPatch
+    shared: SharedStore, machine: type, proxy: FaultProxy
 ) -> None:
-    original = S3Location.put_file
-
-    def put_file(self: S3Location, path: Path, name: str, **options: str) -> None:
-        if path.name == "a.txt":
-            raise StorageError("S3 must answer", got="cut")
-        original(self, path, name, **options)
-
     with machine("a"):
-        with monkeypatch.context() as cut:
-            cut.setattr(S3Location, "put_file", put_file)
-            with pytest.raises(StorageError):
-                DirectRunner().run(text, n=6)
-        assert not [name for name in names(shared) if name.startswith(("records/", "locks/"))]
+        proxy.fail(f"PUT .*{sha('n' * 6)}", "forbidden", times=9, code="AccessDenied")
+        with pytest.raises(StorageError):
+            DirectRunner().run(text, n=6)
+        proxy.clear()
+        assert not [name for name in names(shared) if name.startswith(("records/", "artifacts/", "locks/"))]
         DirectRunner().run(text, n=6)  # nothing was lost: it goes up now
     with machine("b"):
         DirectRunner().run(text, n=6)
     assert CALLS == ["text"]
+
+
+def test_a_file_that_artifacts_have_in_common_is_sent_once(
+    shared: SharedStore, machine: type, proxy: FaultProxy
+) -> None:
+    with machine("a"):
+        DirectRunner().run(text, n=6)
+        proxy.clear()
+        DirectRunner().run(text, n=7)
+    assert len([put for put in proxy.puts() if "/objects/" in put]) == 1  # `b.txt` is there
+
+
+def test_a_read_only_store_is_read_and_never_written(
+    shared: SharedStore, machine: type, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=6)
+    monkeypatch.setenv("COALORA_STORE_READ_ONLY", "1")
+    with machine("b"):
+        proxy.clear()
+        runner = DirectRunner()
+        runner.run(reader, table=runner.run(text, n=6))
+        assert ran(runner) == [("shared-text", True), ("shared-reader", False)]
+        assert Store().verify(made) == []
+        assert proxy.puts() == []
+    assert CALLS == ["text", "reader"]
+    monkeypatch.setenv("COALORA_STORE_READ_ONLY", "yes")
+    with pytest.raises(CoaloraError, match="COALORA_STORE_READ_ONLY is 'yes'"):
+        default_store()
+
+
+def test_use_is_noted_in_the_bucket_once_a_day(
+    shared: SharedStore, machine: type, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine("a"):
+        DirectRunner().run(text, n=6)
+        proxy.clear()
+        DirectRunner().run(text, n=6)
+        assert not [put for put in proxy.puts() if "/artifacts/" in put]
+        monkeypatch.setattr("pipeline.store.shared.USED_SECONDS", -1.0)
+        DirectRunner().run(text, n=6)
+        assert len([put for put in proxy.puts() if "/artifacts/" in put]) == 1
+
+
+HOSTILE = {
+    "above": [["../evil", 1, "0" * 64]],
+    "absolute": [["/tmp/evil", 1, "0" * 64]],
+    "inside out": [["a/../../evil", 1, "0" * 64]],
+    "twice": [["a", 1, "0" * 64], ["a", 2, "1" * 64]],
+    "a folder": [["a", 1, "0" * 64], ["a/b", 1, "0" * 64]],
+    "negative": [["a", -1, "0" * 64]],
+    "digest": [["a", 1, "../" * 21 + "0"]],
+    "marker": [[".coalora-artifact", 1, "0" * 64]],
+    "manifest": [["manifest.json", 1, "0" * 64]],
+}
+
+
+@pytest.mark.parametrize("files", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_manifest_with_the_right_digest_writes_nothing(
+    shared: SharedStore, machine: type, tmp_path: Path, files: list[list[Any]]
+) -> None:
+    digest = sha(json.dumps(sorted(files), separators=(",", ":")))
+    rows = [dict(zip(("path", "size", "sha256"), row, strict=True)) for row in files]
+    shared.location.put_json(manifest_name(digest), {"files": rows})
+    for row in rows:
+        shared.location.put_bytes(f"objects/{row['sha256'][:2]}/{row['sha256']}".replace("/../", "/"), b"x")
+    with machine("b") as home:
+        with pytest.raises(CoaloraError, match="neither on this machine nor in"):
+            Store().path(Artifact(kind="text", digest=digest, nbytes=1))
+        assert not list(home.glob("store/??/*"))
+    assert not [p for p in tmp_path.rglob("*") if "evil" in p.name]
+    assert not Path("/tmp/evil").exists()
+
+
+def test_an_object_that_is_larger_than_stated_is_not_kept(shared: SharedStore, machine: type) -> None:
+    with machine("a"):
+        made = DirectRunner().run(text, n=2)
+    shared.location.put_bytes(object_name(sha("b")), b"b" * 10_000_000)
+    with machine("b") as home:
+        with pytest.raises(StorageError, match="not what its manifest says"):
+            Store().path(made)
+        assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file() and p.suffix != ".lock") < 1_000_000
 
 
 def test_a_download_that_was_killed_leaves_nothing_that_looks_whole(shared: SharedStore, machine: type) -> None:
@@ -245,7 +326,7 @@ def test_a_download_that_was_killed_leaves_nothing_that_looks_whole(shared: Shar
 @pytest.mark.parametrize("url", ["bucket/prefix", "https://bucket", "s3://", "s3://user:secret@bucket/prefix"])
 def test_an_address_that_is_none_is_said_without_secrets(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COALORA_STORE", url)
-    with pytest.raises(CoaloraError, match=r"COALORA_STORE.*s3://bucket/prefix") as caught:
+    with pytest.raises(CoaloraError, match=r"COALORA_STORE.*s3://BUCKET/PREFIX") as caught:
         Store().path(Artifact(kind="a", digest="0" * 64, nbytes=0))
     assert "secret" not in str(caught.value)
 
@@ -294,8 +375,11 @@ def test_an_expired_lease_is_taken_over_by_one_of_many_and_its_old_holder_does_n
     for thread in threads:
         thread.join(30)
     assert len(got) == 1
+    got[0]._stop.set()  # no renewal between the two looks below
+    assert got[0]._thread is not None
+    got[0]._thread.join(30)
     dead.release()
-    seen = read_lease(shared.location, "locks/a.json")
+    seen = shared.location.get("locks/a.json")
     assert seen is not None
     assert seen.etag == got[0]._etag
     got[0].release()
@@ -304,8 +388,7 @@ def test_an_expired_lease_is_taken_over_by_one_of_many_and_its_old_holder_does_n
 def test_machines_wait_for_each_other_and_inherit_from_the_killed(
     server: dict[str, str], shared: SharedStore, tmp_path: Path
 ) -> None:
-    place = {"COALORA_STORE": f"s3://shared-store/{tmp_path.name}", "TTL": "3"}
-    traced = Traced.at(tmp_path / "traced", **server, **place)
+    traced = Traced.at(tmp_path / "traced", **server, TTL="3")
     killed, heir, third = (traced.prepare(name, home=name) for name in ("killed", "heir", "third"))
     traced.let("killed")
     until(killed, "begun")

@@ -148,7 +148,7 @@ def test_an_exception_in_build_leaves_nothing(store: Store) -> None:
         (folder / "half.bin").write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CoaloraError, match=r"disk.*has room.*full.*flows\.prune"):
+    with pytest.raises(CoaloraError, match=r"disk.*full"):
         store.put("table", build)
     assert [p for p in store.folder.rglob("*") if p.is_file() and p.name != ".lock"] == []
 
@@ -178,9 +178,9 @@ def _returns_an_object(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (_writes_nothing, "at least one file"),
-        (_writes_a_link, "regular files only"),
-        (_writes_a_manifest, f"none named {MANIFEST}"),
+        (_writes_nothing, "made without a file"),
+        (_writes_a_link, "is a link"),
+        (_writes_a_manifest, "manifest's own name"),
         (_returns_nan, "finite JSON scalars"),
         (_returns_an_object, "finite JSON scalars"),
     ],
@@ -290,7 +290,7 @@ def test_materialize_takes_up_a_copy_that_was_killed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.store.materialize._copy", killed)
+        patched.setattr("pipeline.store.store._copy", killed)
         with pytest.raises(KeyboardInterrupt):
             store.materialize(artifact, tmp_path / "out")
     (tmp_path / "out" / "a.txt").write_text("al")
@@ -311,7 +311,7 @@ def test_materialize_of_a_subset(store: Store, artifact: Artifact, tmp_path: Pat
     out = store.materialize(artifact, tmp_path / "out", subset=["sub/*"])
     assert contents(out) == {"sub/b.txt": "beta"}
     assert contents(store.materialize(artifact, out)) == {"a.txt": "alpha", "sub/b.txt": "beta"}
-    with pytest.raises(CoaloraError, match=r"got: nothing\*"):
+    with pytest.raises(CoaloraError, match=r"nothing\*.*fits no file"):
         store.materialize(artifact, out, subset=["nothing*"])
 
 
@@ -319,13 +319,13 @@ def test_materialize_refuses_what_is_not_ours(store: Store, artifact: Artifact, 
     users = tmp_path / "users"
     users.mkdir()
     (users / "thesis.txt").write_text("precious")
-    with pytest.raises(CoaloraError, match="only an empty folder"):
+    with pytest.raises(CoaloraError, match="holds 1 files that are not ours"):
         store.materialize(artifact, users)
     assert contents(users) == {"thesis.txt": "precious"}
-    with pytest.raises(CoaloraError, match="is a folder"):
+    with pytest.raises(CoaloraError, match="is a file"):
         store.materialize(artifact, users / "thesis.txt")
     for inside in (store.folder, store.path(artifact), store.root):
-        with pytest.raises(CoaloraError, match="outside the store"):
+        with pytest.raises(CoaloraError, match="is a folder of the store"):
             store.materialize(artifact, inside)
 
 
