@@ -20,7 +20,7 @@ def calibrate(
     *,
     base: Artifact,
     benchmark: Artifact,
-    target_modules: list[str] | None,
+    target_modules: list[str] | str | None,
     calibration: CalibrationSettings,
     choices: ChoiceSettings,
     runtime: RuntimeSettings,

@@ -18,13 +18,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from coalora.errors import CoaloraError
 
 Task = Literal["classification", "language-modeling"]
 _AUTO = {"classification": AutoModelForSequenceClassification, "language-modeling": AutoModelForCausalLM}
-_ENCODERS = ("bert", "roberta")
 
 
 def default_device() -> torch.device:
@@ -78,10 +78,8 @@ def load_model(
         raise _no_such_architecture(name_or_path, task, error) from error
     except RuntimeError as error:  # transformers' word for tensors of other shapes
         raise CoaloraError(
-            "the checkpoint's tensors must have the shapes of the model",
-            got=f"{name_or_path} read with num_labels {num_labels}",
-            expected="for a checkpoint with a classification head, the number of classes that the head has",
-            remedy="set benchmark.num_labels to it",
+            f"The tensors of {name_or_path} have other shapes than a model with num_labels {num_labels}",
+            remedy="Set benchmark.num_labels to the number of classes of the checkpoint's head",
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -127,9 +125,8 @@ def load_tokenizer(
     # transformers makes up a tokenizer of special tokens alone where a folder has none: every text would be unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise CoaloraError(
-            "the base model comes with its tokenizer",
-            got=f"{name_or_path}: a vocabulary of {len(tokenizer)} special tokens",
-            remedy="save the tokenizer to the model's folder (tokenizer.save_pretrained)",
+            f"{name_or_path} has no tokenizer (a vocabulary of {len(tokenizer)} special tokens)",
+            remedy="Save the tokenizer to the model's folder with tokenizer.save_pretrained",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -155,12 +152,11 @@ def meta_model(config: PretrainedConfig, task: Task, *, num_labels: int | None =
 
 def _check_causal(config: PretrainedConfig, task: Task) -> None:
     # transformers makes a language model of an encoder, too: one that sees the tokens which it predicts.
-    if task == "language-modeling" and config.model_type in _ENCODERS and not config.is_decoder:
+    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if task == "language-modeling" and bidirectional:
         raise CoaloraError(
-            "language modelling needs a causal decoder",
-            got=f"model_type {config.model_type!r}",
-            expected="a decoder such as llama, qwen2, mistral or gpt2",
-            remedy="set benchmark.task to classification, or choose a decoder",
+            f"Architecture {config.model_type!r} sees the tokens that it would have to predict",
+            remedy="Set benchmark.task to classification, or choose a causal decoder such as llama or qwen2",
         )
 
 
@@ -170,9 +166,8 @@ def _check_complete(model: PreTrainedModel, missing: Iterable[str], task: Task, 
     head = [k for k in missing if task == "classification" and (not k.startswith(body) or ".pooler." in k)]
     if lost := sorted(set(missing) - set(head)):
         raise CoaloraError(
-            "the checkpoint must hold every weight but the classification head's",
-            got=f"{name_or_path} without {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''} ({len(lost)} missing)",
-            remedy="set model.name_or_path to a complete checkpoint of this architecture",
+            f"{name_or_path} is without {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''} ({len(lost)} missing)",
+            remedy="Set model.name_or_path to a complete checkpoint of this architecture",
         )
 
 
@@ -182,17 +177,13 @@ def _first_line(error: Exception) -> str:
 
 def _no_such_architecture(name: str | Path, task: str, error: ValueError) -> CoaloraError:
     return CoaloraError(
-        "the base model's architecture must be one that transformers has for the task",
-        got=f"{name} for {task} ({_first_line(error)})",
-        expected="for example roberta for classification, llama for language-modeling",
-        remedy="choose another model.name_or_path or benchmark.task",
+        f"transformers has no architecture of {name} for {task} ({_first_line(error)})",
+        remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling",
     )
 
 
 def _not_found(name_or_path: str | Path, error: Exception) -> CoaloraError:
     return CoaloraError(
-        "the base model must be a hub id or a local folder with config.json and weights in safetensors",
-        got=f"{name_or_path} ({_first_line(error)})",
-        expected="for example 'FacebookAI/roberta-large' or a path to a saved model",
-        remedy="set model.name_or_path; without a network, to a local folder",
+        f"There is no base model {name_or_path} ({_first_line(error)})",
+        remedy="Set model.name_or_path to a hub id, or to a local folder with config.json and weights in safetensors",
     )

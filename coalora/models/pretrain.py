@@ -46,20 +46,15 @@ def llama_config(recipe: PretrainRecipe) -> LlamaConfig:
     """
     if recipe.vocab_size < _LEAST_VOCAB:
         raise CoaloraError(
-            "a byte-level vocabulary holds every byte and the end of text",
-            got=recipe.vocab_size,
-            expected=f"at least {_LEAST_VOCAB}",
-            remedy="raise model.pretrain.vocab_size",
+            f"A byte-level vocabulary of {recipe.vocab_size} has no room for every byte and the end of text",
+            remedy=f"Raise model.pretrain.vocab_size to at least {_LEAST_VOCAB}",
         )
     if recipe.steps < 1:
-        raise CoaloraError(
-            "pre-training takes at least one step", got=recipe.steps, remedy="raise model.pretrain.steps"
-        )
+        raise CoaloraError(f"Pre-training of {recipe.steps} steps trains nothing", remedy="Raise model.pretrain.steps")
     if recipe.hidden_size % (2 * recipe.num_attention_heads):
         raise CoaloraError(
-            "hidden_size divides into heads of even size",
-            got=f"{recipe.hidden_size} / {recipe.num_attention_heads}",
-            remedy="set model.pretrain.hidden_size to a multiple of 2 x num_attention_heads",
+            f"hidden_size {recipe.hidden_size} does not divide into {recipe.num_attention_heads} heads of even size",
+            remedy="Set model.pretrain.hidden_size to a multiple of 2 x num_attention_heads",
         )
     return LlamaConfig(
         vocab_size=recipe.vocab_size,
@@ -131,9 +126,8 @@ def pretrain(
             progress(step + 1, recipe.steps, loss=records[-1]["loss"])
     if not math.isfinite(records[-1]["loss"]):
         raise CoaloraError(
-            "pre-training must end with a finite loss",
-            got=records[-1]["loss"],
-            remedy="lower model.pretrain.lr",
+            f"Pre-training ended with a loss of {records[-1]['loss']}",
+            remedy="Lower model.pretrain.lr",
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,13 +1,14 @@
-"""Target layers: which linear layers of a model are quantized and adapted.
+"""Target layers: the linear layers of a model that are quantized and adapted.
 
-A target layer is an `nn.Linear` or a GPT-2 `Conv1D` (whose weight is stored in x out). The families below list the
-projections inside the transformer blocks; embeddings and heads stay in the base's own precision. The counts N of the
-paper's models follow: RoBERTa-large 144, Qwen2.5-1.5B 196, Llama-2-7B 224.
+A target layer is an `nn.Linear` or a `Conv1D` (GPT-2; its weight is stored in x out). Embeddings and heads stay in the
+base's own precision. The counts N of the paper's models follow from `coalora.models.architectures`: RoBERTa-large 144,
+Qwen2.5-1.5B 196, Llama-2-7B 224.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,34 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coalora.errors import CoaloraError
+from coalora.models.architectures import ARCHITECTURES
 
-_DECODER = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-_ENCODER = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
-# `model_type` of the config -> name suffixes; the longest that matches is the layer's kind.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "llama": _DECODER,
-    "mistral": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
-    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-}
+ALL_LINEAR = "all-linear"  # PEFT's word
 
 
 @dataclass(frozen=True)
@@ -79,34 +55,38 @@ class TargetLayer:
         return weight.T if self.transposed else weight
 
 
-def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = None) -> list[TargetLayer]:
+def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> list[TargetLayer]:
     """The target layers of `model`, in the order of `named_modules`.
 
     Args:
         model: a transformers model (may be on the meta device: only names and shapes are read).
-        target_modules: name suffixes or globs (`*.mlp.*`); None takes the family's list.
+        target_modules: name suffixes or globs (`*.mlp.*`), or `all-linear` as in PEFT: every linear layer of the
+            model's body, that is, none of its heads. None takes the list of a registered architecture and
+            `all-linear` for any other.
 
     Raises:
-        CoaloraError: unknown family without `target_modules`; no list of patterns; a pattern that matches nothing; a
-            layer that is not linear; a layer whose weight is shared with another module (tied embeddings):
-            quantizing it would change the other module as well.
+        CoaloraError: no list of patterns; a pattern that matches nothing; a layer that is not linear; a layer whose
+            weight is shared with another module (tied embeddings): quantizing it would change the other module as
+            well; a model without linear layers.
+
+    Example:
+        >>> from transformers import OPTConfig
+        >>> from coalora.models.loading import meta_model
+        >>> from coalora.models.targets import find_target_layers
+        >>> config = OPTConfig(hidden_size=64, word_embed_proj_dim=64, num_attention_heads=4, num_hidden_layers=2)
+        >>> layers = find_target_layers(meta_model(config, "language-modeling"), "all-linear")
+        >>> len(layers), layers[0].kind, layers[-1].block
+        (12, 'self_attn.k_proj', 1)
     """
     if target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type not in FAMILIES:
-            raise CoaloraError(
-                "target layers are found by default only for known model families",
-                got=f"model_type {model_type!r}",
-                expected=", ".join(sorted(FAMILIES)),
-                remedy="set target_modules to name suffixes such as ['q_proj', 'v_proj']",
-            )
-        target_modules = FAMILIES[model_type]
+        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        target_modules = ARCHITECTURES[model_type].target_modules if model_type in ARCHITECTURES else ALL_LINEAR
+    if target_modules == ALL_LINEAR:
+        return _all_linear(model)
     if isinstance(target_modules, str) or not target_modules:
         raise CoaloraError(
-            "target_modules is a list of name suffixes or globs, not empty",
-            got=repr(target_modules),
-            expected="for example ['q_proj', 'v_proj']",
-            remedy="leave it out to take the family's default",
+            f"target_modules is {target_modules!r}",
+            remedy="Give a list of name suffixes or globs such as ['q_proj', 'v_proj'], or 'all-linear'",
         )
     patterns = sorted(target_modules, key=len, reverse=True)
     used: set[str] = set()
@@ -120,36 +100,71 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | None = 
             if is_glob:  # a glob may well cover containers on its way to the layers
                 continue
             raise CoaloraError(
-                "a target layer must be a linear layer",
-                got=f"{name} is {type(module).__name__}",
-                expected="torch.nn.Linear or transformers Conv1D",
-                remedy=f"make the pattern {kind!r} of target_modules narrower",
+                f"{name} is {type(module).__name__}, not a linear layer",
+                remedy=f"Make the pattern {kind!r} of target_modules narrower",
             )
         used.add(kind)
-        transposed = isinstance(module, Conv1D)
-        rows, columns = module.weight.shape
-        layers.append(
-            TargetLayer(
-                name=name,
-                kind=name.rsplit(".", 1)[-1] if is_glob else kind,
-                block=next((int(part) for part in name.split(".") if part.isdigit()), 0),
-                shape=(columns, rows) if transposed else (rows, columns),
-                transposed=transposed,
-            )
-        )
+        layers.append(_layer(model, name, module, name.rsplit(".", 1)[-1] if is_glob else kind))
     unused = [p for p in target_modules if p not in used]
     # The longest match wins, so a shorter pattern may lose all its layers to longer ones: that is fine.
     unused = [p for p in unused if not any(matches(layer.name, p) for layer in layers)]
     if unused or not layers:
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
         raise CoaloraError(
-            "every pattern of target_modules must match a linear layer",
-            got=f"no match for {', '.join(map(repr, unused or target_modules))}",
-            expected=f"suffixes or globs of names such as {', '.join(names[:4])}",
-            remedy="correct target_modules, or leave it out to take the family's default",
+            f"{', '.join(map(repr, unused or target_modules))} of target_modules matches no linear layer",
+            remedy=f"Give suffixes or globs of names such as {', '.join(names[:4])}, or leave target_modules out",
         )
-    _refuse_shared_weights(model, layers)
+    owners = _names_by_weight(model)
+    for layer in layers:
+        if len(shared := owners[id(model.get_submodule(layer.name).get_parameter("weight"))]) > 1:
+            raise CoaloraError(
+                f"{' and '.join(shared)} share one tensor, and quantizing it would change both",
+                remedy=f"Leave {layer.name} out of target_modules, or untie the model's embeddings",
+            )
     return layers
+
+
+def _all_linear(model: nn.Module) -> list[TargetLayer]:
+    """Every linear layer of the body whose weight is its own; heads are what lies outside, or what gives the output."""
+    prefix = getattr(model, "base_model_prefix", "")
+    body = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    layers = [
+        _layer(model, name, module, _kind(model, name))
+        for name, module in model.named_modules()
+        # Exact types: a subclass may be multiplied elsewhere than in its own forward pass, past the adapter.
+        if type(module) in (nn.Linear, Conv1D) and name.startswith(body) and module is not head
+    ]
+    names = _names_by_weight(model)
+    layers = [layer for layer in layers if len(names[id(model.get_submodule(layer.name).get_parameter("weight"))]) == 1]
+    if not layers:
+        raise CoaloraError(
+            f"{type(model).__name__} has no linear layer in its body", remedy="Name layers in target_modules"
+        )
+    return layers
+
+
+def _layer(model: nn.Module, name: str, module: nn.Module, kind: str) -> TargetLayer:
+    transposed = isinstance(module, Conv1D)
+    rows, columns = module.get_parameter("weight").shape
+    block, _ = _position(model, name)
+    return TargetLayer(name, kind, block, (columns, rows) if transposed else (rows, columns), transposed)
+
+
+def _position(model: nn.Module, name: str) -> tuple[int, str]:
+    """Index in the first module list on the way to a module and its name from there on; else 0 and all of it."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList):
+            return int(part), ".".join(parts[i + 1 :])
+    return 0, name
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    """Name inside of a block without numbers: the experts of a mixture are of one kind."""
+    _, inside = _position(model, name)
+    return re.sub(r"\.\d+(?=\.)", "", inside)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -159,17 +174,9 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
-def _refuse_shared_weights(model: nn.Module, layers: Sequence[TargetLayer]) -> None:
-    owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}")
-    for layer in layers:
-        shared = owners[id(model.get_submodule(layer.name).weight)]
-        if len(shared) > 1:
-            raise CoaloraError(
-                "a target layer must own its weight: quantizing a tied weight changes the other module too",
-                got=" and ".join(shared) + " share one tensor",
-                expected="layers inside the transformer blocks, or an untied head",
-                remedy=f"leave {layer.name} out of target_modules, or untie the model's embeddings",
-            )
+def _names_by_weight(model: nn.Module) -> dict[int, list[str]]:
+    """Names of every parameter by its identity: more than one where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

@@ -310,9 +310,9 @@ class Settings(Section):
 
     model: ModelSettings = Field(description="Base model.")
     benchmark: BenchmarkSettings = Field(description="Data and metric.")
-    target_modules: list[str] | None = Field(
+    target_modules: list[str] | Literal["all-linear"] | None = Field(
         None,
-        description="Name suffixes or globs of the layers to quantize; by default those of the model's family.",
+        description="Layers to quantize: name suffixes or globs, or all-linear; by default those of the architecture.",
     )
     calibration: CalibrationSettings = Field(CalibrationSettings(), description="Calibration.")
     choices: ChoiceSettings = Field(ChoiceSettings(), description="Choice space.")

@@ -18,9 +18,10 @@ from coalora.configurations import ConfigurationSet, configuration_dict, configu
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base, write_base
 from coalora.export.bundle import Bundle
+from coalora.models.architectures import ARCHITECTURES
 from coalora.models.choices import Part, Rule, layer_choices
 from coalora.models.switching.quantized import QuantizedBase
-from coalora.models.targets import FAMILIES, find_target_layers
+from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.search.allocation import allocate
@@ -55,7 +56,7 @@ def mixed(tiny_llama: Any) -> Mixed:
         return tiny_llama(tie_word_embeddings=False)
 
     model = make()
-    layers = find_target_layers(model, [*FAMILIES["llama"], "lm_head"])
+    layers = find_target_layers(model, [*ARCHITECTURES["llama"].target_modules, "lm_head"])
     space, allowed = layer_choices(layers, [NF], RULES)
     generator = torch.Generator().manual_seed(0)
     moments = [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from coalora.adapt.theta import ConfigurationAwareModel
-from coalora.models.targets import FAMILIES, TargetLayer
+from coalora.models.architectures import ARCHITECTURES
+from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
 
 
 def roberta_large_layers() -> list[TargetLayer]:
-    kinds = FAMILIES["roberta"]
+    kinds = ARCHITECTURES["roberta"].target_modules
     return [TargetLayer(f"l.{b}.{kind}", kind, b, (8, 8), False) for b in range(24) for kind in kinds]
 
 
@@ -30,7 +31,7 @@ def theta(small_space: ChoiceSpace) -> ConfigurationAwareModel:
 
 def naive(theta: ConfigurationAwareModel, space: ChoiceSpace, layer: TargetLayer, choice: int) -> Tensor:
     """U (r, r) of one layer, spelled out: one table of embeddings for each field, kind and block after one another."""
-    kinds, blocks = sorted(FAMILIES["roberta"]), [0, 1]
+    kinds, blocks = sorted(ARCHITECTURES["roberta"].target_modules), [0, 1]
     tables = theta.embedding.weight.split([*space.field_sizes, len(kinds), len(blocks)])
     values = [*space.fields[choice], kinds.index(layer.kind), blocks.index(layer.block)]
     Q = torch.cat([table[int(value)] for table, value in zip(tables, values, strict=True)])

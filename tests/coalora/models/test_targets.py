@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen2Config, RobertaConfig
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, RobertaConfig
 
 from coalora.errors import CoaloraError
+from coalora.models.architectures import ARCHITECTURES
 from coalora.models.loading import meta_model
-from coalora.models.targets import FAMILIES, TargetLayer, find_target_layers
+from coalora.models.targets import TargetLayer, find_target_layers
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_every_family_finds_all_its_projections_in_every_block(tiny_models) -> N
     for family, make in tiny_models.items():
         model = make()
         layers = find_target_layers(model)
-        kinds = FAMILIES[family]
+        kinds = ARCHITECTURES[family].target_modules
         assert len(layers) == 2 * len(kinds), family
         assert {(layer.kind, layer.block) for layer in layers} == {(k, b) for k in kinds for b in (0, 1)}
         for layer in layers:
@@ -95,6 +96,33 @@ def test_no_default_leaves_a_linear_layer_of_a_block_out(tiny_models) -> None:
         assert found == inside
 
 
+def test_all_linear_finds_what_the_registered_lists_name_and_poolers(tiny_models) -> None:
+    for make in tiny_models.values():
+        named = {layer.name: layer for layer in find_target_layers(make())}
+        found = {layer.name: layer for layer in find_target_layers(make(), "all-linear")}
+        assert {name: found[name] for name in named} == named
+        assert all("pooler" in name for name in found.keys() - named.keys())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "kinds", "extra"),
+    [
+        ("opt", "language-modeling", ["self_attn.k_proj", "self_attn.out_proj", "fc1", "fc2"], {}),
+        ("gpt_neox", "language-modeling", ["attention.query_key_value", "mlp.dense_4h_to_h"], {}),
+        ("mixtral", "language-modeling", ["self_attn.q_proj"], {"num_local_experts": 2, "num_key_value_heads": 2}),
+        ("distilbert", "classification", ["attention.q_lin", "ffn.lin1"], {"dim": 64, "n_heads": 2, "n_layers": 2}),
+        ("electra", "classification", ["attention.self.query", "output.dense"], {"embedding_size": 64}),
+    ],
+)
+def test_any_architecture_is_a_start(model_type: str, task, kinds: list[str], extra: dict) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **(extra if model_type == "distilbert" else {**sizes, **extra}))
+    layers = find_target_layers(meta_model(config, task))
+    assert {layer.block for layer in layers} == {0, 1}
+    assert set(kinds) <= {layer.kind for layer in layers}
+    assert not any(head in layer.name for layer in layers for head in ("lm_head", "embed_out", "classifier"))
+
+
 def test_the_longest_suffix_decides_the_kind(tiny_bert_classifier) -> None:
     model = tiny_bert_classifier()
     layers = {layer.name: layer.kind for layer in find_target_layers(model, ["output.dense", "attention.output.dense"])}
@@ -109,7 +137,7 @@ def test_a_pattern_whose_layers_all_go_to_longer_ones_is_no_mistake(tiny_llama) 
 
 
 def test_suffixes_match_whole_parts_of_names_only(tiny_llama) -> None:
-    with pytest.raises(CoaloraError, match=r"no match for 'proj'; .*q_proj"):
+    with pytest.raises(CoaloraError, match=r"'proj' of target_modules matches no linear layer.*q_proj"):
         find_target_layers(tiny_llama(), ["q_proj", "proj"])
 
 
@@ -141,27 +169,28 @@ def test_conv1d_is_stored_transposed_and_its_matrix_writes_through(tiny_gpt2) ->
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_a_tied_head_is_refused_with_both_names(tiny_models, family: str) -> None:
-    with pytest.raises(CoaloraError, match=r"lm_head\.weight share one tensor.*leave lm_head out") as caught:
+    with pytest.raises(CoaloraError, match=r"lm_head\.weight share one tensor.*Leave lm_head out") as caught:
         find_target_layers(tiny_models[family](), ["lm_head"])
     assert "embed_tokens.weight" in str(caught.value) or "wte.weight" in str(caught.value)
 
 
-def test_an_unknown_family_needs_patterns() -> None:
+def test_a_model_of_another_library_takes_all_its_linear_layers_or_patterns() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(CoaloraError, match=r"got: model_type None; expected: bert, .*remedy: set target_modules"):
-        find_target_layers(model)
+    assert [layer.name for layer in find_target_layers(model)] == ["0", "2"]
+    with pytest.raises(CoaloraError, match="ReLU has no linear layer"):
+        find_target_layers(nn.ReLU())
     assert [layer.shape for layer in find_target_layers(model, ["0", "2"])] == [(4, 4), (2, 4)]
 
 
 @pytest.mark.parametrize("patterns", [["nothing"], ["*.nothing"], ["q_proj", "nothing"], ["*layernorm*"]])
 def test_a_pattern_that_matches_no_linear_layer_is_refused(tiny_llama, patterns: list[str]) -> None:
-    with pytest.raises(CoaloraError, match=f"no match for {patterns[-1]!r}".replace("*", r"\*")):
+    with pytest.raises(CoaloraError, match=f"{patterns[-1]!r} of target_modules matches no".replace("*", r"\*")):
         find_target_layers(tiny_llama(), patterns)
 
 
 @pytest.mark.parametrize("patterns", ["q_proj", []])
 def test_a_bare_string_or_an_empty_list_is_refused(tiny_llama, patterns) -> None:
-    with pytest.raises(CoaloraError, match="target_modules is a list"):
+    with pytest.raises(CoaloraError, match=r"target_modules is (.q_proj.|\[\])"):
         find_target_layers(tiny_llama(), patterns)
 
 
