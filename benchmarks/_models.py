@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
+from coalora.adapt.adapted import AdaptedModel
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 
 SHAPES: dict[str, dict] = {
     "MiniLM-L6": {"kind": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
@@ -75,7 +76,7 @@ def layers_of(name: str) -> list[TargetLayer]:
 
 def adapt(model: PreTrainedModel, space: ChoiceSpace, method: str, r: int, **memory: object) -> AdaptedModel:
     task = "classification" if hasattr(model, "classifier") else "language-modeling"
-    recipe = AdapterRecipe(r=r, lora_alpha=r)
+    recipe = AdapterRecipe(r=r, lora_alpha=r, compensation_rank=0, expert_bits=0)
     return AdaptedModel(model, find_target_layers(model), space, task, method=method, recipe=recipe, seed=0, **memory)  # type: ignore[arg-type]
 
 

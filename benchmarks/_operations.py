@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 
 
 class _Counting(TorchDispatchMode):

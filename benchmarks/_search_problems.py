@@ -22,12 +22,12 @@ import numpy as np
 
 from benchmarks._settings import CACHE, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json, write_json
+from coalora.recipes import AdapterRecipe, TrainingRecipe
 from coalora.search.allocation import allocate
 from coalora.search.hypervolume import hypervolume
-from coalora.train.loop import TrainingRecipe, train
+from coalora.train.loop import train
 
 BITS = np.array([2.0, 3.0, 4.0, 8.0])
 NEIGHBOURS = np.array([[1, -1], [0, 2], [1, 3], [2, -1]])
@@ -132,7 +132,7 @@ def _decoder() -> Setting:
 def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
     setting = _decoder()
     tables = setting.tables
-    recipe = AdapterRecipe(r=16, lora_alpha=16, expert_bits=3, expert_start="compensation")
+    recipe = AdapterRecipe(theta="all", compensation_rank=0, expert_bits=3, expert_start="compensation")
     adapted = AdaptedModel(
         setting.load(), tables.layers, tables.space, setting.benchmark.task,
         method="coa", recipe=recipe, seed=0, statistics=setting.statistics,
@@ -140,11 +140,10 @@ def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
     low, high = tables.bits_range()
     members = np.unique(allocate(tables.err, tables.bits, np.maximum(np.linspace(low, high, 24), low)), axis=0)
     print(f"training an adapter for {TRAINED_STEPS} steps", flush=True)
-    training = TrainingRecipe(
-        total_steps=TRAINED_STEPS, batch_size=setting.batch_size, lr=setting.lr, theta_lr=setting.theta_lr
-    )
+    training = TrainingRecipe(batch_size=setting.batch_size, lr=setting.lr, theta_lr=setting.theta_lr)
     train(
-        adapted, setting.benchmark.train, members, tables.average_bits(members), training, steps=TRAINED_STEPS, seed=0
+        adapted, setting.benchmark.train, members, tables.average_bits(members), training,
+        steps=TRAINED_STEPS, total_steps=TRAINED_STEPS, seed=0,
     )  # fmt: skip
     meter = LossMeter(adapted, setting.benchmark.search, 32)
     return lambda C: meter(C, "losses")

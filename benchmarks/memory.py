@@ -24,12 +24,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._report import report
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
+from coalora.adapt.adapted import AdaptedModel
 from coalora.models.loading import default_device, default_dtype, load_model
-from coalora.models.switching.masters import MasterMode
-from coalora.models.switching.quantized import WeightMode, nbytes
+from coalora.models.switching.quantized import nbytes
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe, MasterMode, WeightMode
 
 CACHE = 8 << 20
 MODES = [(w, m) for w in ("dequantized", "packed") for m in ("device", "cpu", "mmap")]

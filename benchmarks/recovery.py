@@ -28,12 +28,11 @@ import coalora
 from benchmarks._report import report
 from benchmarks._settings import CACHE, SPACES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.evaluate.losses import measure_configurations, score
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
+from coalora.recipes import AdapterRecipe, Objective, TrainingRecipe
 from coalora.search.allocation import allocate
-from coalora.train.loop import TrainingRecipe, train
-from coalora.train.objective import Objective
+from coalora.train.loop import train
 
 BUDGETS = (2.25, 2.5, 3.0, 4.0, 5.0)
 SINGLE_RUNS = 4  # what the one run for all configurations may cost, in runs for one
@@ -51,6 +50,10 @@ class Arm:
     single: bool = False
 
 
+# An arm says what it adds to the shared pair.
+_SHARED_ALONE: dict[str, int | str] = {
+    "r": 16, "lora_alpha": 16, "theta": "all", "compensation_rank": 0, "expert_bits": 0, "expert_start": "zero",
+}  # fmt: skip
 _HALF = {"distillation": 0.5}
 _EXPERTS: dict[str, int | str] = {"expert_bits": 3, "expert_start": "auto"}
 _COMPENSATED: dict[str, int | str] = {"expert_bits": 3, "expert_start": "compensation"}
@@ -128,7 +131,7 @@ def _together(arm: Arm, setting: Setting, seed: int, steps: int) -> dict[str, li
     if adapted.named_parameters() and arm.method != "none":
         train(
             adapted, setting.benchmark.train, members, tables.average_bits(members),
-            _recipe(arm, setting, steps), steps=steps, seed=seed,
+            _recipe(arm, setting), steps=steps, total_steps=steps, seed=seed,
         )  # fmt: skip
     return _measured(adapted, setting, asked)
 
@@ -141,7 +144,7 @@ def _single(arm: Arm, setting: Setting, seed: int, steps: int) -> dict[str, list
             adapted.start_from_compensation(configuration[0])
         train(
             adapted, setting.benchmark.train, configuration, tables.average_bits(configuration),
-            _recipe(arm, setting, steps), steps=steps, seed=seed,
+            _recipe(arm, setting), steps=steps, total_steps=steps, seed=seed,
         )  # fmt: skip
         found.append(_measured(adapted, setting, configuration))
     return {part: [value for one in found for value in one[part]] for part in found[0]}
@@ -154,15 +157,14 @@ def _adapted(arm: Arm, setting: Setting, seed: int) -> AdaptedModel:
         setting.tables.space,
         setting.benchmark.task,
         method=arm.method,
-        recipe=AdapterRecipe(**{"r": 16, "lora_alpha": 16, **arm.adapter}),  # type: ignore[arg-type]
+        recipe=AdapterRecipe(**{**_SHARED_ALONE, **arm.adapter}),  # type: ignore[arg-type]
         seed=seed,
         statistics=setting.statistics,
     )
 
 
-def _recipe(arm: Arm, setting: Setting, steps: int) -> TrainingRecipe:
+def _recipe(arm: Arm, setting: Setting) -> TrainingRecipe:
     recipe = TrainingRecipe(
-        total_steps=steps,
         batch_size=setting.batch_size,
         lr=setting.lr,
         theta_lr=setting.theta_lr,

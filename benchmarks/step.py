@@ -23,10 +23,10 @@ from benchmarks._models import SHAPES, adapt, batch, build, build_small, layers_
 from benchmarks._operations import beyond_the_base
 from benchmarks._report import report
 from coalora.adapt.effective import fold
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.models.loading import default_device
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 
 SPACE = ChoiceSpace("nf")
 
@@ -119,7 +119,7 @@ def counts() -> list[dict]:
     recipes = {"Shared-LoRA": ("shared", 0), "theta": ("coa", 0), "theta and experts": ("coa", 3)}
     for name in ("RoBERTa-large", "SmolLM2-135M", "Qwen2.5-1.5B"):
         for what, (method, bits) in recipes.items():
-            recipe = AdapterRecipe(r=4, expert_bits=bits)
+            recipe = AdapterRecipe(r=4, theta="all", compensation_rank=0, expert_bits=bits, expert_start="zero")
             n, beyond = beyond_the_base(partial(build_small, name), SPACE, method, recipe)
             most = ", ".join(f"{count} {op.split('.')[1]}" for op, count in beyond.most_common(3))
             row = {"model": name, "adapter": what, "layers": n, "operations": sum(beyond.values())}

@@ -10,7 +10,8 @@ from coalora.data import build
 from coalora.errors import CoaloraError
 from coalora.files import write_json
 from coalora.models.files import model_folder
-from coalora.models.pretrain import PretrainRecipe, pretrain
+from coalora.models.pretrain import pretrain
+from coalora.recipes import PretrainRecipe
 from pipeline.inputs.corpus import documents, examples
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.inputs.loaders import MODEL, REFERENCE, BaseModel

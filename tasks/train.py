@@ -9,8 +9,8 @@ from typing import Any
 
 from coalora.adapt.methods import METHODS
 from coalora.files import write_json, write_tensors
-from coalora.train.loop import TrainingRecipe, train
-from coalora.train.objective import Objective
+from coalora.recipes import TrainingRecipe
+from coalora.train.loop import train
 from coalora.train.parallel import Parallel, post, spawn
 from pipeline.inputs.adapted import HISTORY, STATE, build_adapted, load_state
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_set, load_tables
@@ -21,10 +21,8 @@ from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 
 
-def training_recipe(training: TrainingSettings, total_steps: int) -> TrainingRecipe:
-    """The recipe of a run of `total_steps` under these settings."""
-    fields = training.model_dump(exclude={"initial_steps", "round_steps", "objective"})
-    return TrainingRecipe(total_steps=total_steps, objective=Objective(**training.objective.model_dump()), **fields)
+def training_recipe(training: TrainingSettings) -> TrainingRecipe:
+    return TrainingRecipe.from_dict(training.model_dump())
 
 
 @stage("train", tags=("gpu",))
@@ -100,7 +98,7 @@ def run_steps(
         # A language model without adapter: nothing to learn, and the stage says so by an empty state.
         return {"step": 0, "records": []}
     members = load_set(configurations, measured)
-    recipe = training_recipe(training, training.initial_steps + rounds * training.round_steps)
+    recipe = training_recipe(training)
     if own := METHODS[method].sampling:
         recipe = replace(recipe, sampling=own)
     among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
@@ -112,6 +110,7 @@ def run_steps(
         recipe,
         steps=training.initial_steps if round_index == 0 else training.round_steps,
         seed=seed,
+        total_steps=recipe.total_steps(rounds),
         state=None if previous is None else load_state(previous),
         parallel=among,
         progress=(progress or _post_progress) if among.rank == 0 else None,

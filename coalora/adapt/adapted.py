@@ -20,15 +20,13 @@ from coalora.adapt.compensation import CompensationTable, as_large_as_lora, comp
 from coalora.adapt.experts import Experts, adjusted_choices
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.methods import METHODS
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
-from coalora.models.loading import Task
-from coalora.models.switching.masters import MasterMode
-from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase, WeightMode
+from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe, MasterMode, Task, WeightMode
 
 
 class AdaptedModel:
@@ -39,7 +37,7 @@ class AdaptedModel:
         layers, space: as in `QuantizedBase`.
         task: decides PEFT's task type, and so whether a head is trained.
         method: a name of `METHODS`.
-        recipe: the adapter's sizes.
+        recipe: the adapter's sizes; what it leaves open is decided by the task.
         statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair, but
             for a start of experts, which aligns lora_A to it.
@@ -68,7 +66,7 @@ class AdaptedModel:
     ) -> None:
         self.method, described = method, METHODS[method]
         self.is_language_model = task == "language-modeling"
-        self.recipe = recipe
+        self.recipe = recipe = recipe.resolved(task)
         self.layers = list(layers)
         self.base = QuantizedBase(
             model,
@@ -84,7 +82,7 @@ class AdaptedModel:
         self.device = next(model.parameters()).device
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None
-        compensated = recipe.compensation_rank if described.follows_choices else 0
+        compensated = (recipe.compensation_rank or 0) if described.follows_choices else 0
         if compensated:
             self.compensation = CompensationTable(
                 self.base.residual,
@@ -113,8 +111,7 @@ class AdaptedModel:
         self.experts: Experts | None = None
         if described.follows_choices and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
-            wanted = {"auto": self.is_language_model, "compensation": True, "zero": False}[recipe.expert_start]
-            if wanted and start:
+            if recipe.expert_start == "compensation" and start:
                 self._start(self.experts)
         if not described.has_lora:
             self._drop_lora()

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 
 NO_EXPERT = -1
 
@@ -82,5 +82,5 @@ def expert_of_choice(space: ChoiceSpace, max_bits: int) -> list[int]:
 
 def adjusted_choices(space: ChoiceSpace, recipe: AdapterRecipe) -> list[bool]:
     """Whether theta adjusts the pair to each choice (K,): not to those with an expert, where the recipe says so."""
-    experts = expert_of_choice(space, recipe.expert_bits)
+    experts = expert_of_choice(space, recipe.expert_bits or 0)
     return [recipe.theta == "all" or expert == NO_EXPERT for expert in experts]

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coalora.adapt.effective import Terms
-from coalora.models.loading import Task
 from coalora.models.switching.packed import PackedConv1D, PackedLinear
 from coalora.models.targets import TargetLayer
+from coalora.recipes import Task
 
 ADAPTER = "default"
 _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "language-modeling": TaskType.CAUSAL_LM}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from coalora.recipes import Sampling
 from coalora.registry import Registry
 
 
@@ -37,7 +38,7 @@ class Method:
     theta: Literal["recipe", "all", "none"] = "none"
     follows_choices: bool = False
     start: Literal["peft", "compensation"] = "peft"
-    sampling: Literal["uniform", "low-bits", "sandwich", "adaptive"] | None = None
+    sampling: Sampling | None = None
 
 
 # In the order in which tables and pictures have them.

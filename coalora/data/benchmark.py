@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
-from coalora.models.loading import Task
+from coalora.recipes import Task
 
 IGNORED = -100
 SPLITS = ("train", "search", "validation")

@@ -18,7 +18,7 @@ import numpy as np
 from coalora.errors import CoaloraError
 
 if TYPE_CHECKING:
-    from coalora.models.loading import Task
+    from coalora.recipes import Task
 
 Kind = Literal["classes", "values", "text"]
 

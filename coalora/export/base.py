@@ -23,8 +23,9 @@ from coalora.configurations import configuration_dict, configuration_digest, rea
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding
 from coalora.files import read_json, read_tensors, write_json, write_tensors
-from coalora.models.loading import Task, default_device, default_dtype, meta_model
+from coalora.models.loading import default_device, default_dtype, meta_model
 from coalora.quant.scheme import InputStatistics
+from coalora.recipes import Task
 
 PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
 

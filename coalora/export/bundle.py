@@ -18,18 +18,19 @@ from torch import Tensor
 from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
 from coalora.adapt.lora import lora_config
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key, write_adapter
 from coalora.files import read_json, read_tensors, write_json, write_tensors
-from coalora.models.loading import Task
+from coalora.recipes import AdapterRecipe, Task
 from coalora.search.budget import best_within
 
 _FORMAT = "coalora-bundle/2"
 _COMPENSATION = "compensation."
+# Fields that the headers of older bundles lack, as they were trained: today's defaults would fold another adapter.
+_OLDER = {"theta": "all", "compensation_rank": 0, "expert_bits": 0, "expert_start": "zero"}
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,18 @@ class Bundle:
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.tables, self.members, self.tensors = tables, members, tensors
-        self.recipe, self.task, self.base_model = recipe, task, base_model
+        self.recipe = recipe = recipe.resolved(task)
+        self.task, self.base_model = task, base_model
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
-        self._experts = expert_of_choice(tables.space, recipe.expert_bits)
+        self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
         if theta:
             self.theta = ConfigurationAwareModel(
                 tables.space,
                 tables.layers,
-                max(self.ranks) - recipe.compensation_rank,
+                max(self.ranks) - (recipe.compensation_rank or 0),
                 embedding_dim=recipe.embedding_dim,
                 hidden_dim=recipe.hidden_dim,
                 adjusted=adjusted_choices(tables.space, recipe),
@@ -200,7 +202,7 @@ class Bundle:
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
         header = {
             "format": _FORMAT,
-            "recipe": vars(self.recipe) | {"rank_pattern": dict(self.recipe.rank_pattern)},
+            "recipe": self.recipe.to_dict(),
             "task": self.task,
             "base_model": self.base_model,
         }
@@ -236,7 +238,7 @@ class Bundle:
             tables,
             members,
             tensors,
-            AdapterRecipe(**header["recipe"]),
+            AdapterRecipe.from_dict(_OLDER | header["recipe"]),
             header["task"],
             base_model=header["base_model"],
             compensation={

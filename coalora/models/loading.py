@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from coalora.errors import CoaloraError
+from coalora.recipes import Task
 
-Task = Literal["classification", "language-modeling"]
 _AUTO = {"classification": AutoModelForSequenceClassification, "language-modeling": AutoModelForCausalLM}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,40 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coalora.data.text import blocks
 from coalora.errors import CoaloraError
+from coalora.recipes import PretrainRecipe
 from coalora.train.sampling import batch_indices
 
 END_OF_TEXT = "<|endoftext|>"
-_LEAST_VOCAB = 257
-
-
-@dataclass(frozen=True)
-class PretrainRecipe:
-    """Sizes of the decoder and its training; the schedule is a warm-up and a linear decay to zero."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    vocab_size: int = 512
-    max_length: int = 128
-    steps: int = 600
-    batch_size: int = 16
-    lr: float = 3e-3
 
 
 def llama_config(recipe: PretrainRecipe) -> LlamaConfig:
     """The decoder's architecture, with tied embeddings.
 
     Raises:
-        CoaloraError: sizes that cannot be built, or a vocabulary without room for all bytes.
+        CoaloraError: a hidden size that does not divide into heads.
     """
-    if recipe.vocab_size < _LEAST_VOCAB:
-        raise CoaloraError(
-            f"A byte-level vocabulary of {recipe.vocab_size} has no room for every byte and the end of text",
-            remedy=f"Raise model.pretrain.vocab_size to at least {_LEAST_VOCAB}",
-        )
-    if recipe.steps < 1:
-        raise CoaloraError(f"Pre-training of {recipe.steps} steps trains nothing", remedy="Raise model.pretrain.steps")
     if recipe.hidden_size % (2 * recipe.num_attention_heads):
         raise CoaloraError(
             f"hidden_size {recipe.hidden_size} does not divide into {recipe.num_attention_heads} heads of even size",

@@ -20,38 +20,18 @@ from transformers import PreTrainedModel
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
+from coalora.recipes import TrainingRecipe
 from coalora.train.checkpoint import Checkpoint, Checkpoints, uninterrupted
 from coalora.train.graph import GraphedGradients, eager_gradients
-from coalora.train.objective import Objective, ask_teacher
+from coalora.train.objective import ask_teacher
 from coalora.train.parallel import Parallel, Stopped, stop_asked
-from coalora.train.sampling import LossEstimates, Sampler, Sampling, batch_indices
+from coalora.train.sampling import LossEstimates, Sampler, batch_indices
 
 _MOMENTS = ("exp_avg.", "exp_avg_sq.", "step.")
 _SAMPLER = "sampler."
 ASIDE = (*_MOMENTS, _SAMPLER)  # prefixes of what is no parameter in a state
 # Losses come to the host once in so many steps: a step that waits for its own loss leaves a GPU idle.
 _FLUSH = 10
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """How training goes on; learning rates rise over `warmup_steps` and fall to a tenth along a cosine.
-
-    `total_steps` spans all rounds: the schedule does not start again with every round.
-    """
-
-    total_steps: int
-    batch_size: int = 32
-    lr: float = 1e-4
-    theta_lr: float = 1e-4
-    head_lr: float = 1e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 20
-    max_grad_norm: float = 1.0
-    sampling: Sampling = "low-bits"
-    sampling_power: float = 2.5
-    objective: Objective = field(default_factory=Objective)
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -76,6 +56,7 @@ def train(
     *,
     steps: int,
     seed: int,
+    total_steps: int,
     state: TrainingState | None = None,
     parallel: Parallel | None = None,
     progress: Callable[..., None] | None = None,
@@ -87,6 +68,7 @@ def train(
     Args:
         adapted: the model; its parameters are replaced by those of `state` where one is given.
         configurations: (n, N) the training set, `average_bits` (n,) its bits.
+        total_steps: length of the learning-rate schedule, which spans all calls that go on from one another.
         parallel: this process among several; each calls `train` with the same arguments and gets the same state.
         state: where an earlier call stopped; None starts from the model as it is.
         checkpoints: where the same call, if it broke off, goes on from. It is written as time goes by, and when an
@@ -117,9 +99,10 @@ def train(
     parameters = adapted.named_parameters()
     if not parameters:
         raise CoaloraError("the method must have something to train", got=f"method {adapted.method!r}")
-    if span[1] > recipe.total_steps:
+    if span[1] > total_steps:
         raise CoaloraError(
-            "training stays inside its schedule", got=f"{begin} + {steps} steps", expected=recipe.total_steps
+            f"{begin} + {steps} steps are more than the schedule's {total_steps}",
+            remedy="Ask for fewer steps, or raise total_steps",
         )
     optimizer = _optimizer(parameters, recipe, state)
     sampler = Sampler(
@@ -147,7 +130,8 @@ def train(
                     sampler.observe(int(member), loss)
                 loss = float(np.mean([row[0] for row in rows]))
                 bits = float(np.mean([average_bits[int(row[2])] for row in rows]))
-                records.append({"step": step, "loss": loss, "lr": recipe.lr * _schedule(step, recipe), "bits": bits})
+                lr = recipe.lr * _schedule(step, recipe.warmup_steps, total_steps)
+                records.append({"step": step, "loss": loss, "lr": lr, "bits": bits})
             pending.clear()
             whole = True
         if progress:
@@ -182,7 +166,7 @@ def train(
         for step in range(start, span[1]):
             member = sampler.draw(parallel.draw_step(step))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _schedule(step, recipe)
+                group["lr"] = group["peak_lr"] * _schedule(step, recipe.warmup_steps, total_steps)
             indices = batch_indices(len(split), recipe.batch_size, seed=seed, step=parallel.batch_step(step))
             batch = split.batch(indices, adapted.device)
             teacher = ask_teacher(adapted, batch, recipe.objective)
@@ -284,8 +268,8 @@ def _tensors(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.A
     return tensors
 
 
-def _schedule(step: int, recipe: TrainingRecipe) -> float:
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    span = max(recipe.total_steps - recipe.warmup_steps, 1)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - recipe.warmup_steps) / span))
+def _schedule(step: int, warmup_steps: int, total_steps: int) -> float:
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    span = max(total_steps - warmup_steps, 1)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup_steps) / span))

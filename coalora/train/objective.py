@@ -1,4 +1,4 @@
-"""What a training step minimises: the task's loss, distillation from the full-precision model, or both.
+"""Loss of a training step: the task's loss, distillation from the full-precision model, or both.
 
 Distillation (Hinton et al. 2015, arXiv 1503.02531): tau^2 KL(teacher || student) of the softened outputs, averaged over
 examples or predicted tokens; optionally the mean squared difference of the hidden states of every block, relative to
@@ -14,7 +14,6 @@ the teacher's own mean square. Two teachers:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,37 +21,7 @@ from torch.nn import functional as F
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import IGNORED
-from coalora.errors import CoaloraError
-
-Teacher = Literal["auto", "base", "adapted"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """(1 - distillation) * task loss + distillation * (KL + hidden * hidden-state error).
-
-    Attributes:
-        distillation: 0 is the task alone, 1 distillation alone.
-        temperature: tau of the softened outputs.
-        hidden: weight of the hidden states' error beside the KL; 0 leaves it out.
-        teacher: see the module docstring.
-
-    Raises:
-        CoaloraError: a weight outside of its range.
-    """
-
-    distillation: float = 0.0
-    temperature: float = 1.0
-    hidden: float = 0.0
-    teacher: Teacher = "auto"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.distillation <= 1 or self.temperature <= 0 or self.hidden < 0:
-            raise CoaloraError(
-                "an objective's weights lie in their ranges",
-                got=f"distillation {self.distillation}, temperature {self.temperature}, hidden {self.hidden}",
-                expected="distillation from 0 to 1, temperature above 0, hidden at least 0",
-            )
+from coalora.recipes import Objective
 
 
 @dataclass(frozen=True)

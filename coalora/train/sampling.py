@@ -17,7 +17,6 @@ order, and the same configurations in the modes that observe nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-
-Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
+from coalora.recipes import Sampling
 
 _RATE = 0.1  # of a member's running mean
 _SPREAD = 1.5  # ranks over which the estimates are smoothed: losses change slowly along the bits, batches are noisy

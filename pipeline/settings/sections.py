@@ -16,7 +16,7 @@ from pipeline.settings.data import BenchmarkSettings, ModelSettings, Section
 from pipeline.settings.storage import StorageSettings
 
 if TYPE_CHECKING:
-    from coalora.adapt.recipe import AdapterRecipe
+    from coalora.recipes import AdapterRecipe, Task
 
 
 class CalibrationSettings(Section):
@@ -64,15 +64,11 @@ class AdapterSettings(Section):
         description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",
     )
 
-    def recipe(self, task: str) -> AdapterRecipe:
+    def recipe(self, task: Task) -> AdapterRecipe:
         """The adapter of a task: what was left open is what won on such tasks (docs/results.md)."""
-        from coalora.adapt.recipe import AdapterRecipe
+        from coalora.recipes import AdapterRecipe
 
-        language = task == "language-modeling"
-        half = 0 if language else min([self.r, *self.rank_pattern.values()]) // 2
-        won = {"compensation_rank": half, "expert_bits": 3 if language else 0}
-        given = {key: value for key, value in self.model_dump().items() if value is not None}
-        return AdapterRecipe(**{**won, **given})
+        return AdapterRecipe(**self.model_dump()).resolved(task)
 
 
 class ObjectiveSettings(Section):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks._models import SHAPES, build_small
 from benchmarks._operations import beyond_the_base
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 
 SPACE = ChoiceSpace("nf", scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[64])
-RECIPES = [("shared", AdapterRecipe(r=4)), ("coa", AdapterRecipe(r=4)), ("coa", AdapterRecipe(r=4, expert_bits=3))]
+THETA = AdapterRecipe(r=4, theta="all", compensation_rank=0, expert_bits=0, expert_start="zero")
+RECIPES = [("shared", THETA), ("coa", THETA), ("coa", replace(THETA, expert_bits=3))]
 
 
 @pytest.mark.parametrize("name", ["RoBERTa-large", "SmolLM2-135M"])

@@ -30,13 +30,13 @@ from transformers import (
 )
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.data.benchmark import Split, pad
 from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe
 from tests.coalora.oracles import Oracle, oracle_process
 
 # Matrices of 36 x 52 gain nothing from threads and lose much on a machine that is busy.
@@ -44,6 +44,8 @@ torch.set_num_threads(1)
 
 ModelFactory = Callable[..., PreTrainedModel]
 VOCAB = 320
+# The shared pair and theta alone, whatever the task: a test adds what it is about.
+SMALL = {"r": 4, "lora_alpha": 6, "theta": "all", "compensation_rank": 0, "expert_bits": 0, "expert_start": "zero"}
 # No block size divides hidden 36 x intermediate 52, nor a row of either.
 HIDDEN, INTERMEDIATE = 36, 52
 _DECODER = {
@@ -276,7 +278,7 @@ def make_adapted(tables_for: Callable[..., CalibrationTables]) -> Callable[..., 
             tables.space,
             task,
             method=method,
-            recipe=AdapterRecipe(**{"r": 4, "lora_alpha": 6, **recipe}),
+            recipe=AdapterRecipe(**{**SMALL, **recipe}),
             seed=seed,
             statistics=input_statistics(tables.layers, 0),
         )

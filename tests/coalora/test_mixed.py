@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
+from coalora.adapt.adapted import AdaptedModel
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
@@ -24,11 +24,12 @@ from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import AdapterRecipe, TrainingRecipe
 from coalora.search.allocation import allocate
 from coalora.search.budget import best_within, contenders
 from coalora.search.propose import propose
 from coalora.search.surrogate import Surrogate
-from coalora.train.loop import TrainingRecipe, train
+from coalora.train.loop import train
 
 NF = Part("nf", {"scale_bits": [8], "scale_dtype": ["bf16"], "block_size": [16, 64], "scale_block_size": [64]})
 RULES = (
@@ -165,12 +166,12 @@ def test_a_mixed_base_is_trained_exported_and_loaded_with_the_same_weights(
     mixed: Mixed, text_split: Any, tmp_path: Path
 ) -> None:
     tables, C = mixed.tables, mixed.drawn(4)
-    recipe = AdapterRecipe(r=4, lora_alpha=6)
+    recipe = AdapterRecipe(r=4, lora_alpha=6, compensation_rank=0, expert_bits=0)
     adapted = AdaptedModel(
         mixed.make(), tables.layers, tables.space, "language-modeling", method="coa", recipe=recipe, seed=0
     )
-    sampled = TrainingRecipe(total_steps=6, batch_size=4, lr=0.05, theta_lr=0.05, warmup_steps=1, sampling="uniform")
-    _, records = train(adapted, text_split, C, tables.average_bits(C), sampled, steps=6, seed=0)
+    sampled = TrainingRecipe(batch_size=4, lr=0.05, theta_lr=0.05, warmup_steps=1, sampling="uniform")
+    _, records = train(adapted, text_split, C, tables.average_bits(C), sampled, steps=6, total_steps=6, seed=0)
     assert all(np.isfinite(record["loss"]) for record in records)
     assert adapted.theta is not None
     U = [adapted.theta(torch.as_tensor(c)) for c in C]

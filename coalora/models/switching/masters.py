@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from safetensors import safe_open
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from coalora.errors import CoaloraError
 from coalora.models.targets import TargetLayer
-
-MasterMode = Literal["device", "cpu", "mmap"]
+from coalora.recipes import MasterMode
 
 
 class Masters:

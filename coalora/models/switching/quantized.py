@@ -27,24 +27,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coalora.errors import CoaloraError
-from coalora.models.switching.masters import MasterMode, Masters
+from coalora.models.switching.masters import Masters
 from coalora.models.switching.packed import move_rest, pack_layer
 from coalora.models.switching.slots import WeightSlots
 from coalora.models.targets import TargetLayer
 from coalora.quant.registry import get_scheme
 from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import MasterMode, WeightMode
 
 FULL_PRECISION = -1
 _UNFINISHED = -2  # a switch that failed has left the layer in between
-WeightMode = Literal["dequantized", "packed"]
 Packed = dict[str, Tensor]
 
 

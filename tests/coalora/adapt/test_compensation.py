@@ -9,11 +9,11 @@ import torch
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.calibrate.statistics import collect_statistics
 from coalora.errors import CoaloraError
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
+from coalora.recipes import AdapterRecipe
 
 
 def problem(out: int = 20, n_in: int = 14, seed: int = 0) -> tuple[torch.Tensor, InputStatistics]:
@@ -155,7 +155,7 @@ def compensated(tiny_llama, tables_for, text_split):
         model = tiny_llama()
         tables = tables_for(model)
         known = collect_statistics(model, find_target_layers(model), text_split, batch_size=5, hessians=True)
-        sizes = {"r": 6, "lora_alpha": 9, "compensation_rank": 4, **recipe}
+        sizes = {"r": 6, "lora_alpha": 9, "compensation_rank": 4, "expert_bits": 0, **recipe}
         return AdaptedModel(
             model,
             tables.layers,
@@ -211,11 +211,11 @@ def test_lq_lora_starts_at_the_compensation_of_its_configuration(compensated) ->
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"compensation_rank": 6}, "rank 6 with compensation_rank 6"),
-        ({"rank_pattern": {"*.nothing": 4}}, r"got: '\*\.nothing'"),
+        ({"compensation_rank": 6}, "rank 6 of model.* beside compensation_rank 6"),
+        ({"rank_pattern": {"*.nothing": 4}}, r"'\*\.nothing' matches no target layer"),
         (
             {"rank_pattern": {"self_attn.q_proj": 3}},
-            "rank 3 with compensation_rank 4 in model.layers.0.self_attn.q_proj",
+            "rank 3 of model.layers.0.self_attn.q_proj leaves nothing to train beside compensation_rank 4",
         ),
     ],
 )
@@ -226,6 +226,6 @@ def test_ranks_that_leave_nothing_to_train_or_match_no_layer_are_refused(compens
 
 def test_compensation_without_statistics_is_refused(tiny_llama, tables_for) -> None:
     model = tiny_llama()
-    tables, recipe = tables_for(model), AdapterRecipe(r=4, compensation_rank=2)
+    tables, recipe = tables_for(model), AdapterRecipe(r=4, compensation_rank=2, expert_bits=0)
     with pytest.raises(CoaloraError, match="weighted by the statistics"):
         AdaptedModel(model, tables.layers, tables.space, "language-modeling", method="coa", recipe=recipe, seed=0)

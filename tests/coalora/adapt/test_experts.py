@@ -8,8 +8,8 @@ import torch
 
 from coalora.adapt.compensation import compensating_lora_B, compensation
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
-from coalora.adapt.recipe import AdapterRecipe
-from coalora.train.loop import TrainingRecipe, train
+from coalora.recipes import AdapterRecipe, TrainingRecipe
+from coalora.train.loop import train
 
 
 def at(adapted, k: int) -> np.ndarray:
@@ -59,9 +59,9 @@ def test_the_layer_runs_the_formula(tiny_llama, make_adapted) -> None:
 def test_a_step_trains_the_experts_of_its_bits_alone(tiny_llama, make_adapted, text_split) -> None:
     adapted = make_adapted(tiny_llama(), perturb=0.05, expert_bits=3)
     before = adapted.state_dict()
-    recipe = TrainingRecipe(total_steps=4, batch_size=4, weight_decay=0.1)
+    recipe = TrainingRecipe(batch_size=4, weight_decay=0.1)
     configurations = at(adapted, 0)[None]  # 2 bits everywhere
-    state, _ = train(adapted, text_split, configurations, np.array([2.1]), recipe, steps=2, seed=0)
+    state, _ = train(adapted, text_split, configurations, np.array([2.1]), recipe, steps=2, total_steps=4, seed=0)
     moved = {k for k, v in adapted.state_dict().items() if not torch.equal(v, before[k])}
     experts = {k for k in before if k.startswith("experts.")}
     assert moved & experts == {k for k in experts if k.endswith("_0")}
@@ -69,13 +69,15 @@ def test_a_step_trains_the_experts_of_its_bits_alone(tiny_llama, make_adapted, t
 
 
 def test_steps_of_rare_experts_survive_a_resumed_run_bit_for_bit(tiny_llama, make_adapted, text_split) -> None:
-    recipe = TrainingRecipe(total_steps=6, batch_size=4, lr=1e-2, warmup_steps=1, sampling="uniform")
+    recipe = TrainingRecipe(batch_size=4, lr=1e-2, warmup_steps=1, sampling="uniform")
     bits = np.array([2.0, 3.0, 4.0])
 
     def go(steps: int, state=None):
         adapted = make_adapted(tiny_llama(), expert_bits=3)
         configurations = np.stack([at(adapted, k) for k in (0, 2, 4)])
-        return train(adapted, text_split, configurations, bits, recipe, steps=steps, seed=1, state=state)[0]
+        return train(
+            adapted, text_split, configurations, bits, recipe, steps=steps, total_steps=6, seed=1, state=state
+        )[0]
 
     whole, resumed = go(6), go(3, go(3))
     counts = {int(whole.tensors[k]) for k in whole.tensors if k.startswith("step.experts")}

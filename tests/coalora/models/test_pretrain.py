@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256
-from coalora.models.pretrain import PretrainRecipe, llama_config, pretrain, train_tokenizer
+from coalora.models.pretrain import llama_config, pretrain, train_tokenizer
+from coalora.recipes import PretrainRecipe
 
 RECIPE = PretrainRecipe(
     hidden_size=32,
@@ -84,22 +85,14 @@ def test_the_tokenizer_is_lossless_for_any_text_and_the_same_every_time() -> Non
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": 36, "num_attention_heads": 4}, "hidden_size 36 does not divide into 4 heads"),
-        ({"vocab_size": 256}, "vocabulary of 256 .* at least 257"),
-        ({"steps": 0}, "trains nothing"),
-    ],
-)
-def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(CoaloraError, match=message):
-        llama_config(dataclasses.replace(RECIPE, **change))
+def test_a_width_that_heads_cannot_share_is_refused() -> None:
+    with pytest.raises(CoaloraError, match="36 does not divide into 4 heads"):
+        llama_config(dataclasses.replace(RECIPE, hidden_size=36, num_attention_heads=4))
 
 
 def test_too_little_text_and_a_diverging_run_are_refused_before_anything_is_saved(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match="at least one block"):
         pretrain(["short"], RECIPE, tmp_path / "a", seed=0, device=CPU)
-    with pytest.raises(CoaloraError, match=r"ended with a loss of nan.*Lower model.pretrain.lr"):
-        pretrain(TEXTS, dataclasses.replace(RECIPE, lr=float("inf"), steps=3), tmp_path / "a", seed=0, device=CPU)
+    with pytest.raises(CoaloraError, match=r"ended with a loss of .*Lower model.pretrain.lr"):
+        pretrain(TEXTS, dataclasses.replace(RECIPE, lr=1e30, steps=3), tmp_path / "a", seed=0, device=CPU)
     assert not (tmp_path / "a").exists()

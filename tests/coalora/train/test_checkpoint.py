@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from coalora.recipes import TrainingRecipe
 from coalora.train.checkpoint import CHECKPOINT, Checkpoint, Checkpoints, uninterrupted
-from coalora.train.loop import TrainingRecipe, train
+from coalora.train.loop import train
 
 STEPS = 26  # two flushes of losses and a rest
-RECIPE = TrainingRecipe(total_steps=40, batch_size=4, lr=1e-2, theta_lr=1e-2, warmup_steps=2, sampling="adaptive")
+RECIPE = TrainingRecipe(batch_size=4, lr=1e-2, theta_lr=1e-2, warmup_steps=2, sampling="adaptive")
 
 
 class Cancelled(BaseException):
@@ -43,7 +44,16 @@ def go(tiny_llama, make_adapted, text_split):
 
         adapted.switch = spy
         result = train(
-            adapted, text_split, configurations, bits, recipe, steps=steps, seed=0, state=state, checkpoints=checkpoints
+            adapted,
+            text_split,
+            configurations,
+            bits,
+            recipe,
+            steps=steps,
+            seed=0,
+            total_steps=40,
+            state=state,
+            checkpoints=checkpoints,
         )
         return *result, len(calls) - 1  # steps: the last call looks at the model that is left
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from coalora.errors import CoaloraError
-from coalora.train.loop import TrainingRecipe, TrainingState, train
+from coalora.recipes import TrainingRecipe
+from coalora.train.loop import TrainingState, train
 from coalora.train.sampling import Sampler, batch_indices
 
-RECIPE = TrainingRecipe(total_steps=6, batch_size=4, lr=1e-2, theta_lr=1e-2, head_lr=1e-2, warmup_steps=2)
+RECIPE = TrainingRecipe(batch_size=4, lr=1e-2, theta_lr=1e-2, head_lr=1e-2, warmup_steps=2)
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def go(tables_for, random_configurations, text_split, class_split):
         split = class_split if "Classification" in type(model).__name__ else text_split
         configurations = np.random.default_rng(4).integers(8, size=(5, len(adapted.layers)))
         bits = np.array([adapted.base.space.nominal_bits[c].mean() for c in configurations])
-        return train(adapted, split, configurations, bits, recipe, steps=steps, seed=seed, state=state, **options)
+        options = {"seed": seed, "state": state, "total_steps": max(6, steps), **options}
+        return train(adapted, split, configurations, bits, recipe, steps=steps, **options)
 
     return run
 
@@ -42,7 +44,7 @@ def assert_same(first: TrainingState, second: TrainingState) -> None:
 
 @pytest.mark.parametrize("method", ["coa", "shared"])
 def test_training_lowers_the_loss_of_a_language_model(tiny_qwen2, make_adapted, go, method) -> None:
-    recipe = replace(RECIPE, total_steps=30, batch_size=10, lr=2e-2)
+    recipe = replace(RECIPE, batch_size=10, lr=2e-2)
     _, records = go(make_adapted(tiny_qwen2(), method, r=8), 30, recipe=recipe)
     losses = [r["loss"] for r in records]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -50,7 +52,7 @@ def test_training_lowers_the_loss_of_a_language_model(tiny_qwen2, make_adapted, 
 
 @pytest.mark.parametrize("method", ["coa", "none"])
 def test_training_lowers_the_loss_of_a_classifier(tiny_bert_classifier, make_adapted, go, method) -> None:
-    recipe = replace(RECIPE, total_steps=30, batch_size=10)
+    recipe = replace(RECIPE, batch_size=10)
     _, records = go(make_adapted(tiny_bert_classifier(), method), 30, recipe=recipe)
     losses = [r["loss"] for r in records]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -141,7 +143,7 @@ def test_a_first_step_is_adamw_on_the_drawn_batch_and_configuration(tiny_llama, 
 
 
 def test_schedule_warms_up_and_falls_to_a_tenth(tiny_llama, make_adapted, go) -> None:
-    recipe = replace(RECIPE, total_steps=10, warmup_steps=4, lr=1.0e-3)
+    recipe = replace(RECIPE, warmup_steps=4, lr=1.0e-3)
     _, records = go(make_adapted(tiny_llama(), "shared"), 10, recipe=recipe)
     scale = [r["lr"] / 1e-3 for r in records]
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * t / 6)) / 2 for t in range(6)]
@@ -231,7 +233,7 @@ def test_nothing_to_train_is_refused(tiny_llama, make_adapted, go) -> None:
 def test_more_steps_than_the_schedule_has_are_refused(tiny_llama, make_adapted, go) -> None:
     adapted = make_adapted(tiny_llama(), "shared")
     state, _ = go(adapted, 5)
-    with pytest.raises(CoaloraError, match=r"5 \+ 2 steps; expected: 6"):
+    with pytest.raises(CoaloraError, match=r"5 \+ 2 steps are more than the schedule's 6"):
         go(adapted, 2, state=state)
 
 
@@ -251,5 +253,6 @@ def test_a_set_without_members_or_with_other_bits_is_refused(tiny_llama, make_ad
             np.ones(n_bits),
             RECIPE,
             steps=1,
+            total_steps=1,
             seed=0,
         )

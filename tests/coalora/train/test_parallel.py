@@ -8,11 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.adapt.recipe import AdapterRecipe
 from coalora.data.benchmark import pad
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
-from coalora.train.loop import TrainingRecipe, train
+from coalora.recipes import AdapterRecipe, TrainingRecipe
+from coalora.train.loop import train
 from coalora.train.parallel import Parallel, spawn
 
 BITS = np.array([2.1, 3.1, 4.1, 8.1])
@@ -30,7 +30,7 @@ def small_training(
     model = LlamaForCausalLM(config).requires_grad_(False).eval()
     space = ChoiceSpace("nf", scale_bits=[8], scale_dtype=["bf16"], block_size=[16], scale_block_size=[64])
     layers = find_target_layers(model)
-    recipe = AdapterRecipe(r=4, lora_alpha=4, expert_bits=3)
+    recipe = AdapterRecipe(r=4, lora_alpha=4, theta="all", compensation_rank=0, expert_bits=3, expert_start="zero")
     adapted = AdaptedModel(model, layers, space, "language-modeling", method="coa", recipe=recipe, seed=0)
     for lora_B in adapted.lora_B:
         torch.nn.init.normal_(lora_B.weight, std=0.1, generator=torch.Generator().manual_seed(2))
@@ -38,11 +38,9 @@ def small_training(
     generator = torch.Generator().manual_seed(1)
     split = pad([torch.randint(1, 64, (9,), generator=generator).tolist() for _ in range(12)], 0)
     members = np.repeat(np.arange(4)[:, None], len(layers), axis=1)
-    how = TrainingRecipe(
-        total_steps=steps, batch_size=batch_size, lr=1e-2, theta_lr=1e-2, sampling=sampling, sampling_power=1.0
-    )
+    how = TrainingRecipe(batch_size=batch_size, lr=1e-2, theta_lr=1e-2, sampling=sampling, sampling_power=1.0)
     among = Parallel.from_environment(configurations) if parallel else None
-    state, records = train(adapted, split, members, BITS, how, steps=steps, seed=3, parallel=among)
+    state, records = train(adapted, split, members, BITS, how, steps=steps, total_steps=steps, seed=3, parallel=among)
     return {**state.tensors, "losses": [r["loss"] for r in records], "bits": [r["bits"] for r in records]}
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from coalora.adapt.adapted import AdaptedModel, AdapterRecipe
+from coalora.adapt.adapted import AdaptedModel
 from coalora.errors import CoaloraError
 from coalora.models.switching.packed import pack_layer
 from coalora.models.switching.quantized import QuantizedBase, nbytes
 from coalora.models.targets import find_target_layers
+from coalora.recipes import AdapterRecipe
 
 CPU = torch.device("cpu")
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
@@ -26,7 +27,14 @@ def adapted(model: nn.Module, space, **memory) -> AdaptedModel:
     layers = find_target_layers(model)
     task = "classification" if "Classification" in type(model).__name__ else "language-modeling"
     made = AdaptedModel(
-        model, layers, space, task, method="coa", recipe=AdapterRecipe(r=4, lora_alpha=6), seed=0, **memory
+        model,
+        layers,
+        space,
+        task,
+        method="coa",
+        recipe=AdapterRecipe(r=4, lora_alpha=6, compensation_rank=0, expert_bits=0),
+        seed=0,
+        **memory,
     )
     generator = torch.Generator().manual_seed(1)
     for parameter in made.named_parameters().values():  # lora_B and theta's last layer start at zero

@@ -1,0 +1,82 @@
+"""Configuration of the whole method, in the style of PEFT's `LoraConfig`: the adapter's fields at the top, beside them
+the choices, and a recipe for each part.
+"""
+
+# ruff: noqa: RUF009  (`hyper` makes a field)
+# No `from __future__ import annotations`: a field's type is read where values are checked.
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from coalora.recipes import (
+    AdapterRecipe,
+    CalibrationRecipe,
+    InitialSetRecipe,
+    RuntimeRecipe,
+    SearchRecipe,
+    TrainingRecipe,
+    hyper,
+)
+
+if TYPE_CHECKING:
+    from coalora.quant.space import ChoiceSpace
+
+
+def _all_of_nf() -> "ChoiceSpace":
+    from coalora.quant.space import ChoiceSpace  # torch is imported by who makes a configuration, not by who reads this
+
+    return ChoiceSpace("nf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
+    """Everything that decides a run of CoA-LoRA; what is left out is what won in docs/results.md.
+
+    Raises:
+        CoaloraError: a value of another type, or outside of its field's range.
+
+    Example:
+        >>> from coalora.quant.space import ChoiceSpace
+        >>> config = CoaLoraConfig(r=8, lora_alpha=8, choices=ChoiceSpace("nf", bits=[2, 3, 4]))
+        >>> config.training.lr, config.search.rounds
+        (0.001, 2)
+        >>> CoaLoraConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    choices: "ChoiceSpace" = hyper(
+        _all_of_nf, "Choices", "Choices of every target layer; by default all of NormalFloat."
+    )
+    target_modules: Sequence[str] | Literal["all-linear"] | None = hyper(
+        None,
+        "Target modules",
+        "Layers to quantize: name suffixes or globs, or all-linear; by default those of the architecture.",
+    )
+    calibration: CalibrationRecipe = hyper(CalibrationRecipe, "Calibration", "Measurement of the base model's layers.")
+    training: TrainingRecipe = hyper(TrainingRecipe, "Training", "Steps, learning rates and objective.")
+    initial_set: InitialSetRecipe = hyper(InitialSetRecipe, "Initial set", "Configuration set of round 0.")
+    search: SearchRecipe = hyper(SearchRecipe, "Search", "Pareto search over configurations.")
+    seed: int = hyper(0, "Seed", "Seed of everything that is drawn.", ge=0, lt=2**31)
+
+    @property
+    def adapter(self) -> AdapterRecipe:
+        """The adapter's fields alone."""
+        return AdapterRecipe(**{item.name: getattr(self, item.name) for item in fields(AdapterRecipe)})
+
+    @property
+    def runtime(self) -> RuntimeRecipe:
+        """Device, number type and memory alone."""
+        return RuntimeRecipe(**{item.name: getattr(self, item.name) for item in fields(RuntimeRecipe)})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            CoaloraError: an unknown key, or a value that does not fit.
+        """
+        if isinstance(data.get("choices"), Mapping):
+            from coalora.quant.space import ChoiceSpace
+
+            data = {**data, "choices": ChoiceSpace.from_dict(data["choices"])}
+        return super().from_dict(data)

@@ -1,0 +1,389 @@
+"""Hyperparameters of the method: each declared once, with its default, range, unit and help.
+
+Recipes are frozen dataclasses. The defaults are those that won in docs/results.md. Metadata of a field (`hyper`) holds
+its title, description and limits under the names that pydantic knows, so that the pipeline's settings and the form in
+Prefect's UI are made from the same declarations; this module needs neither pydantic nor torch.
+"""
+
+# ruff: noqa: RUF009  (`hyper` makes a field)
+# No `from __future__ import annotations`: a field's type is read where values are checked.
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin
+
+from coalora.errors import CoaloraError
+
+if TYPE_CHECKING:
+    from coalora.models.targets import TargetLayer
+
+Task = Literal["classification", "language-modeling"]
+Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
+Teacher = Literal["auto", "base", "adapted"]
+MasterMode = Literal["device", "cpu", "mmap"]
+WeightMode = Literal["dequantized", "packed"]
+
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    return ", ".join(f"{words} {limits[name]}" for name, words in _LIMITS.items() if name in limits)
+
+
+def hyper(default: Any, title: str, help: str, *, unit: str = "", **limits: float) -> Any:
+    """A field of a recipe.
+
+    Args:
+        default: its value, or a type or function that makes it.
+        title: a few words, in the field's own terms.
+        help: one sentence or two.
+        unit: added to the title.
+        **limits: ge, gt, le, lt, of every number that the field may take.
+    """
+    words = _range(limits)
+    metadata = {
+        "title": f"{title} ({unit})" if unit else title,
+        "description": f"{help} [{words}]" if words else help,
+        **limits,
+    }
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of one part of the method.
+
+    Raises:
+        CoaloraError: a value of another type, or outside of its field's range.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not _fits(value, item.type) or not _inside(value, item.metadata):
+                raise CoaloraError(
+                    f"{type(self).__name__}.{item.name} is {value!r}", remedy=f"Set it to {_expected(item)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, read back by `from_dict`."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            CoaloraError: an unknown key, or a value that does not fit.
+        """
+        known = {item.name: item.type for item in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise CoaloraError(f"{cls.__name__} has no field {key!r}", remedy=f"Choose among {', '.join(known)}")
+        return cls(**{key: _read(value, known[key]) for key, value in data.items()})
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe(Recipe):
+    """Measurement of the base model's layers: input statistics, and the error of every choice."""
+
+    n_samples: int = hyper(64, "Calibration samples", "Training examples or blocks run through the model.", ge=1)
+    batch_size: int = hyper(16, "Batch size", "Examples a batch.", ge=1)
+    hessians: bool = hyper(
+        True,
+        "Whole Hessians",
+        "Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
+    )
+
+
+@dataclass(frozen=True)
+class AdapterRecipe(Recipe):
+    """LoRA, the configuration-aware model theta, and what else follows the choices.
+
+    Fields that are None or `auto` are decided by the task (`resolved`).
+
+    Example:
+        >>> recipe = AdapterRecipe(r=16).resolved("language-modeling")
+        >>> recipe.expert_bits, recipe.compensation_rank, recipe.scale
+        (3, 0, 1.0)
+    """
+
+    r: int = hyper(16, "LoRA rank (r)", "LoRA rank of a layer, compensation included.", ge=1)
+    lora_alpha: int = hyper(16, "LoRA alpha", "LoRA scale s = lora_alpha / r, the same in every layer.", ge=1)
+    lora_dropout: float = hyper(0.0, "LoRA dropout", "Dropout before lora_A, in training.", ge=0, lt=1)
+    theta: Literal["all", "others", "none"] = hyper(
+        "others",
+        "Choices that theta adjusts",
+        "Choices that theta adjusts the shared pair to: all, others (those without a pair of their own), or none.",
+    )
+    embedding_dim: int = hyper(8, "Embedding size of theta", "Size of each embedding of theta.", ge=1)
+    hidden_dim: int = hyper(128, "Hidden size of theta", "Hidden width of theta.", ge=1)
+    compensation_rank: int | None = hyper(
+        None,
+        "Compensation rank",
+        "Part of the rank that is closed-form compensation of each layer's choice; 0 for none. "
+        "By default half of the rank for classifiers, and none for language models.",
+        ge=0,
+    )
+    expert_bits: int | None = hyper(
+        None,
+        "Largest bit-width with a pair of its own",
+        "Choices of at most so many bits add a pair of their own to the shared one; 0 for none. "
+        "By default 3 for language models, and none for classifiers.",
+        ge=0,
+        le=8,
+    )
+    expert_start: Literal["auto", "zero", "compensation"] = hyper(
+        "auto",
+        "Start of these pairs",
+        "Start of these pairs: zero, or the closed-form compensation of the first choice of their bits; "
+        "auto: compensation for language models, which then lose least to quantization, zero for classifiers, which "
+        "have more to learn than to make good.",
+    )
+    rank_pattern: Mapping[str, int] = hyper(
+        dict,
+        "Ranks by layer",
+        "Other ranks by layer, each at least 1: a glob of names or kinds, for example mlp.down_proj: 32; "
+        "the last match wins.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pattern, rank in self.rank_pattern.items():
+            if not _fits(rank, int) or rank < 1:
+                raise CoaloraError(
+                    f"rank_pattern gives {pattern!r} the rank {rank!r}", remedy="Set it to an integer of at least 1"
+                )
+
+    @property
+    def scale(self) -> float:
+        """s of y = W x + s B (I + U) A x."""
+        return self.lora_alpha / self.r
+
+    def resolved(self, task: Task) -> "AdapterRecipe":
+        """The same with what was left open as it won on such tasks (docs/results.md)."""
+        language = task == "language-modeling"
+        compensation_rank, expert_bits, expert_start = self.compensation_rank, self.expert_bits, self.expert_start
+        if compensation_rank is None:
+            compensation_rank = 0 if language else min([self.r, *self.rank_pattern.values()]) // 2
+        if expert_bits is None:
+            expert_bits = 3 if language else 0
+        if expert_start == "auto":
+            expert_start = "compensation" if language else "zero"
+        return replace(self, compensation_rank=compensation_rank, expert_bits=expert_bits, expert_start=expert_start)
+
+    def ranks(self, layers: "Sequence[TargetLayer]") -> list[int]:
+        """Total rank of every layer (N,), compensation included.
+
+        Raises:
+            CoaloraError: a pattern that matches no layer, or a rank that leaves nothing to train beside the
+                compensation.
+        """
+        ranks = [self.r] * len(layers)
+        for pattern, rank in self.rank_pattern.items():
+            matched = [i for i, layer in enumerate(layers) if _matches(layer, pattern)]
+            if not matched:
+                raise CoaloraError(
+                    f"rank_pattern {pattern!r} matches no target layer",
+                    remedy=f"Give a glob of names such as {layers[0].name}, or a kind such as {layers[0].kind}",
+                )
+            for i in matched:
+                ranks[i] = rank
+        compensated = self.compensation_rank or 0
+        for layer, rank in zip(layers, ranks, strict=True):
+            if compensated >= rank:
+                raise CoaloraError(
+                    f"rank {rank} of {layer.name} leaves nothing to train beside compensation_rank {compensated}",
+                    remedy="Raise r (or rank_pattern), or lower compensation_rank",
+                )
+        return ranks
+
+
+@dataclass(frozen=True)
+class Objective(Recipe):
+    """Loss of a training step: (1 - distillation) * task loss + distillation * (KL + hidden * hidden-state error)."""
+
+    distillation: float = hyper(
+        0.0, "Share of distillation", "0 is the task's loss alone, 1 distillation alone.", ge=0, le=1
+    )
+    temperature: float = hyper(1.0, "Temperature", "Softens the outputs that are compared.", gt=0)
+    hidden: float = hyper(
+        0.0, "Weight of hidden states", "Weight of the hidden states' error beside the outputs'; 0 leaves it out.", ge=0
+    )
+    teacher: Teacher = hyper(
+        "auto",
+        "Teacher",
+        "base: without adapter; adapted: with the adapter as it is now; auto: base for language models, adapted for "
+        "classifiers, whose base has no trained head.",
+    )
+
+
+@dataclass(frozen=True)
+class TrainingRecipe(Recipe):
+    """Steps and learning rates, which rise over `warmup_steps` and fall to a tenth along a cosine over all rounds."""
+
+    initial_steps: int = hyper(300, "Steps on the initial set", "Steps on the initial configuration set.", ge=1)
+    round_steps: int = hyper(100, "Steps after each search round", "Steps after every search round.", ge=1)
+    batch_size: int = hyper(32, "Batch size", "Examples or blocks a step.", ge=1)
+    lr: float = hyper(1e-3, "Learning rate of LoRA", "Peak learning rate of lora_A and lora_B.", gt=0)
+    theta_lr: float = hyper(1e-3, "Learning rate of theta", "Peak learning rate of theta.", gt=0)
+    head_lr: float = hyper(1e-3, "Learning rate of the head", "Peak learning rate of a classifier's head.", gt=0)
+    weight_decay: float = hyper(0.0, "Weight decay", "AdamW's weight decay.", ge=0)
+    warmup_steps: int = hyper(20, "Warm-up", "Steps of linear warm-up; 0 for none.", ge=0)
+    max_grad_norm: float = hyper(1.0, "Gradient clipping (norm)", "Largest norm of the whole gradient.", gt=0)
+    sampling: Sampling = hyper(
+        "low-bits",
+        "Sampling of configurations",
+        "Draw of a step's configuration: uniform, towards low bits, by the sandwich rule, or adaptive, which spends "
+        "steps where the loss is in excess.",
+    )
+    sampling_power: float = hyper(
+        2.5, "Strength of the sampling", "Strength of low-bits (1 is uniform) and of adaptive.", ge=1
+    )
+    objective: Objective = hyper(Objective, "Objective", "Loss that a step minimises.")
+    gradient_checkpointing: bool = hyper(
+        False,
+        "Gradient checkpointing",
+        "Compute activations again in the backward pass: less memory, a third more time.",
+    )
+
+    def total_steps(self, rounds: int) -> int:
+        """Length of the learning-rate schedule: it does not start again with every round."""
+        return self.initial_steps + rounds * self.round_steps
+
+
+@dataclass(frozen=True)
+class InitialSetRecipe(Recipe):
+    """Configuration set of round 0: allocations at evenly spread budgets."""
+
+    size: int = hyper(50, "Budgets of the initial set", "Number of budgets.", ge=2)
+    min_budget: float | None = hyper(
+        None, "Smallest budget", "Smallest budget, in units of cost; else the space's.", gt=0
+    )
+    max_budget: float | None = hyper(
+        None, "Largest budget", "Largest budget, in units of cost; else the space's.", gt=0
+    )
+
+
+@dataclass(frozen=True)
+class SearchRecipe(Recipe):
+    """Pareto search over configurations."""
+
+    strategy: Literal["ehvi", "random", "frozen"] = hyper(
+        "ehvi",
+        "Search strategy",
+        "ehvi proposes by expected hypervolume improvement; random extends the set by as many random "
+        "configurations; frozen never changes the initial set.",
+    )
+    rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0)
+    candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1)
+    restarts: int = hyper(8, "Restarts", "Starts of the hill climbing for each proposal.", ge=1)
+    max_steps: int = hyper(50, "Moves of a climb", "Moves of one climb at most.", ge=1)
+    delta: int = hyper(1, "Step size (delta)", "A neighbour differs in one field by at most so many steps.", ge=1)
+    segments: int = hyper(40, "Segments (U)", "Segments of cost that each keep their non-dominated members.", ge=1)
+    batch_size: int = hyper(64, "Batch size", "Examples a batch when losses are measured.", ge=1)
+
+
+@dataclass(frozen=True)
+class RuntimeRecipe(Recipe):
+    """Device, number type and memory of the model."""
+
+    device: Literal["auto", "cpu", "cuda"] = hyper("auto", "Device", "auto takes a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = hyper(
+        "auto", "Number type", "Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
+    )
+    cache_mib: int = hyper(
+        512,
+        "Cache of layers",
+        "Memory for layers of configurations in use: packed and, on a CPU, weights that wait.",
+        unit="MiB",
+        ge=0,
+    )
+    master: MasterMode = hyper(
+        "device",
+        "Full-precision weights",
+        "Place of the full-precision weights: beside the model, in RAM, or in the checkpoint's files.",
+    )
+    weights: WeightMode = hyper(
+        "dequantized",
+        "Quantized weights",
+        "packed keeps the target layers at their bits and dequantizes on the fly: slower, far less memory.",
+    )
+
+
+@dataclass(frozen=True)
+class PretrainRecipe(Recipe):
+    """Small Llama decoder trained from scratch on a benchmark's training text: warm-up, then linear decay to zero."""
+
+    hidden_size: int = hyper(128, "Hidden size", "Width of the decoder.", ge=8)
+    intermediate_size: int = hyper(384, "MLP size", "Width of its MLP.", ge=8)
+    num_hidden_layers: int = hyper(4, "Blocks", "Transformer blocks.", ge=1)
+    num_attention_heads: int = hyper(4, "Attention heads", "Attention heads.", ge=1)
+    vocab_size: int = hyper(512, "Vocabulary", "Tokens of the byte-level BPE tokenizer.", unit="tokens", ge=260)
+    max_length: int = hyper(128, "Block length", "Tokens a training block.", unit="tokens", ge=8)
+    steps: int = hyper(600, "Steps", "Training steps.", ge=1)
+    batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1)
+    lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0)
+
+
+def _matches(layer: "TargetLayer", pattern: str) -> bool:
+    return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.kind, pattern)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; True and False are no numbers, and infinity is none either."""
+    if isinstance(hint, str):
+        return True  # a type of another module, which checks its own values
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    wanted = get_origin(hint) or hint
+    return isinstance(value, wanted) and (wanted is str or not isinstance(value, str))
+
+
+def _inside(value: object, limits: Mapping[str, float]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    return limits.get("ge", value) <= value <= limits.get("le", value) and limits.get(
+        "gt", -math.inf
+    ) < value < limits.get("lt", math.inf)
+
+
+def _expected(item: "Field[Any]") -> str:
+    names = {bool: "True or False", int: "an integer", float: "a number", str: "a string", NoneType: "None"}
+    options = get_args(item.type) if get_origin(item.type) in (Union, UnionType) else (item.type,)
+    limits = _range(item.metadata)
+    words = []
+    for option in options:
+        if get_origin(option) is Literal:
+            words += [repr(value) for value in get_args(option)]
+        else:
+            name = names.get(option) or f"a {getattr(get_origin(option) or option, '__name__', option)}"
+            words.append(f"{name}, {limits}," if limits and option in (int, float) else name)
+    return " or ".join(words).removesuffix(",")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _read(value: Any, hint: Any) -> Any:
+    nested = isinstance(hint, type) and issubclass(hint, Recipe) and isinstance(value, Mapping)
+    return hint.from_dict(value) if nested else value
