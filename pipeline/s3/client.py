@@ -91,8 +91,7 @@ class S3Object:
         name: below the location's prefix.
         size: bytes.
         etag: changes whenever the object does.
-        modified: time of the last change in seconds since 1970, by the server's clock.
-        age: seconds since then, by the same clock where its answer tells the time.
+        age: seconds since the last change, by the server's clock where its answer tells the time.
         content: the bytes, where they were asked for.
         sha256: of the content, as the object's writer has noted it; None in listings and of other programs' objects.
     """
@@ -100,7 +99,6 @@ class S3Object:
     name: str
     size: int
     etag: str
-    modified: float
     age: float
     content: bytes = b""
     sha256: str | None = None
@@ -226,9 +224,8 @@ class S3Location:
                 Bucket=self.address.bucket, Prefix=start + name
             )
             for found in (item for page in pages for item in page.get("Contents", [])):
-                modified = found["LastModified"].timestamp()
-                age = time.time() - modified
-                yield S3Object(found["Key"][len(start) :], found["Size"], str(found["ETag"]), modified, age)
+                age = time.time() - found["LastModified"].timestamp()
+                yield S3Object(found["Key"][len(start) :], found["Size"], str(found["ETag"]), age)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are gone already are no error."""
@@ -281,7 +278,8 @@ class S3Location:
         """
         progress = Megabytes(label, sum(file.size for file in files))
         altered = self._get_files(files, progress)
-        for file in self._get_files(altered, progress) if altered else ():
+        if altered and (altered := self._get_files(altered, progress)):
+            file = altered[0]
             raise StorageDamaged(
                 f"{self._place(file.name)} is not what its manifest says: {file.size:,} bytes with sha256 "
                 f"{file.sha256[:16]}...",
@@ -338,32 +336,26 @@ class S3Location:
         allow it, or the server knows no such rules, the answer says what its administrator is to set.
         """
         start = f"{self.address.prefix}/" if self.address.prefix else ""
-        ours = {
+        rule = {
             "ID": f"abort-uploads-{hashlib.sha256(start.encode()).hexdigest()[:8]}",
             "Status": "Enabled",
             "Filter": {"Prefix": start},
             "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": days},
         }
-        bucket = self.address.bucket
         with self._asking("setting a lifecycle rule", ""):
             try:
-                rules = self._lifecycle_rules()
-                for rule in rules:
-                    covered = start.startswith(rule.get("Filter", {}).get("Prefix", rule.get("Prefix", "")))
-                    if rule["Status"] == "Enabled" and "AbortIncompleteMultipartUpload" in rule and covered:
-                        return f"{self}: the bucket's rule {rule.get('ID', '')!r} frees unfinished uploads already"
-                rules = [rule for rule in rules if rule.get("ID") != ours["ID"]]
+                rules = [other for other in self._lifecycle_rules() if other.get("ID") != rule["ID"]]
                 self.client.put_bucket_lifecycle_configuration(
-                    Bucket=bucket, LifecycleConfiguration={"Rules": [*rules, ours]}
+                    Bucket=self.address.bucket, LifecycleConfiguration={"Rules": [*rules, rule]}
                 )
             except ClientError as error:
                 if error_code(error) not in DENIED:
                     raise
                 return (
-                    f"{self}: not allowed here ({error_code(error)}). Ask the bucket's administrator to add to its "
-                    + (f"lifecycle configuration the rule {json.dumps(ours)}")
+                    f"{self}: the server does not let you set lifecycle rules ({error_code(error)}). "
+                    f"Ask the bucket's administrator to add {json.dumps(rule)}"
                 )
-        return f"{self}: unfinished uploads are freed {days} days after their start (rule {ours['ID']!r})"
+        return f"{self}: unfinished uploads are freed {days} days after their start (rule {rule['ID']!r})"
 
     def _lifecycle_rules(self) -> Sequence[dict[str, Any]]:
         try:
@@ -372,7 +364,7 @@ class S3Location:
             if error_code(error) == "NoSuchLifecycleConfiguration":
                 return []
             raise
-        return [dict(rule) for rule in answer.get("Rules", [])]
+        return list(answer.get("Rules", []))
 
     def _manager(self) -> Any:
         part = self.settings.part_mib * _MIB
@@ -433,10 +425,10 @@ class _Counter(BaseSubscriber):
 
 
 def _described(name: str, answer: dict[str, Any], content: bytes = b"") -> S3Object:
-    modified, noted = answer["LastModified"].timestamp(), answer.get("Metadata", {}).get(_DIGEST)
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     now = parsedate_to_datetime(date).timestamp() if date else time.time()
-    return S3Object(name, answer["ContentLength"], str(answer["ETag"]), modified, now - modified, content, noted)
+    age, noted = now - answer["LastModified"].timestamp(), answer.get("Metadata", {}).get(_DIGEST)
+    return S3Object(name, answer["ContentLength"], str(answer["ETag"]), age, content, noted)
 
 
 def _make_client(settings: StorageSettings) -> Any:

@@ -14,14 +14,13 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coalora.files import read_json
 from pipeline.inputs.loaders import SET
 from pipeline.s3.client import S3Object
 from pipeline.stages.checkpoints import checkpoints_folder
@@ -35,7 +34,7 @@ from pipeline.store.store import Store
 _RECORD = re.compile(r"[a-z0-9-]+-[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNUSED = "no run, version or DVC file refers to it"
-_NO_ARTIFACT = "of an artifact that goes or is gone"
+_NO_ARTIFACT, _UNREADABLE = "of an artifact that goes or is gone", "unreadable"
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,17 @@ def find_garbage(store: Store, roots: Roots, results: Path, *, older_than: float
         older_than: seconds; what is younger stays.
     """
     used, dead = roots.used(store.root, older_than)
-    artifacts = list(_artifacts(store, used, roots, older_than))
-    going = {item.place.name for item in artifacts if isinstance(item.place, Path)}
-    records = _records(results, store, used, going, older_than)
+    folders = [folder for folder in sorted(store.folder.glob("??/*")) if _DIGEST.fullmatch(folder.name)]
+    records = [file for file in sorted(results.glob("*")) if _RECORD.fullmatch(file.name)]
+    unused = _unused(
+        {folder.name: _item("artifact", folder) for folder in folders},
+        lambda digest: _bytes(store.folder / artifact_folder(digest) / SET),
+        {file.name: _item("record", file) for file in records},
+        lambda key: _recorded_digest(results / key),
+        used, roots, older_than,
+    )  # fmt: skip
     journals = [_item("journal", journal.path, "its run is gone") for journal in dead]
-    return [*_unfinished(store, older_than), *records, *artifacts, *_checkpoints(used, older_than), *journals]
+    return [*_unfinished(store, older_than), *unused, *_checkpoints(used, older_than), *journals]
 
 
 def remove(store: Store, item: Garbage, *, older_than: float) -> bool:
@@ -110,44 +115,38 @@ def find_shared_garbage(
     Raises:
         CoaloraError: the manifest of a run is damaged: what it refers to is not known, and nothing may go.
     """
-    now = time.time()
 
-    def item(kind: str, found: S3Object, why: str) -> Garbage:
-        return Garbage(kind, found.name, found.size, now - found.modified, why, found.etag)
-
-    def old(found: S3Object) -> bool:
-        return now - found.modified >= older_than
+    def item(kind: str, found: S3Object, why: str = "") -> Garbage:
+        return Garbage(kind, found.name, found.size, found.age, why, found.etag)
 
     location = shared.location
     objects = list(location.list(OBJECTS))  # before the manifests: what a newer one names is newer, too
-    named = {
-        object_name(entry.sha256)
-        for run in published_names(shared)
-        if run not in without
-        for entry in read_run(shared, *run).files
-    }
-    artifacts = {_stem(found): found for found in location.list(ARTIFACTS)}
+    artifacts = {_stem(found.name): found for found in location.list(ARTIFACTS)}
+    records = {_stem(found.name): found for found in location.list(RECORDS)}
     with ThreadPoolExecutor(location.settings.workers) as pool:
-        manifests = dict(zip(artifacts, pool.map(lambda f: _manifest(shared, f), artifacts.values()), strict=True))
-    garbage: list[Garbage] = []
-    for digest, found in artifacts.items():
-        manifest = manifests[digest]
-        wanted = digest in used.digests or _is_versioned(shared, manifest, roots)
-        if old(found) and (manifest is None or not wanted):
-            garbage.append(item("artifact", found, "unreadable" if manifest is None else _UNUSED))
-        elif manifest is not None:
-            named |= {object_name(entry.sha256) for entry in manifest.files}
-    there = artifacts.keys() - {_stem_of(str(g.place)) for g in garbage}
-    records = [found for found in location.list(RECORDS) if old(found) and _stem(found) not in used.keys]
-    for found in records:
-        content = location.get(found.name)
-        artifact = None if content is None else parse_record(content.content)
-        if artifact is None or artifact.digest not in there:
-            why = "unreadable" if artifact is None else _NO_ARTIFACT
-            garbage.insert(0, item("record", found, why))
-    garbage += [item("object", found, _UNUSED) for found in objects if found.name not in named and old(found)]
-    garbage += [item("lock", found, "of a run that ended") for found in location.list(LOCKS) if old(found)]
-    return garbage
+        read = list(pool.map(lambda found: _manifest(shared, found), artifacts.values()))
+    manifests = {digest: manifest for digest, manifest in zip(artifacts, read, strict=True) if manifest is not None}
+
+    def record_of(key: str) -> str | None:
+        found = location.get(records[key].name)
+        artifact = None if found is None else parse_record(found.content)
+        return None if artifact is None else artifact.digest
+
+    garbage = _unused(
+        {digest: item("artifact", artifacts[digest]) for digest in manifests},
+        lambda digest: _set_of(shared, manifests[digest]),
+        {key: item("record", found) for key, found in records.items()},
+        record_of,
+        used, roots, older_than,
+    )  # fmt: skip
+    going = {item.place for item in garbage}
+    kept: list[Manifest] = [manifest for d, manifest in manifests.items() if artifacts[d].name not in going]
+    kept += [read_run(shared, *run) for run in published_names(shared) if run not in without]
+    named = {object_name(entry.sha256) for manifest in kept for entry in manifest.files}
+    rest = [item("artifact", found, _UNREADABLE) for digest, found in artifacts.items() if digest not in manifests]
+    rest += [item("object", found, _UNUSED) for found in objects if found.name not in named]
+    rest += [item("lock", found, "of a run that ended") for found in location.list(LOCKS)]
+    return garbage + [piece for piece in rest if piece.age >= older_than]
 
 
 def remove_shared(
@@ -161,26 +160,37 @@ def remove_shared(
     return gone
 
 
-def _artifacts(store: Store, used: Used, roots: Roots, older_than: float) -> Iterator[Garbage]:
-    for folder in sorted(store.folder.glob("??/*")):
-        if not _DIGEST.fullmatch(folder.name) or folder.name in used.digests or _age(folder) < older_than:
-            continue
-        with suppress(OSError, ValueError):
-            if roots.set_md5s and set_md5(read_json(folder / SET)) in roots.set_md5s:
-                continue
-        yield _item("artifact", folder, _UNUSED)
+def _unused(
+    artifacts: Mapping[str, Garbage],
+    set_of: Callable[[str], bytes | None],
+    records: Mapping[str, Garbage],
+    digest_of: Callable[[str], str | None],
+    used: Used,
+    roots: Roots,
+    older_than: float,
+) -> list[Garbage]:
+    """The rules, for a disk and a bucket alike: the records and artifacts that may go.
 
-
-def _records(results: Path, store: Store, used: Used, going: set[str], older_than: float) -> Iterator[Garbage]:
-    """Records of artifacts that go or are gone, and records that cannot be read."""
-    for file in sorted(results.glob("*")) if results.is_dir() else ():
-        if not _RECORD.fullmatch(file.name) or file.name in used.keys or _age(file) < older_than:
+    Args:
+        artifacts, records: what there is, by digest and by cache key.
+        set_of: bytes of an artifact's configuration set, None where it has none.
+        digest_of: digest of the artifact that a record names, None for one that cannot be read.
+    """
+    going = {
+        digest: replace(item, why=_UNUSED)
+        for digest, item in artifacts.items()
+        if item.age >= older_than
+        and digest not in used.digests
+        and not (roots.set_md5s and _md5(set_of(digest)) in roots.set_md5s)
+    }
+    gone: list[Garbage] = []
+    for key, item in records.items():
+        if item.age < older_than or key in used.keys:
             continue
-        digest = _recorded_digest(file)
-        if digest is None:
-            yield _item("record", file, "unreadable")
-        elif digest in going or not (store.folder / artifact_folder(digest)).is_dir():
-            yield _item("record", file, _NO_ARTIFACT)
+        named = digest_of(key)
+        if named is None or named in going or named not in artifacts:
+            gone.append(replace(item, why=_UNREADABLE if named is None else _NO_ARTIFACT))
+    return [*gone, *going.values()]
 
 
 def _unfinished(store: Store, older_than: float) -> Iterator[Garbage]:
@@ -200,7 +210,7 @@ def _checkpoints(used: Used, older_than: float) -> Iterator[Garbage]:
             yield Garbage("checkpoint", folder, _size(folder), newest, "no run came back to it")
 
 
-def _item(kind: str, path: Path, why: str) -> Garbage:
+def _item(kind: str, path: Path, why: str = "") -> Garbage:
     return Garbage(kind, path, _size(path), _age(path), why)
 
 
@@ -238,29 +248,36 @@ def _found(value: Any) -> Iterator[str]:
             yield from _found(inner)
 
 
-def _stem(found: S3Object) -> str:
-    return _stem_of(found.name)
-
-
-def _stem_of(name: str) -> str:
+def _stem(name: str) -> str:
     """`<digest>` of `artifacts/<digest[:2]>/<digest>.json`, `<cache key>` of `records/<cache key>.json`."""
     return name.rpartition("/")[2].removesuffix(".json")
 
 
 def _manifest(shared: SharedStore, found: S3Object) -> Manifest | None:
     """The manifest in the bucket, without noting a use; None where it is not the artifact's."""
-    content = shared.location.get(found.name)
+    read = shared.location.get(found.name)
     with suppress(ValueError):
-        manifest = Manifest.model_validate_json(content.content) if content is not None else None
-        if manifest is not None and manifest.digest == _stem(found):
+        manifest = Manifest.model_validate_json(read.content) if read is not None else None
+        if manifest is not None and manifest.digest == _stem(found.name):
             return manifest
     return None
 
 
-def _is_versioned(shared: SharedStore, manifest: Manifest | None, roots: Roots) -> bool:
-    """Whether DVC has the artifact's configuration set."""
-    for entry in manifest.files if manifest is not None and roots.set_md5s else ():
+def _set_of(shared: SharedStore, manifest: Manifest) -> bytes | None:
+    for entry in manifest.files:
         if entry.path == SET and (found := shared.location.get(object_name(entry.sha256))) is not None:
-            with suppress(ValueError):
-                return set_md5(json.loads(found.content)) in roots.set_md5s
-    return False
+            return found.content
+    return None
+
+
+def _bytes(file: Path) -> bytes | None:
+    with suppress(OSError):
+        return file.read_bytes()
+    return None
+
+
+def _md5(configuration_set: bytes | None) -> str | None:
+    """MD5 under which DVC has a configuration set."""
+    with suppress(ValueError):
+        return None if configuration_set is None else set_md5(json.loads(configuration_set))
+    return None
