@@ -1,4 +1,4 @@
-"""Faults of a disk or a database said so that a reader can mend them; everything else passes through."""
+"""Faults of a disk or a database as errors that say what to do; everything else passes through."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def disk_faults(folder: Path) -> Iterator[None]:
             raise _full(folder) from error
         if error.errno in _REFUSED and _inside(error.filename, folder):
             raise CoaloraError(
-                "this user may write to the folder of results",
-                got=f"{error.filename}: {error.strerror}",
-                remedy="mend its owner or permissions, or set COALORA_HOME to another folder",
+                f"{error.filename} cannot be written ({error.strerror})",
+                remedy="Mend its owner or permissions, or set COALORA_HOME to another folder",
             ) from error
         raise
     except Exception as error:
@@ -63,10 +62,9 @@ def database_faults() -> Iterator[None]:
         if not LOCKED.search(str(error)):
             raise
         raise CoaloraError(
-            "the database of runs is free within the time that its clients wait for it",
-            got=str(error).splitlines()[0],
-            remedy="see which process keeps it locked (fuser FILE.db), end that or wait, and run again: every stage is "
-            "kept. Several runs at once want servers: `mlflow server`, `prefect server start`",
+            f"Another process keeps the database of runs locked ({str(error).splitlines()[0]})",
+            remedy="See which one (fuser FILE.db), end it or wait, and run again: every stage is kept. Several runs at "
+            "once want servers: `mlflow server`, `prefect server start`",
         ) from error
 
 
@@ -82,8 +80,7 @@ def _full(folder: Path) -> CoaloraError:
     while not there.exists():
         there = there.parent
     return CoaloraError(
-        "the disk of the results has room for what is written",
-        got=f"{folder}: full ({shutil.disk_usage(there).free / 1e6:.1f} MB free); what was finished before is kept",
-        remedy="free some room (coalora prune lists what nothing refers to), and run again: "
-        "it goes on behind its last finished stage",
+        f"The disk of {folder} is full ({shutil.disk_usage(there).free / 1e6:.1f} MB free)",
+        remedy="Free some room (`coalora prune` lists what nothing refers to), and run again: it goes on behind its "
+        "last finished stage",
     )
