@@ -43,7 +43,7 @@ test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
 	$(PYTEST) -m 'not servers'
 
 test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
-	$(PYTEST) tests/e2e tests/flows tests/infra tests/tasks -m servers
+	$(PYTEST) tests/e2e tests/flows tests/infra tests/tasks tests/pipeline -m servers
 
 test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
 	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py
@@ -63,6 +63,7 @@ lint: $(DEV)     ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy coalora pipeline tasks flows benchmarks infra
+	$(BIN)/lint-imports --no-cache
 
 # A lock holds what its extras add to the locks before it.
 COMPILE = uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --quiet

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.preloaded import Process
 
 PROJECT = Path(__file__).parents[2]
 CODE = ("coalora", "pipeline", "tasks", "flows", "infra", "dvc.yaml", ".dvcignore")
@@ -20,21 +21,13 @@ class Checkout:
     root: Path
     environment: dict[str, str]
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.root,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *command: str) -> Process:
+        return Process(command, self.root, self.environment)
 
     def run(self, *command: str, expect: int = 0) -> str:
         """Run `python ...` and return what it printed."""
         process = self.start(*command)
-        output, _ = process.communicate(timeout=400)
+        output = process.read(timeout=400)
         assert process.returncode == expect, output[-6000:]
         return output
 
@@ -50,7 +43,6 @@ class Checkout:
     def kill_at(self, words: str, *command: str) -> str:
         """Start a command, kill it and its children at once when it prints `words`, and return what it printed."""
         process = self.start(*command)
-        assert process.stdout is not None
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -79,7 +71,7 @@ def reused(output: str) -> list[str]:
 def _stages(output: str, verbs: tuple[str, ...]) -> list[str]:
     found = []
     for line in output.splitlines():
-        message = line.rsplit(" - ", 1)[-1]
+        message = re.sub(r"^(.* - |[\d:]{8}  )", "", line)
         stage, _, rest = message.partition(": ")
         if rest.startswith(verbs):
             found.append(stage)
