@@ -25,8 +25,8 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json, write_json
 from coalora.recipes import AdapterRecipe, TrainingRecipe
-from coalora.search.allocation import allocate
-from coalora.search.hypervolume import hypervolume
+from coalora.search.knapsack import allocate
+from coalora.search.pareto import hypervolume
 from coalora.train.loop import train
 
 BITS = np.array([2.0, 3.0, 4.0, 8.0])

@@ -14,10 +14,8 @@ import numpy as np
 from benchmarks._report import report
 from benchmarks.neighbours import best_ms
 from coalora.quant.space import ChoiceSpace
-from coalora.search import core
-from coalora.search.allocation import allocate
-from coalora.search.hulls import staircase
-from coalora.search.walk import walk_hulls
+from coalora.search import knapsack
+from coalora.search.knapsack import allocate, staircase, walk_hulls
 
 SHAPES = {
     "equal, 1024 x 1024": [(1024, 1024)] * 144,
@@ -47,9 +45,9 @@ def main() -> None:
         row = {"layers": name, "CPU ms, all budgets": ms, "over the yardstick": ms / YARDSTICK_MS}
         row["above the relaxation, worst"] = f"{100 * (total / walk.bound - 1).max():.3f} %"
         if arguments.oracle:
-            core._WORK = 2**19
+            knapsack._WORK = 2**19
             wide = [
-                core.solve_core(stairs, p, b, m, 0.0)
+                knapsack.solve_core(stairs, p, b, m, 0.0)
                 for p, b, m in zip(walk.position, budgets, walk.price, strict=True)
             ]
             oracle = stairs.err[layers, np.array(wide)].sum(axis=1)

@@ -17,7 +17,7 @@ from benchmarks._report import report
 from coalora.quant.space import ChoiceSpace
 from coalora.search.checks import table_sum
 from coalora.search.ehvi import log_ehvi
-from coalora.search.neighbours import enumerate_moves
+from coalora.search.proposals import enumerate_moves
 from coalora.search.surrogate import Surrogate
 
 N, OBSERVED, LIMIT_MS = 144, 100, 1.0

@@ -31,7 +31,7 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.evaluate.losses import measure_configurations, score
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
 from coalora.recipes import AdapterRecipe, Objective, TrainingRecipe
-from coalora.search.allocation import allocate
+from coalora.search.knapsack import allocate
 from coalora.train.loop import train
 
 BUDGETS = (2.25, 2.5, 3.0, 4.0, 5.0)

@@ -17,9 +17,8 @@ import numpy as np
 
 from benchmarks._report import report
 from benchmarks._search_problems import BITS, NEIGHBOURS, Problem, kinds, layers, synthetic
-from coalora.search.extend import extend_at_random
-from coalora.search.hypervolume import hypervolume
-from coalora.search.propose import propose
+from coalora.search.pareto import hypervolume
+from coalora.search.proposals import extend_at_random, propose
 from coalora.search.surrogate import Surrogate
 
 INITIAL, BATCH, ROUNDS = 8, 4, 6

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coalora.data.benchmark import Split
-from coalora.search.hypervolume import normalized_hypervolume
+from coalora.search.pareto import normalized_hypervolume
 
 
 def normalization(cost: str) -> str:

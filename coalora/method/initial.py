@@ -9,7 +9,7 @@ import numpy as np
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import SET_FORMAT, ConfigurationSet
 from coalora.errors import CoaloraError
-from coalora.search.allocation import allocate
+from coalora.search.knapsack import allocate
 
 if TYPE_CHECKING:
     from coalora.recipes import InitialSetRecipe

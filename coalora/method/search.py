@@ -14,11 +14,8 @@ from numpy.typing import ArrayLike
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
-from coalora.search.extend import extend_at_random
-from coalora.search.hypervolume import hypervolume
-from coalora.search.pareto import is_non_dominated
-from coalora.search.propose import propose
-from coalora.search.segments import segment_filter
+from coalora.search.pareto import hypervolume, is_non_dominated, segment_filter
+from coalora.search.strategies import STRATEGIES, SearchState
 from coalora.search.surrogate import Surrogate
 
 if TYPE_CHECKING:
@@ -64,14 +61,22 @@ def search_round(
     Y = members.objectives(tables)
     reference = reference_point(Y, tables) if ref_point is None else np.asarray(ref_point)
     surrogate = Surrogate.fit(tables.err, members.configurations, members.losses, seed=seed)
-    proposed, scored = candidates(
-        recipe,
-        surrogate,
-        members,
-        tables,
-        reference,
-        seed=seed * 1_000_003 + round_index,
-        progress=progress,
+    strategy = STRATEGIES[recipe.strategy]()
+    proposed, scored = strategy.propose(
+        SearchState(
+            members.configurations,
+            Y,
+            surrogate,
+            tables.search_cost,
+            tables.space.neighbours(recipe.delta, tables.allowed),
+            tables.allowed,
+            reference,
+            n_candidates=recipe.candidates,
+            n_restarts=recipe.restarts,
+            max_steps=recipe.max_steps,
+            seed=seed * 1_000_003 + round_index,
+            progress=progress,
+        )
     )
     n = len(proposed)
     joining = ConfigurationSet.unmeasured(proposed, round_index)
@@ -79,7 +84,7 @@ def search_round(
         predicted, _ = surrogate.predict(proposed)
         joining = joining.with_losses(measure(proposed, "candidates"))
     kept = members.merge(joining).sorted(tables)
-    if recipe.strategy != "frozen":
+    if not strategy.keeps_all:
         kept = kept.take(np.flatnonzero(segment_filter(kept.objectives(tables), recipe.segments, tables.cost_range())))
     after = kept.objectives(tables)
     return kept, {
@@ -103,45 +108,3 @@ def reference_point(Y: np.ndarray, tables: CalibrationTables) -> np.ndarray:
     above the space's largest cost: a point at the reference's own cost would count for nothing."""
     low, high = Y[:, 0].min(), Y[:, 0].max()
     return np.array([high + 0.1 * (high - low), tables.cost_range()[1] * 1.01])
-
-
-def candidates(
-    recipe: SearchRecipe,
-    surrogate: Surrogate,
-    members: ConfigurationSet,
-    tables: CalibrationTables,
-    ref_point: np.ndarray,
-    *,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, int]:
-    """Configurations to measure (q, N) by the recipe's strategy, and how many the surrogate scored for them."""
-    n_layers = len(tables.layers)
-    if recipe.strategy == "frozen":
-        return np.empty((0, n_layers), dtype=np.int64), 0
-    neighbours = tables.space.neighbours(recipe.delta, tables.allowed)
-    if recipe.strategy == "random":
-        found = extend_at_random(
-            members.configurations,
-            neighbours,
-            n_layers,
-            n_candidates=recipe.candidates,
-            seed=seed,
-            allowed=tables.allowed,
-        )
-        return found, 0
-    proposal = propose(
-        surrogate,
-        members.configurations,
-        members.objectives(tables),
-        tables.search_cost,
-        neighbours,
-        ref_point,
-        n_candidates=recipe.candidates,
-        n_restarts=recipe.restarts,
-        max_steps=recipe.max_steps,
-        seed=seed,
-        allowed=tables.allowed,
-        progress=progress,
-    )
-    return proposal.configurations, proposal.scored

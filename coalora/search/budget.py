@@ -1,4 +1,4 @@
-"""Which configuration to use at an asked budget.
+"""Configuration for an asked budget.
 
 What is measured beats what is predicted: a member's loss is known, with the adapter that was trained on it, while a
 configuration that only looks better by its layers' errors may do worse, because the adapter has never met it. So the
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coalora.errors import CoaloraError
-from coalora.search.allocation import allocate, fill, within
 from coalora.search.checks import Int, as_allowed, as_configurations, as_table, is_allowed, table_sum
+from coalora.search.knapsack import allocate, fill, within
 
 
 def best_within(
@@ -44,7 +44,10 @@ def best_within(
     C = as_configurations(configurations, (err.shape[0], err.shape[1]), name="configurations")
     loss = np.asarray(losses, dtype=np.float64)
     if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
-        raise CoaloraError("losses must be finite, one per configuration", got=loss.shape, expected=(C.shape[0],))
+        raise CoaloraError(
+            f"losses of shape {loss.shape} are not one finite number for each of {C.shape[0]} configurations",
+            remedy="Drop configurations whose evaluation failed",
+        )
     mask = as_allowed(allowed, err.shape)
     fits = np.flatnonzero((table_sum(cost, C) <= within(budget, cost_table)) & is_allowed(mask, C))
     if fits.size == 0:

@@ -1,6 +1,4 @@
-"""Checks shared by the search: every table and point set is turned into a float64 / int64 array or
-refused.
-"""
+"""Checks shared by the search: every table and point set is turned into a float64 or int64 array, or refused."""
 
 from __future__ import annotations
 
@@ -20,13 +18,12 @@ def as_objectives(Y: ArrayLike, *, name: str = "Y", n_objectives: int | None = 2
     if array.size == 0:
         return np.empty((0, n_objectives or 2))
     if array.ndim != 2 or (n_objectives is not None and array.shape[1] != n_objectives) or array.shape[1] < 2:
-        columns = "m >= 2" if n_objectives is None else str(n_objectives)
-        raise CoaloraError(f"{name} must hold one row per point", got=array.shape, expected=f"shape (n, {columns})")
+        columns = "m" if n_objectives is None else n_objectives
+        raise CoaloraError(f"{name} has the shape {array.shape}", remedy=f"Give one row per point, (n, {columns})")
     if np.isnan(array).any():
         raise CoaloraError(
-            f"{name} must not contain NaN",
-            got=f"{int(np.isnan(array).any(axis=1).sum())} rows with NaN",
-            remedy="drop configurations whose evaluation failed",
+            f"{name} has NaN in {int(np.isnan(array).any(axis=1).sum())} rows",
+            remedy="Drop configurations whose evaluation failed",
         )
     return array
 
@@ -35,7 +32,7 @@ def as_point(point: ArrayLike, *, name: str) -> Float:
     """`point` as float64 (2,): (loss, cost). Raises CoaloraError unless it is two finite numbers."""
     array = np.asarray(point, dtype=np.float64)
     if array.shape != (2,) or not np.isfinite(array).all():
-        raise CoaloraError(f"{name} must be two finite numbers", got=point, expected="(loss, cost)")
+        raise CoaloraError(f"{name} is {point!r}", remedy="Give two finite numbers, (loss, cost)")
     return array
 
 
@@ -44,15 +41,13 @@ def as_table(table: ArrayLike, *, name: str, shape: tuple[int, ...] | None = Non
     array = np.asarray(table, dtype=np.float64)
     if array.ndim != 2 or array.size == 0 or (shape is not None and array.shape != shape):
         raise CoaloraError(
-            f"{name} must hold one row per layer and one column per choice",
-            got=array.shape,
-            expected=shape or "(N, K)",
+            f"{name} has the shape {array.shape}",
+            remedy=f"Give one row per layer and one column per choice, {shape or '(N, K)'}",
         )
     if not np.isfinite(array).all():
         raise CoaloraError(
-            f"{name} must be finite",
-            got=f"{int((~np.isfinite(array)).sum())} non-finite entries",
-            remedy="leave out choices that a layer cannot take, or give them a large finite error",
+            f"{name} has {int((~np.isfinite(array)).sum())} entries that are not finite",
+            remedy="Leave out choices that a layer cannot take, or give them a large finite error",
         )
     return array
 
@@ -66,15 +61,13 @@ def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name
         return np.empty((0, shape[0]), dtype=np.int64)
     if array.ndim != 2 or array.shape[1] != shape[0] or not np.issubdtype(array.dtype, np.integer):
         raise CoaloraError(
-            f"{name} must be integers, one row per configuration and one column per layer",
-            got=f"{array.dtype} {array.shape}",
-            expected=f"integers (n, {shape[0]})",
+            f"{name} has the type {array.dtype} and the shape {array.shape}",
+            remedy=f"Give integers, one row per configuration and one column per layer, (n, {shape[0]})",
         )
     if array.min() < 0 or array.max() >= shape[1]:
         raise CoaloraError(
-            f"{name} must index the choices",
-            got=f"values from {array.min()} to {array.max()}",
-            expected=f"0 to {shape[1] - 1}",
+            f"{name} goes from {array.min()} to {array.max()}",
+            remedy=f"Give indices of choices, 0 to {shape[1] - 1}",
         )
     return array.astype(np.int64)
 
@@ -97,16 +90,14 @@ def as_allowed(allowed: ArrayLike | None, shape: tuple[int, ...]) -> Bool:
     mask = np.asarray(allowed)
     if mask.shape != shape or mask.dtype != np.bool_:
         raise CoaloraError(
-            "allowed must say of every layer which choices it may take",
-            got=f"{mask.dtype} {mask.shape}",
-            expected=f"bool {shape}",
+            f"allowed has the type {mask.dtype} and the shape {mask.shape}",
+            remedy=f"Say of every layer which choice it may take, bool {shape}",
         )
     empty = np.flatnonzero(~mask.any(axis=1))
     if empty.size:
         raise CoaloraError(
-            "every layer must be left at least one choice",
-            got=f"none in {empty.size} layers, the first is layer {empty[0]}",
-            remedy="loosen the constraints on these layers",
+            f"{empty.size} layers are left without a choice, the first is layer {empty[0]}",
+            remedy="Loosen the constraints on these layers",
         )
     return mask
 

@@ -20,7 +20,7 @@ from scipy.special import erfcx
 
 from coalora.errors import CoaloraError
 from coalora.search.checks import Float, as_point
-from coalora.search.hypervolume import sorted_front
+from coalora.search.pareto import sorted_front
 
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
@@ -66,9 +66,9 @@ def log_ehvi(mean: ArrayLike, sigma: ArrayLike, cost: ArrayLike, front: ArrayLik
     """
     mu, sd, b = (np.asarray(v, dtype=np.float64) for v in (mean, sigma, cost))
     if mu.ndim != 1 or mu.shape != sd.shape or mu.shape != b.shape:
-        raise CoaloraError("mean, sigma and cost must have one entry per candidate", got=(mu.shape, sd.shape, b.shape))
+        raise CoaloraError(f"mean, sigma and cost have the shapes {mu.shape}, {sd.shape} and {b.shape}, not all (m,)")
     if np.isnan(mu).any() or np.isnan(b).any() or not (sd >= 0).all():
-        raise CoaloraError("mean and cost must not be NaN and sigma must be at least 0", got="NaN or negative sigma")
+        raise CoaloraError("There is NaN in mean or cost, or a sigma that is no number of at least 0")
     r = as_point(ref_point, name="ref_point")
     Y = sorted_front(front, r)
     s = np.concatenate([r[:1], Y[:, 0]])

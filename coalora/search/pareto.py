@@ -1,7 +1,10 @@
-"""Non-dominated points: those that no other point matches in all objectives and beats in one.
+"""Pareto sets of (loss, cost): non-dominated points, hypervolume, and the cut into segments of cost.
 
-The two-objective case, the one the search uses, is a sort and a running minimum (Kung, Luccio and Preparata
-1975); more objectives fall back on comparing all pairs. Everything is minimised.
+Everything is minimised. Non-dominated are points that no other matches in all objectives and beats in one; for two
+objectives that is a sort and a running minimum (Kung, Luccio and Preparata 1975), more fall back on comparing all
+pairs. The hypervolume is the area that a set dominates up to a reference point (Zitzler and Thiele 1999). Segments
+keep every budget covered: each keeps its own non-dominated members (CoA-LoRA, arXiv 2509.25214, Pareto-based
+configuration search, U = 40). Without the cut, one lucky low-cost configuration would empty the whole range above it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from coalora.search.checks import Bool, Float, as_objectives
+from coalora.errors import CoaloraError
+from coalora.search.checks import Bool, Float, Int, as_objectives, as_point
 
 
 def is_non_dominated(Y: ArrayLike, *, deduplicate: bool = True) -> Bool:
@@ -58,4 +62,84 @@ def _all_pairs(points: Float) -> Bool:
     keep = np.ones(points.shape[0], dtype=np.bool_)
     for i, point in enumerate(points):
         keep[i] = not ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
+    return keep
+
+
+def sorted_front(Y: ArrayLike, ref_point: ArrayLike) -> Float:
+    """Non-dominated members of `Y` (n, 2) strictly better than `ref_point`, by rising cost (so falling loss):
+    (k, 2).
+    """
+    points, reference = as_objectives(Y), as_point(ref_point, name="ref_point")
+    points = points[(points < reference).all(axis=1)]
+    points = points[is_non_dominated(points)]
+    return points[np.argsort(points[:, 1])]
+
+
+def hypervolume(Y: ArrayLike, ref_point: ArrayLike) -> float:
+    """Area between the set and `ref_point`, in units of loss times cost.
+
+    Args:
+        Y: points (n, 2): loss, cost. Points that do not beat `ref_point` in both add nothing; n = 0 gives 0.
+        ref_point: (loss, cost), worse than every point that should count.
+
+    Raises:
+        CoaloraError: wrong shapes, or NaN.
+    """
+    front = sorted_front(Y, ref_point)
+    reference = as_point(ref_point, name="ref_point")
+    widths = np.diff(front[:, 1], append=reference[1])
+    return float(((reference[0] - front[:, 0]) * widths).sum())
+
+
+def normalized_hypervolume(Y: ArrayLike, ideal: ArrayLike, ref_point: ArrayLike) -> float:
+    """Hypervolume as a fraction, 0 to 1, of the rectangle between `ideal` and `ref_point`.
+
+    `ideal` is the point (lowest loss, lowest cost) that nothing can beat; points beyond it are clipped to it.
+    A number without its `ideal` and `ref_point` says nothing: report all three.
+
+    Raises:
+        CoaloraError: wrong shapes, NaN, or `ideal` not strictly below `ref_point` in both.
+    """
+    low, high = as_point(ideal, name="ideal"), as_point(ref_point, name="ref_point")
+    if not (low < high).all():
+        raise CoaloraError(f"ideal {ideal!r} is not strictly below ref_point {ref_point!r} in both objectives")
+    return hypervolume(np.maximum(as_objectives(Y), low), high) / float(np.prod(high - low))
+
+
+def segment_index(cost: Float, n_segments: int, cost_range: tuple[float, float]) -> Int:
+    """Segment (n,) of every cost (n,): [low, high) cut in equal parts; costs outside belong to the end
+    segments.
+
+    Raises:
+        CoaloraError: `n_segments` < 1, or `cost_range` is not two finite rising numbers.
+    """
+    low, high = cost_range
+    if n_segments < 1:
+        raise CoaloraError(f"n_segments is {n_segments}", remedy="Set it to at least 1")
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise CoaloraError(f"cost_range is {cost_range}", remedy="Give two finite rising numbers, (low, high)")
+    position = np.clip((np.asarray(cost) - low) / (high - low), 0.0, 1.0)
+    return np.minimum((position * n_segments).astype(np.int64), n_segments - 1)
+
+
+def segment_filter(Y: ArrayLike, n_segments: int, cost_range: tuple[float, float]) -> Bool:
+    """Mask (n,) of the points that are non-dominated within their own segment of cost.
+
+    Args:
+        Y: points (n, 2): loss, cost, both minimised.
+        n_segments: U, the number of equal parts of `cost_range`.
+        cost_range: (low, high) in units of cost; points outside count to the first or last segment.
+
+    Returns:
+        Mask (n,): every segment that has a member keeps at least one; of equal points the first stays.
+
+    Raises:
+        CoaloraError: wrong shapes, NaN, or a bad `n_segments` or `cost_range`.
+    """
+    points = as_objectives(Y)
+    segment = segment_index(points[:, 1], n_segments, cost_range)
+    keep = np.zeros(points.shape[0], dtype=np.bool_)
+    for u in np.unique(segment):
+        members = np.flatnonzero(segment == u)
+        keep[members] = is_non_dominated(points[members])
     return keep

@@ -1,24 +1,161 @@
 """Gaussian process that predicts the loss of an adapted configuration from its per-layer errors.
 
-HIGGS (Malinovskii et al., NAACL 2025): the loss is close to linear in per-layer quantization
-errors. So the prior is a linear kernel on these errors plus a Matern-5/2 residual, with one amplitude each,
-one lengthscale and a noise; an ARD kernel over hundreds of coordinates could not be identified from some
-hundred evaluations. A neighbour that differs in one layer changes every inner product and distance by a
-rank-one term: scoring it costs O(n) kernel arithmetic instead of O(nN).
+HIGGS (Malinovskii et al., NAACL 2025): the loss is close to linear in per-layer quantization errors. So the prior is
+a linear kernel on these errors plus a Matern-5/2 residual, with one amplitude each, one lengthscale and a noise; an
+ARD kernel over hundreds of coordinates could not be identified from some hundred evaluations. Inner products and
+squared distances are divided by the number of layers N, so that amplitudes and lengthscale mean the same for every
+model size; they are fitted by maximum marginal likelihood (Rasmussen and Williams 2006, section 5.4.1). A neighbour
+that differs in one layer changes every inner product and distance by a rank-one term: scoring it costs O(n) kernel
+arithmetic instead of O(nN).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
+from scipy.linalg import LinAlgError, cho_solve, cholesky, lapack, solve_triangular
+from scipy.optimize import minimize
 
 from coalora.errors import CoaloraError
 from coalora.search.checks import Float, Int, as_configurations, as_table
-from coalora.search.kernels import Hyperparameters, covariance
-from coalora.search.likelihood import fit_hyperparameters
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """In units of standardised losses (variances) and root-mean-square feature distance (lengthscale).
+
+    linear: prior variance of the linear part at unit features; residual: prior variance of the Matern part;
+    lengthscale: distance over which the residual changes; noise: variance of an observation.
+    """
+
+    linear: float
+    residual: float
+    lengthscale: float
+    noise: float
+
+
+def matern52(squared_distance: Float, lengthscale: float) -> Float:
+    """(1 + u + u^2/3) exp(-u), u = sqrt(5 d^2) / lengthscale, elementwise (Rasmussen and Williams 2006, eq.
+    4.17).
+    """
+    # In place: the search calls this on some hundred thousand elements at every step.
+    u = np.maximum(squared_distance, 0.0)
+    u *= 5.0 / lengthscale**2
+    np.sqrt(u, out=u)
+    out = u * (1.0 / 3.0)
+    out += 1.0
+    out *= u
+    out += 1.0
+    # Single precision: 1e-7 relative to the residual's amplitude, far below any noise, at a third of the time. The
+    # hyperparameters' likelihood keeps double precision.
+    decay = np.negative(u, dtype=np.float32, casting="same_kind")
+    out *= np.exp(decay, out=decay)
+    return out
+
+
+def covariance(inner: Float, squared_distance: Float, hyper: Hyperparameters) -> Float:
+    """Prior covariance from x.x' / N and |x - x'|^2 / N, elementwise; without noise."""
+    out = matern52(squared_distance, hyper.lengthscale)
+    out *= hyper.residual
+    out += hyper.linear * inner
+    return out
+
+
+def covariance_gradient(inner: Float, squared_distance: Float, hyper: Hyperparameters) -> tuple[Float, ...]:
+    """Derivatives of `covariance` by the logarithms of linear, residual and lengthscale."""
+    u = np.sqrt(5.0 * np.maximum(squared_distance, 0.0)) / hyper.lengthscale
+    decay = np.exp(-u)
+    return (
+        hyper.linear * inner,
+        hyper.residual * (1.0 + u * (1.0 + u / 3.0)) * decay,
+        hyper.residual * (u * u * (1.0 + u) / 3.0) * decay,
+    )
+
+
+def log_vector(hyper: Hyperparameters) -> Float:
+    """Logarithms (4,): linear, residual, lengthscale, noise."""
+    return np.log([hyper.linear, hyper.residual, hyper.lengthscale, hyper.noise])
+
+
+def from_log_vector(vector: Float) -> Hyperparameters:
+    """Inverse of `log_vector`."""
+    return Hyperparameters(*(math.exp(v) for v in vector))
+
+
+_MIN_NOISE = 1e-6
+_LOW = np.log([1e-6, 1e-6, 0.05, _MIN_NOISE])
+_HIGH = np.log([1e5, 1e2, 20.0, 1.0])
+
+
+def negative_log_likelihood(vector: Float, inner: Float, squared_distance: Float, y: Float) -> tuple[float, Float]:
+    """-log p(y) and its gradient by the log hyperparameters `vector` (4,); inner and squared_distance (n, n),
+    y (n,).
+
+    Where the covariance is numerically singular the value is +inf-like (1e25) with a zero gradient.
+    """
+    hyper = from_log_vector(vector)
+    parts = covariance_gradient(inner, squared_distance, hyper)
+    n = y.size
+    K = parts[0] + parts[1]
+    K[np.diag_indices(n)] += hyper.noise
+    factor, failed = lapack.dpotrf(K, lower=1)
+    if failed:
+        return 1e25, np.zeros(4)
+    half, _ = lapack.dpotri(factor, lower=1)
+    inverse = np.tril(half) + np.tril(half, -1).T
+    alpha = inverse @ y
+    value = 0.5 * float(y @ alpha) + float(np.log(np.diag(factor)).sum()) + 0.5 * n * math.log(2 * math.pi)
+    inverse -= np.outer(alpha, alpha)
+    gradient = [0.5 * float(np.vdot(inverse, part)) for part in parts]
+    return value, np.array([*gradient, 0.5 * hyper.noise * float(np.trace(inverse))])
+
+
+def fit_hyperparameters(
+    inner: Float,
+    squared_distance: Float,
+    y: Float,
+    *,
+    noise: float | None,
+    n_restarts: int,
+    rng: np.random.Generator,
+) -> Hyperparameters:
+    """Best of L-BFGS-B from one data-scaled start and `n_restarts` perturbations of it.
+
+    Args:
+        inner, squared_distance: (n, n), x.x' / N and |x - x'|^2 / N.
+        y: standardised losses (n,).
+        noise: variance of an observation, in units of `y`; None fits it, within 1e-6 and 1.
+        n_restarts: additional starts, drawn from `rng`.
+    """
+    n = y.size
+    off_diagonal = squared_distance[np.triu_indices(n, 1)]
+    typical = math.sqrt(float(np.median(off_diagonal))) if n > 1 else 1.0
+    spread = max(float(np.mean(np.diag(inner))), 1e-3)
+    start = log_vector(Hyperparameters(1.0 / spread, 0.1, min(max(typical, 0.1), 10.0), 1e-3))
+    low, high = _LOW.copy(), _HIGH.copy()
+    if noise is not None:
+        low[3] = high[3] = math.log(max(noise, 1e-10))
+    if n < 3:
+        return from_log_vector(np.clip(start, low, high))
+    starts = [start] + [start + rng.normal(0.0, [1.0, 1.5, 1.0, 2.0]) for _ in range(n_restarts)]
+    results = [
+        minimize(
+            negative_log_likelihood,
+            np.clip(point, low, high),
+            args=(inner, squared_distance, y),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=list(zip(low, high, strict=True)),
+            options={"maxiter": 40, "ftol": 1e-6},
+        )
+        for point in starts
+    ]
+    best = min(results, key=lambda result: float(result.fun))
+    return from_log_vector(np.clip(best.x, low, high))
+
 
 # Kernel elements worked on at a time: their few temporaries stay in the second-level cache, and below the size from
 # which every allocation is new memory from the system.
@@ -71,9 +208,9 @@ class Surrogate:
         table = as_table(feature_table, name="feature_table")
         C, loss = _training_data(table, configurations, losses)
         if C.shape[0] == 0:
-            raise CoaloraError("a surrogate needs evaluated configurations", got=0, expected="n >= 1")
+            raise CoaloraError("There is no evaluated configuration to fit a surrogate to")
         if noise is not None and not (np.isfinite(noise) and noise >= 0):
-            raise CoaloraError("noise must be a variance", got=noise, expected="a number >= 0, or None to fit it")
+            raise CoaloraError(f"noise is {noise}", remedy="Give a variance, at least 0, or None to fit it")
         layers = np.arange(table.shape[0])
         center = table[layers, C].mean(axis=0)
         scale = table.std(axis=1)
@@ -117,11 +254,11 @@ class Surrogate:
         C = as_configurations([np.asarray(configuration)], (N, K), name="configuration")[0]
         layer, choice = np.asarray(layers, dtype=np.int64), np.asarray(choices, dtype=np.int64)
         if layer.ndim != 1 or layer.shape != choice.shape:
-            raise CoaloraError("layers and choices must have one entry per move", got=(layer.shape, choice.shape))
+            raise CoaloraError(f"layers and choices have the shapes {layer.shape} and {choice.shape}, not both (m,)")
         if layer.size == 0:
             return np.empty(0), np.empty(0)
         if min(layer.min(), choice.min()) < 0 or layer.max() >= N or choice.max() >= K:
-            raise CoaloraError("a move must name a layer and a choice", expected=f"layers < {N}, choices < {K}")
+            raise CoaloraError("A move is out of range", remedy=f"Name layers below {N} and choices below {K}")
         x = self.features[np.arange(N), C]
         inner, distance = _products(x[None], self.X)
         step = (self.features[layer, choice] - x[layer]) / N
@@ -176,10 +313,9 @@ def _training_data(table: Float, configurations: ArrayLike, losses: ArrayLike) -
     loss = np.asarray(losses, dtype=np.float64)
     if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
         raise CoaloraError(
-            "losses must be finite, one per configuration",
-            got=f"shape {loss.shape}, {int((~np.isfinite(loss)).sum())} non-finite",
-            expected=f"({C.shape[0]},)",
-            remedy="drop configurations whose evaluation failed",
+            f"losses of shape {loss.shape}, {int((~np.isfinite(loss)).sum())} of them not finite, are not those of "
+            f"{C.shape[0]} configurations",
+            remedy="Drop configurations whose evaluation failed",
         )
     return C, loss
 

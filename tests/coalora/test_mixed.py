@@ -25,9 +25,9 @@ from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, TrainingRecipe
-from coalora.search.allocation import allocate
 from coalora.search.budget import best_within, contenders
-from coalora.search.propose import propose
+from coalora.search.knapsack import allocate
+from coalora.search.proposals import propose
 from coalora.search.surrogate import Surrogate
 from coalora.train.loop import train
 

@@ -59,9 +59,8 @@ class IntervalTable:
             cells *= 2
             if cells > _MAX_CELLS:
                 raise CoaloraError(
-                    "thresholds lie far enough apart to be told apart by a table",
-                    got=f"a gap of {np.diff(thresholds).min()}",
-                    expected=f"at least {2 / _MAX_CELLS}",
+                    f"A gap of {np.diff(thresholds).min()} between thresholds is below the {2 / _MAX_CELLS} that a table "
+                    "tells apart"
                 )
         occupied = _cells(torch.from_numpy(thresholds), cells).numpy()
         bound = np.full(cells + 1, np.inf, dtype=np.float32)

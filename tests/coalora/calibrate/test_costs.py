@@ -17,9 +17,9 @@ from coalora.errors import CoaloraError
 from coalora.export.bundle import Bundle
 from coalora.models.choices import Part, Rule, layer_choices
 from coalora.models.targets import TargetLayer
-from coalora.search.allocation import allocate
-from coalora.search.propose import propose
-from coalora.search.segments import segment_filter
+from coalora.search.knapsack import allocate
+from coalora.search.pareto import segment_filter
+from coalora.search.proposals import propose
 from coalora.search.surrogate import Surrogate
 
 LAYERS = [

@@ -1,16 +1,14 @@
-"""Round of search, and what its strategies propose."""
+"""Round of search."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from coalora.calibrate.tables import CalibrationTables, calibration_tables
 from coalora.configurations import ConfigurationSet
-from coalora.method.search import candidates, reference_point, search_round
+from coalora.method.search import search_round
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
-from coalora.search.surrogate import Surrogate
 from pipeline.settings.sections import SearchSettings as SearchRecipe
 
 SPACE = ChoiceSpace("nf", bits=[2, 3, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[64])
@@ -24,18 +22,6 @@ def _problem() -> tuple[ConfigurationSet, CalibrationTables]:
     C = np.array([[0] * N, [1] * N, [2] * N, [0, 1, 2, 1, 0]])
     losses = 1.0 + err[np.arange(N), C].sum(axis=1)
     return ConfigurationSet(C, losses, np.zeros(len(C), dtype=np.int64)), tables
-
-
-@pytest.mark.parametrize(("strategy", "count"), [("ehvi", 3), ("random", 3), ("frozen", 0)])
-def test_a_strategy_proposes_as_many_new_configurations_as_asked_and_frozen_none(strategy: str, count: int) -> None:
-    members, tables = _problem()
-    surrogate = Surrogate.fit(tables.err, members.configurations, members.losses, seed=0)
-    Y = members.objectives(tables)
-    recipe = SearchRecipe(strategy=strategy, candidates=3)
-    found, scored = candidates(recipe, surrogate, members, tables, reference_point(Y, tables), seed=1)
-    assert found.shape == (count, N)
-    assert len({tuple(row) for row in np.concatenate([members.configurations, found])}) == len(members) + count
-    assert (scored > 0) == (strategy == "ehvi")
 
 
 def test_a_round_takes_losses_from_any_measure_and_keeps_what_no_member_dominates() -> None:

@@ -8,7 +8,7 @@ from scipy.integrate import quad
 
 from coalora.errors import CoaloraError
 from coalora.search.ehvi import ehvi, log_ehvi, log_h
-from coalora.search.hypervolume import hypervolume
+from coalora.search.pareto import hypervolume
 from tests.coalora.oracles import Oracle, expected_improvement
 
 REF = np.array([1.0, 8.0])

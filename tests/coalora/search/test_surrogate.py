@@ -7,9 +7,7 @@ import pytest
 from scipy.optimize import check_grad
 
 from coalora.errors import CoaloraError
-from coalora.search.kernels import Hyperparameters, log_vector
-from coalora.search.likelihood import negative_log_likelihood
-from coalora.search.surrogate import Surrogate
+from coalora.search.surrogate import Hyperparameters, Surrogate, log_vector, negative_log_likelihood
 
 N, K = 20, 12
 

@@ -1,4 +1,4 @@
-"""Proposals on a separable problem with a known loss: they must pay, and pay more than chance."""
+"""Proposals: neighbours, climbs, batches and random extension."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import numpy as np
 import pytest
 
 from coalora.errors import CoaloraError
-from coalora.search.climb import climb
-from coalora.search.hypervolume import hypervolume
-from coalora.search.neighbours import enumerate_moves
-from coalora.search.propose import Proposal, propose
+from coalora.search.pareto import hypervolume
+from coalora.search.proposals import Proposal, climb, enumerate_moves, extend_at_random, propose
 from coalora.search.surrogate import Surrogate
+
+TABLE = np.array([[1, -1], [0, 2], [1, -1]])
+
+
+def test_moves_are_the_listed_neighbours_of_every_layer() -> None:
+    layers, choices = enumerate_moves([0, 1, 2], TABLE)
+    assert list(zip(layers.tolist(), choices.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 2), (2, 1)]
+
+
+def test_forbidden_choices_and_staying_are_no_moves() -> None:
+    layers, choices = enumerate_moves([1, 1], [[0, 1], [1, 0], [2, 2]], allowed=[[False, True, True], [True] * 3])
+    assert (layers.tolist(), choices.tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize(
+    ("configuration", "table", "allowed"),
+    [([3], TABLE, None), ([0], [[7]], None), ([0], [[0.5]], None), ([0], TABLE, [True])],
+)
+def test_bad_indices_and_shapes_are_refused(configuration: object, table: object, allowed: object) -> None:
+    with pytest.raises(CoaloraError):
+        enumerate_moves(configuration, table, allowed)  # type: ignore[arg-type]
+
 
 N, K = 16, 5
 RNG = np.random.default_rng(0)
@@ -123,7 +143,7 @@ def test_proposals_and_climbs_keep_to_what_layers_may_take() -> None:
 def test_a_layer_without_any_choice_is_refused() -> None:
     allowed = np.ones((N, K), dtype=bool)
     allowed[5] = False
-    with pytest.raises(CoaloraError, match="at least one choice"):
+    with pytest.raises(CoaloraError, match="left without a choice"):
         _propose(1, allowed=allowed)
 
 
@@ -175,3 +195,24 @@ def test_mismatched_tables_are_refused() -> None:
     ):
         with pytest.raises(CoaloraError):
             propose(surrogate, C, points, cost, table, REF, n_candidates=1, n_restarts=1, max_steps=1, seed=0)
+
+
+SET = np.array([[0, 0, 0, 0], [2, 2, 2, 2]])
+
+
+def test_an_extension_is_new_distinct_allowed_and_decided_by_its_seed() -> None:
+    allowed = np.ones((4, 3), dtype=bool)
+    allowed[0, 1] = False
+    found = extend_at_random(SET, TABLE, 4, n_candidates=10, seed=1, allowed=allowed)
+    assert len({tuple(row) for row in np.concatenate([SET, found])}) == 12
+    assert allowed[np.arange(4), found].all()
+    again = extend_at_random(SET, TABLE, 4, n_candidates=10, seed=1, allowed=allowed)
+    np.testing.assert_array_equal(found, again)
+    assert (found != extend_at_random(SET, TABLE, 4, n_candidates=10, seed=2, allowed=allowed)).any()
+
+
+def test_a_space_that_is_used_up_gives_fewer_and_a_forbidden_set_is_refused() -> None:
+    assert len(extend_at_random([[0], [1]], TABLE, 1, n_candidates=5, seed=0)) == 1
+    allowed = np.array([[False, True, False]])
+    with pytest.raises(CoaloraError, match="allowed"):
+        extend_at_random([[0]], TABLE, 1, n_candidates=1, seed=0, allowed=allowed)

@@ -11,10 +11,8 @@ from scipy.sparse import coo_matrix
 from scipy.spatial import ConvexHull
 
 from coalora.errors import CoaloraError
-from coalora.search import core
-from coalora.search.allocation import allocate, fill, lower_hull
-from coalora.search.hulls import staircase
-from coalora.search.walk import walk_hulls
+from coalora.search import knapsack
+from coalora.search.knapsack import allocate, fill, lower_hull, staircase, walk_hulls
 
 
 def _tables(kind: str, seed: int, N: int = 24, K: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +76,8 @@ def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones(monkeypatch: 
     assert (cost[rows, found].sum(axis=1) <= budgets * (1 + 1e-11)).all()
     stairs = staircase(cost, err)
     walk = walk_hulls(stairs, budgets)
-    monkeypatch.setattr(core, "_WORK", 2**17)  # the oracle: a beam of thousands of partial configurations a layer
-    wide = [core.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(4)]
+    monkeypatch.setattr(knapsack, "_WORK", 2**17)  # the oracle: a beam of thousands of partial configurations a layer
+    wide = [knapsack.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(4)]
     distance = err[rows, found].sum(axis=1) / stairs.err[rows, wide].sum(axis=1) - 1
     assert np.sort(distance)[-2] < 1e-3
     assert distance.max() < 5e-3
@@ -166,7 +164,7 @@ def test_fill_takes_free_improvements_and_refuses_what_exceeds_the_budget() -> N
     err, cost = np.array([[2.0, 1.0, 0.5]]), np.array([[1, 1, 3]])
     assert fill([0], err, cost, 1).tolist() == [1]
     assert fill([0], err, cost, 3).tolist() == [2]
-    with pytest.raises(CoaloraError, match="must fit the budget"):
+    with pytest.raises(CoaloraError, match="more than the budget"):
         fill([2], err, cost, 2)
 
 
