@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import tempfile
 
-from pipeline.environment import set_default_storage
+from pipeline.environment import set_defaults
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if multiprocessing.parent_process() is None:  # the workers inherit it
     _home = tempfile.TemporaryDirectory(prefix="coalora-benchmark-")
     os.environ["COALORA_HOME"] = _home.name
-set_default_storage()
+set_defaults()

@@ -79,7 +79,7 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     api = client["PREFECT_API_URL"]
-    prefect = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    prefect = {"PREFECT_HOME": str(folder / "prefect")}
     return [
         Service(
             "s3",

@@ -44,6 +44,7 @@ RUN pip install --no-deps --editable . \
  && ln -s /data/coalora .coalora && ln -s /data/runs runs && chown coalora:coalora .
 USER coalora
 ENV COALORA_HOME=/data/coalora \
+    PREFECT_RESULTS_LOCAL_STORAGE_PATH=/data/coalora/results \
     PREFECT_HOME=/data/prefect \
     HF_HOME=/data/huggingface
 VOLUME /data

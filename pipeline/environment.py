@@ -1,7 +1,7 @@
-"""Environment variables that must be set before Prefect, MLflow, DVC or transformers are imported.
+"""Environment variables of the pipeline, with defaults for MLflow's, DVC's and transformers' own.
 
-No import of any of them here: their settings are read at import, so this module has to come first.
-Everything is a default: a variable that the user has set is left alone.
+Nothing of theirs is imported here: they read their variables at import, so that this module has to come first.
+Prefect's settings are `[tool.prefect]` in pyproject.toml. A variable that the user has set is left alone.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import sys
 import warnings
 from pathlib import Path
 
-_RESULT_PATHS = ("PREFECT_LOCAL_STORAGE_PATH", "PREFECT_RESULTS_LOCAL_STORAGE_PATH")  # two names, one setting
+HOME_VARIABLE = "COALORA_HOME"
 STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
 READ_ONLY_VARIABLE = "COALORA_STORE_READ_ONLY"  # 1: that store is read, and never written
+_RESULTS = ("PREFECT_RESULTS_LOCAL_STORAGE_PATH", "PREFECT_LOCAL_STORAGE_PATH")  # two names, one setting
 
 _DEFAULTS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # first start runs migrations: over 30 s
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -31,25 +30,24 @@ _DEFAULTS = {
 
 def coalora_home() -> Path:
     """Absolute folder of all that is kept: `COALORA_HOME`, else `.coalora` under the working directory."""
-    return Path(os.environ.get("COALORA_HOME") or ".coalora").expanduser().resolve()
+    return Path(os.environ.get(HOME_VARIABLE) or ".coalora").expanduser().resolve()
 
 
-def set_default_storage() -> None:
-    """Point Prefect's result records at `<COALORA_HOME>/results` and switch telemetry and progress bars off.
+def set_defaults() -> None:
+    """Switch telemetry and progress bars off, and keep Prefect's result records in `coalora_home()`.
 
-    Child processes inherit the absolute path. Warns when Prefect was imported before, because this
-    process then keeps the storage path that Prefect has read already; not in `prefect deploy`, which reads
-    flows and runs none.
+    Child processes inherit the absolute path. Warns where Prefect has read its settings already and keeps its records
+    elsewhere: in a run that a worker started, with `COALORA_HOME` and without Prefect's own variable.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if any(os.environ.get(name) for name in _RESULT_PATHS):
+    if any(os.environ.get(name) for name in _RESULTS):
         return
-    os.environ[_RESULT_PATHS[0]] = str(coalora_home() / "results")
-    if "prefect" in sys.modules and not (Path(sys.argv[0]).name == "prefect" and "deploy" in sys.argv):
+    os.environ[_RESULTS[0]] = str(coalora_home() / "results")
+    if "prefect" in sys.modules and os.environ.get(HOME_VARIABLE) and Path(sys.argv[0]).name != "prefect":
         warnings.warn(
-            "set_default_storage() was called after prefect was imported: this process keeps prefect's own "
-            f"result storage; call it first, or set {_RESULT_PATHS[0]} in the environment",
+            f"Prefect was imported before {HOME_VARIABLE} could be passed on, and keeps its records elsewhere: set "
+            f"{_RESULTS[0]}={os.environ[_RESULTS[0]]} where the worker is started",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.preloaded import Process
 
 PROJECT = Path(__file__).parents[2]
-CODE = ("coalora", "pipeline", "tasks", "flows", "infra", "dvc.yaml", ".dvcignore")
+CODE = ("coalora", "pipeline", "tasks", "flows", "infra", "dvc.yaml", ".dvcignore", "pyproject.toml")
 
 
 @dataclass

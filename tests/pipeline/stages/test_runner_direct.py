@@ -14,8 +14,8 @@ def test_direct_runner_starts_no_server_and_reads_its_own_record(tmp_path: Path)
     """A process as DVC starts it: no API address, an empty PREFECT_HOME, a killed run before."""
     program = (
         "import os, sys\n"
-        "from pipeline.environment import set_default_storage\n"
-        "set_default_storage()\n"
+        "from pipeline.environment import set_defaults\n"
+        "set_defaults()\n"
         "from pipeline.stages.runner import DirectRunner, stage\n"
         "from pipeline.store.store import Store\n"
         "@stage('demo')\n"

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import logging, os, sys, time
 from pathlib import Path
-from pipeline.environment import set_default_storage
-set_default_storage()
+from pipeline.environment import set_defaults
+set_defaults()
 import pipeline.store.shared
 from pipeline.stages.runner import DirectRunner, stage
 from pipeline.store.store import Store

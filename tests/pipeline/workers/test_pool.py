@@ -120,7 +120,7 @@ def test_a_worker_process_that_dies_is_said_and_the_next_call_gets_a_new_one(tmp
 def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from pipeline.environment import set_default_storage\nset_default_storage()\n"
+        "from pipeline.environment import set_defaults\nset_defaults()\n"
         "from pipeline.stages.runner import DirectRunner\nfrom pipeline.workers.pool import open_pool\n"
         "from tests.pipeline.workers.worker_stages import on_worker\n"
         "if __name__ == '__main__':\n"
