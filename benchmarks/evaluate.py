@@ -30,7 +30,8 @@ from flows.run import Run
 from pipeline.settings.definitions import load_settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Store
-from pipeline.workers.pool import WorkerPool, open_pool
+from pipeline.workers.pool import open_pool
+from pipeline.workers.worker import WorkerPool
 from tasks.evaluate import SHARD, evaluate_shard, shard_bounds
 from tasks.select import select_budgets
 

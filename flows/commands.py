@@ -208,7 +208,7 @@ def restore(
     if mlflow_run and rev:
         raise CoaloraError("--mlflow-run and --rev name two sources", remedy="Give one of them")
     log_to_terminal()
-    from pipeline.tracking.place import default_place
+    from pipeline.tracking.server import default_place
     from pipeline.versioning.restoring import from_dvc, from_mlflow, write_new
 
     if mlflow_run:

@@ -53,7 +53,7 @@ def pipeline(
         "%d target layers, %d weights, %d choices for each: %.4g to %.4g %s",
         len(found.layers), found.n_weights, found.n_choices, low, high, found.cost_words,
     )  # fmt: skip
-    from pipeline.tracking.live import followed  # imports MLflow, which is slow
+    from pipeline.tracking.pipeline_run import followed  # imports MLflow, which is slow
 
     hours = settings.stages.timeout_hours
     runner = PrefectRunner(retries=settings.stages.retries, timeout_seconds=None if hours is None else hours * 3600)
@@ -83,7 +83,7 @@ def show(published: Published, settings: Settings) -> None:
     from coalora.files import read_json
     from pipeline.report.page import ReportFiles
     from pipeline.report.terminal import print_result
-    from pipeline.tracking.place import default_place
+    from pipeline.tracking.server import default_place
     from pipeline.tracking.values import scrub_text
 
     folder = Path(published.folder)

@@ -22,7 +22,8 @@ from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
 from pipeline.store.roots import Journal
 from pipeline.store.store import Artifact
-from pipeline.workers.pool import WorkerPool, open_pool
+from pipeline.workers.pool import open_pool
+from pipeline.workers.worker import WorkerPool
 
 
 @dataclass

@@ -24,8 +24,7 @@ from pipeline.inputs.corpus import input_files
 from pipeline.inputs.costs import priced_tables
 from pipeline.inputs.sets import read_set_file
 from pipeline.settings.sections import Settings
-from pipeline.tracking.faults import require_server
-from pipeline.tracking.place import default_place
+from pipeline.tracking.server import default_place, require_server
 from pipeline.workers.pool import check_runner
 
 

@@ -61,7 +61,7 @@ def track_round(
     md5: str | None,
 ) -> str:
     """Log a round's set to the round's nested MLflow run; returns its id."""
-    from pipeline.tracking.parts import track_set
+    from pipeline.tracking.pipeline_run import track_set
 
     def call() -> str:
         parent = _open_run(pipeline, settings, identity)
@@ -75,7 +75,7 @@ def track_training(
     *, pipeline: str, settings: Settings, identity: str, round_index: int, method: str, state: Artifact
 ) -> None:
     """Log a round's loss curve to the pipeline's MLflow run; CoA's also to the round's, which it ends."""
-    from pipeline.tracking.parts import track_state
+    from pipeline.tracking.pipeline_run import track_state
 
     def call() -> None:
         track_state(_open_run(pipeline, settings, identity), round_index, method, state)
@@ -102,7 +102,7 @@ def track_run(
         sets, versions: of every round, its configurations and their md5 in DVC.
         states: method -> its training states, round by round.
     """
-    from pipeline.tracking.parts import log_datasets, log_result, track_set, track_state
+    from pipeline.tracking.pipeline_run import log_datasets, log_result, track_set, track_state
 
     def call() -> str:
         run = _open_run(pipeline, settings, identity)
@@ -185,13 +185,13 @@ def write_run_folder(
 
 
 def _open_run(pipeline: str, settings: Settings, identity: str) -> Any:
-    from pipeline.tracking.live import open_pipeline_run
+    from pipeline.tracking.pipeline_run import open_pipeline_run
 
     return open_pipeline_run(pipeline, settings, identity)
 
 
 def _patiently(call: Callable[[], T], settings: Settings) -> T:
-    from pipeline.tracking.faults import patiently
-    from pipeline.tracking.live import tracking_uri
+    from pipeline.tracking.pipeline_run import tracking_uri
+    from pipeline.tracking.server import patiently
 
     return patiently(call, tracking_uri(settings))

@@ -48,7 +48,7 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
     """
     from mlflow.exceptions import MlflowException
 
-    from pipeline.tracking.tracker import open_tracker
+    from pipeline.tracking.runs import open_tracker
 
     try:
         client = open_tracker(tracking.experiment, tracking.tracking_uri).client

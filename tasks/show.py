@@ -141,7 +141,7 @@ def round_markdown(
 
 def mlflow_url(settings: Settings, run_id: str) -> str:
     """Address of a run on the MLflow server, or the command that shows it where there is none."""
-    from pipeline.tracking.tracker import open_tracker
+    from pipeline.tracking.runs import open_tracker
 
     return open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri).url_hint(run_id)
 

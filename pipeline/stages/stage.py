@@ -30,7 +30,7 @@ _RESERVED = {"refresh", "return_state", "wait_for"}  # arguments of `run` and of
 
 
 class Pool(Protocol):
-    """Workers in other processes (`pipeline.workers.pool`)."""
+    """Workers in other processes (`pipeline.workers.worker`)."""
 
     def run(self, stage: Stage, key: str, inputs: dict[str, Any]) -> Artifact:
         """Run a stage's function there, and wait for it."""
@@ -151,7 +151,7 @@ class Stage:
         return run
 
     def __reduce__(self) -> tuple[Callable[..., Stage], tuple[str, str]]:
-        """By name: another process has the code, and compares the key (`pipeline.workers.pool.work`)."""
+        """By name: another process has the code, and compares the key (`pipeline.workers.worker.work`)."""
         return _stage_named, (self.fn.__module__, self.fn.__qualname__)
 
 

@@ -219,7 +219,7 @@ def _mlflow(uri: str, found: Roots) -> None:
     from mlflow.entities import ViewType
     from mlflow.exceptions import MlflowException
 
-    from pipeline.tracking.run import IDENTITY_TAG
+    from pipeline.tracking.runs import IDENTITY_TAG
     from pipeline.tracking.values import scrub_text
 
     try:

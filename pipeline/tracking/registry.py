@@ -28,7 +28,7 @@ from packaging.version import Version
 import coalora
 from coalora.errors import CoaloraError
 from coalora.files import digest, file_sha256
-from pipeline.tracking.run import IDENTITY_TAG, TrackedRun
+from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun
 from pipeline.tracking.values import flatten
 
 CHAMPION = "champion"
@@ -111,19 +111,17 @@ def register(
     reference = tags.get(REFERENCE)
     if not reference:
         raise CoaloraError(
-            "a hypervolume says what it was measured on",
-            got=f"tags {sorted(tags)}",
-            expected=f"a tag {REFERENCE!r}",
-            remedy="set it to the benchmark and the reference point",
+            f"tags {sorted(tags)} do not say what the hypervolume was measured on",
+            remedy=f"Set {REFERENCE!r} to the benchmark and the reference point",
         )
     if not _NAME.fullmatch(model_name):
         raise CoaloraError(
-            "a registered model has a plain name", got=repr(model_name), expected="letters, digits, . _ -"
+            f"{model_name!r} is no plain name of a registered model", remedy="Use letters, digits, . _ -"
         )
     if not math.isfinite(hypervolume):
-        raise CoaloraError("a hypervolume is a finite number", got=hypervolume)
+        raise CoaloraError(f"a hypervolume of {hypervolume} is not finite")
     if not bundle_folder.is_dir() or not any(bundle_folder.iterdir()):
-        raise CoaloraError("a bundle is a folder with files", got=bundle_folder, remedy="run the export first")
+        raise CoaloraError(f"{bundle_folder} is no bundle: it holds no files", remedy="Run the export first")
 
     identity = identity or digest([run.identity, bundle_digest(bundle_folder)])
     client = run.client

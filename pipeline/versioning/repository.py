@@ -1,4 +1,4 @@
-"""An open DVC repository: silent, with a bounded wait for its lock, and with its errors said as ours."""
+"""DVC repository opened for one call: silent, with a bounded wait for its lock, its errors as `CoaloraError`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def initialised(repo_root: Path) -> Path:
     root = repo_root.resolve()
     if not (root / ".dvc").is_dir():
         raise CoaloraError(
-            "versioning needs an initialised DVC repository",
-            got=f"no .dvc in {root}",
-            remedy="run `dvc init` there (`--subdir` inside a larger git repository, `--no-scm` without git), "
+            f"{root} is no DVC repository: it has no .dvc",
+            remedy="Run `dvc init` there (`--subdir` inside a larger git repository, `--no-scm` without git), "
             "or set versioning.enabled=false",
         )
     return root
@@ -55,9 +54,9 @@ def with_repository(
         except LockError as error:
             if time.monotonic() >= deadline:
                 raise CoaloraError(
-                    "one DVC command works in a checkout at a time",
-                    got=f"another one has held its lock for {format_seconds(timeout_seconds)}: {one_line(error)}",
-                    remedy=f"wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
+                    f"another DVC command has held the lock of {root} for {format_seconds(timeout_seconds)} "
+                    f"({one_line(error)})",
+                    remedy=f"Wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
                     "finished stages are kept",
                 ) from error
             if not told:
@@ -70,15 +69,15 @@ def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, problem: 
     """`with_repository` for what asks a remote, whose file system raises errors of its own library.
 
     Raises:
-        CoaloraError: with this rule and remedy where the remote fails; else as `with_repository`.
+        CoaloraError: with this problem and remedy where the remote fails; else as `with_repository`.
     """
     try:
         return with_repository(root, command, do)
     except CoaloraError:
         raise
     except Exception as error:
-        got = scrub_text(f"{type(error).__name__}: {one_line(error)}")[:300]
-        raise CoaloraError(problem, got=got, remedy=remedy) from error
+        reason = scrub_text(f"{type(error).__name__}: {one_line(error)}")[:300]
+        raise CoaloraError(f"{problem} ({reason})", remedy=remedy) from error
 
 
 def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
@@ -101,22 +100,19 @@ def _once(root: Path, command: str, do: Callable[[Any], _T]) -> _T:
         raise
     except (RWLockFileCorruptedError, RWLockFileFormatError) as error:
         raise CoaloraError(
-            "DVC's record of running commands must be readable",
-            got=one_line(error),
-            remedy=f"when no DVC command runs, delete {root / '.dvc/tmp/rwlock'} and run again: it holds nothing else",
+            f"DVC's record of running commands is damaged ({one_line(error)})",
+            remedy=f"When no DVC command runs, delete {root / '.dvc/tmp/rwlock'} and run again: it holds nothing else",
         ) from error
     except (ParseError, YAMLValidationError) as error:
         raise CoaloraError(
-            "dvc.lock and the .dvc files must be whole",
-            got=one_line(error),
-            remedy="resolve what git could not merge in it (`git checkout --theirs dvc.lock`, or delete the file: "
+            f"dvc.lock or a .dvc file is damaged ({one_line(error)})",
+            remedy="Resolve what git could not merge in it (`git checkout --theirs dvc.lock`, or delete the file: "
             "`dvc repro` writes it anew without computing anything that is cached)",
         ) from error
     except (DvcException, SCMError) as error:
         raise CoaloraError(
-            "DVC refused",
-            got=one_line(error),
-            remedy=f"see what `{command}` says in {root}, or set versioning.enabled=false",
+            f"DVC refused `{command}` ({one_line(error)})",
+            remedy=f"See what `{command}` says in {root}, or set versioning.enabled=false",
         ) from error
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Bring a round's configuration set back: by the MLflow run that logged it, or by a revision of DVC's record of it.
+"""Restoration of a round's configuration set: from the MLflow run that logged it, or from a revision of DVC's record.
 
 A set lies in MLflow (artifact of the round's run) and in DVC (cache and remotes, under its md5, which the MLflow run
 carries as a tag). What one of them no longer has is taken from the other.
@@ -60,12 +60,11 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
         rounds = _rounds(client, run)
     except MlflowException as error:
         raise CoaloraError(
-            "MLflow must know the run",
-            got=f"run {run_id} at {scrub_text(tracking_uri)}: {scrub_text(one_line(error))[:300]}",
-            remedy="copy the id from MLflow's page of the run, and name the server with --tracking-uri",
+            f"MLflow at {scrub_text(tracking_uri)} does not know run {run_id} ({scrub_text(one_line(error))[:300]})",
+            remedy="Copy the id from MLflow's page of the run, and name the server with --tracking-uri",
         ) from error
     if not rounds:
-        raise CoaloraError("the run must have logged configuration sets", got=f"run {run_id} without rounds")
+        raise CoaloraError(f"run {run_id} has logged no configuration set", remedy="Name a run of a pipeline")
     found = _pick(rounds, round_index, f"run {run_id}")
     md5 = rounds[found].data.tags.get("dvc_md5")
     source = f"MLflow run {rounds[found].info.run_id}"
@@ -76,9 +75,8 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
     except (MlflowException, OSError) as error:
         if md5 is None:
             raise CoaloraError(
-                "the run's artifact must still be there",
-                got=f"{source}: {scrub_text(one_line(error))[:300]}",
-                remedy="the set was not versioned with DVC either (versioning.enabled=false): run the pipeline again",
+                f"the set of {source} is gone ({scrub_text(one_line(error))[:300]}), and DVC never had it",
+                remedy="Run the pipeline again, with versioning.enabled=true to keep sets in DVC as well",
             ) from error
         content, source = _by_md5(md5, root), f"DVC, by the md5 that {source} names"
     return _checked(content, md5, found, source)
@@ -108,17 +106,16 @@ def from_dvc(
         names = _folders(fs, FOLDER)
         if not names or (pipeline is not None and pipeline not in names):
             raise CoaloraError(
-                "DVC must have a configuration set of the pipeline",
-                got=f"{pipeline or 'nothing'} under {FOLDER}/ at {at}",
-                expected=", ".join(names) or "a set that a run has added and git has committed",
-                remedy="name another revision with --rev; `git log -- configurations` lists those that changed sets",
+                f"DVC has no configuration set of {pipeline or 'any pipeline'} at {at}, only of "
+                f"{', '.join(names) or 'none'}",
+                remedy="Name another revision with --rev; `git log -- configurations` lists those that changed sets",
             )
         if pipeline is None and len(names) > 1:
-            raise CoaloraError("one pipeline must be named", got=", ".join(names), remedy="add --pipeline NAME")
+            raise CoaloraError(f"DVC has sets of several pipelines ({', '.join(names)})", remedy="Add --pipeline NAME")
         folder = f"{FOLDER}/{pipeline or names[0]}"
         rounds = {int(m[1]): n for n in _files(fs, folder) if (m := _ROUND.fullmatch(n))}
         if not rounds:
-            raise CoaloraError("the pipeline must have rounds", got=f"none in {folder} at {at}")
+            raise CoaloraError(f"{folder} holds no round at {at}", remedy="Name another revision with --rev")
         found = _pick(rounds, round_index, f"{folder} at {at}")
         path = f"{folder}/{rounds[found]}"
         try:
@@ -159,9 +156,8 @@ def _pick(rounds: dict[int, Any], wanted: int | None, where: str) -> int:
     if wanted is None:
         return max(rounds)
     if wanted not in rounds:
-        raise CoaloraError(
-            "the round must exist", got=f"round {wanted} of {where}", expected=", ".join(map(str, sorted(rounds)))
-        )
+        known = ", ".join(map(str, sorted(rounds)))
+        raise CoaloraError(f"there is no round {wanted} of {where}", remedy=f"Choose from {known}")
     return wanted
 
 
@@ -187,17 +183,16 @@ def _asking_remotes(root: Path, command: str, do: Callable[[Any], Any]) -> Any:
         root,
         command,
         do,
-        problem="DVC's remote must be readable",
-        remedy="see what `dvc pull` says (`dvc remote list`, credentials, network)",
+        problem="DVC's remote cannot be read",
+        remedy="See what `dvc pull` says (`dvc remote list`, credentials, network)",
     )
 
 
 def _not_in_dvc(what: str) -> CoaloraError:
     return CoaloraError(
-        "a set is in DVC's cache or in its default remote",
-        got=f"{what}: in neither of them",
-        remedy="`dvc push` it where it was made (versioning.push=true does so at every round), and name that remote "
-        "here: `dvc remote add --default NAME s3://BUCKET/PREFIX`",
+        f"{what} is neither in DVC's cache nor in its default remote",
+        remedy="Push it where it was made (`dvc push`; versioning.push=true does so at every round), and name that "
+        "remote here: `dvc remote add --default NAME s3://BUCKET/PREFIX`",
     )
 
 
@@ -205,17 +200,18 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
         raise CoaloraError(
-            "a set has the md5 that is recorded",
-            got=f"{found} from {source}",
-            expected=md5,
-            remedy="the copy was edited or damaged: `dvc checkout --force` brings a working file back",
+            f"the set from {source} was edited or damaged: its md5 is {found}, not {md5}",
+            remedy="Bring a working file back with `dvc checkout --force`",
         )
     try:
         form = json.loads(content)["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CoaloraError("a configuration set is JSON", got=f"{source}: {error!r}", expected=SET_FORMAT) from error
+        raise CoaloraError(f"{source} is no configuration set ({error!r})", remedy="Name another revision") from error
     if form != SET_FORMAT:
-        raise CoaloraError("the set is of this version's form", got=f"{form} from {source}", expected=SET_FORMAT)
+        raise CoaloraError(
+            f"the set from {source} is of format {form}, not {SET_FORMAT}",
+            remedy="Restore it with the version that made it",
+        )
     return RestoredSet(content, round_index, source)
 
 

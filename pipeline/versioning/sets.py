@@ -1,4 +1,4 @@
-"""DVC versions the configuration set of every round: a small JSON in the checkout, its bytes in DVC's cache.
+"""Configuration sets under DVC, one for each round: a small JSON in the checkout, its bytes in DVC's cache.
 
 The sets are added while the pipeline runs, also inside `dvc repro`. There DVC holds no lock and `add` of a
 file outside the stage's outputs works; add of an output of its own, status, commit, checkout and gc do not,
@@ -52,12 +52,12 @@ def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root:
         CoaloraError: bad pipeline name or round, or a payload that is not JSON (NaN included).
     """
     if round_index < 0:
-        raise CoaloraError("rounds are counted from 0", got=round_index)
+        raise CoaloraError(f"round {round_index} is below 0")
     path = _folder(pipeline, root) / f"round-{round_index:02d}.json"
     try:
         content = json_bytes(payload)
     except (TypeError, ValueError) as error:
-        raise CoaloraError("a configuration set is JSON without NaN or infinity", got=str(error)) from error
+        raise CoaloraError(f"a configuration set cannot be written as JSON ({error})") from error
     if path.is_file() and path.read_bytes() == content:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,9 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     # The file itself stays unresolved: it may be a link into DVC's cache.
     absolute = absolute.parent.resolve() / absolute.name
     if not absolute.is_relative_to(root):
-        raise CoaloraError("DVC versions files inside its root", got=path, expected=f"a file under {root}")
+        raise CoaloraError(f"{path} is outside of DVC's root {root}", remedy="Name a file under it")
     if not absolute.is_file():
-        raise CoaloraError("DVC versions a file that exists", got=path)
+        raise CoaloraError(f"{path} does not exist, so that DVC cannot version it")
     relative = absolute.relative_to(root)
     dvc_file = absolute.with_name(absolute.name + ".dvc")
     with absolute.open("rb") as file:
@@ -98,7 +98,7 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     if added:
         with_repository(root, f"dvc add {relative.as_posix()}", lambda repo: repo.add([str(absolute)]))
         if _recorded_md5(dvc_file) != md5:
-            raise CoaloraError("a file stays as it is while DVC adds it", got=relative, remedy="run again")
+            raise CoaloraError(f"{relative} was changed while DVC added it", remedy="Run again")
     if tags is not None:
         _tag(dvc_file, tags)
     return DvcRecord(relative, md5, dvc_file.relative_to(root), added)
@@ -120,8 +120,8 @@ def push_file(record: DvcRecord, repo_root: Path) -> None:
         root,
         f"dvc push {record.dvc_file}",
         lambda repo: repo.push([target]),
-        problem="DVC's remote must take what is pushed",
-        remedy=f"see what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
+        problem=f"DVC's remote does not take {record.path}",
+        remedy=f"See what `dvc push {record.dvc_file}` says (`dvc remote list`, credentials, network), or set "
         "versioning.push=false",
     )
 
@@ -159,7 +159,7 @@ def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
 
 def _folder(pipeline: str, root: Path) -> Path:
     if not _PIPELINE.fullmatch(pipeline):
-        raise CoaloraError("a pipeline has a plain name", got=repr(pipeline), expected="letters, digits, . _ -")
+        raise CoaloraError(f"{pipeline!r} is no plain name of a pipeline", remedy="Use letters, digits, . _ -")
     return root / FOLDER / pipeline
 
 
@@ -177,7 +177,7 @@ def _record(dvc_file: Path) -> dict[str, Any]:
         raise
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CoaloraError(
-            "a .dvc file names one output", got=dvc_file, remedy="restore it with git, or delete it"
+            f"{dvc_file} does not name one output", remedy="Restore it with git, or delete it"
         ) from error
 
 

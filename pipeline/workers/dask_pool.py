@@ -15,7 +15,7 @@ from distributed.scheduler import KilledWorker
 
 from coalora.errors import CoaloraError
 from pipeline.store.artifacts import Artifact
-from pipeline.workers.pool import WorkerPool, log_here, lost, work
+from pipeline.workers.worker import WorkerPool, log_here, lost, work
 
 CONNECT_SECONDS = 30
 
@@ -34,10 +34,8 @@ class DaskWorkers(WorkerPool):
             self._client = Client(self._cluster or self.address, timeout=CONNECT_SECONDS)
         except OSError as error:
             raise CoaloraError(
-                "evaluation.address is the address of a Dask scheduler",
-                got=f"{self.address}: {error}",
-                expected="for example tcp://scheduler:8786",
-                remedy="start one (dask scheduler), or leave evaluation.address out for workers on this machine",
+                f"no Dask scheduler answers at evaluation.address {self.address} ({error})",
+                remedy="Start one (dask scheduler; tcp://HOST:8786), or leave evaluation.address out",
             ) from error
         # Before the first call, since workers that come later would not say what they do.
         self._client.register_worker_callbacks(_begin)

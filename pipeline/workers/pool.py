@@ -1,138 +1,14 @@
-"""Workers in other processes for mapped stages: of this machine, of a Dask cluster, or of a Ray cluster.
-
-A runner calls the stage's function through a pool (`pipeline.stages.stage.Call.pool`); locks, records, Prefect's task
-runs and their concurrency limits stay with the runner, so that a worker needs the code and the store and no Prefect
-server. Each worker takes one call at a time and keeps its model loaded for the next (`pipeline.inputs.resident`).
-
-Dask and Ray are used as they are, and not through prefect-dask and prefect-ray: `dvc repro` runs the same stages
-without Prefect, and a task run of theirs would need the server's address on every worker.
-"""
+"""Choice of the workers that mapped stages run on, by `evaluation.runner`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Literal
 
 from coalora.errors import CoaloraError
-from pipeline.environment import STORE_VARIABLE
-from pipeline.stages.checkpoints import checkpoint_every, checkpoint_seconds
-from pipeline.stages.keys import artifacts_in
-from pipeline.stages.stage import Stage
-from pipeline.store.artifacts import Artifact
-from pipeline.store.store import Store
+from pipeline.workers.worker import WorkerPool
 
 RunnerKind = Literal["threads", "processes", "dask", "ray"]
-# Of this worker:
-_verified: set[str] = set()  # digests that it has read whole
-_last_stage: list[str] = []
-
-
-def work(
-    stage: Stage,
-    key: str,
-    inputs: dict[str, Any],
-    environment: Mapping[str, str],
-    threads: int,
-    checkpoint_seconds: float | None,
-) -> Artifact:
-    """What a worker does: one call of a stage's function; the artifact is in the store when it returns.
-
-    Args:
-        key: the runner's cache key of the call.
-        environment: variables that the worker takes over.
-        threads: of torch's operations.
-        checkpoint_seconds: between two checkpoints of training.
-
-    Raises:
-        CoaloraError: this worker's code or packages are others than the runner's, or an input cannot be read here.
-    """
-    os.environ.update(environment)
-    if stage.key(inputs) != key:
-        raise CoaloraError(
-            f"workers run the code and the packages of the run that sends them work (stage {stage.name!r})",
-            got=f"another cache key on the worker (Python {sys.version.split()[0]}, {os.getcwd()})",
-            remedy="give the workers this checkout and its environment, and start them again",
-        )
-    store = Store()
-    for name, artifact in artifacts_in(inputs):
-        if artifact.digest not in _verified:
-            if problems := store.problems(artifact):
-                raise CoaloraError(
-                    "workers read the artifacts of the run",
-                    got=f"{name}: {problems[0]}",
-                    remedy=f"set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
-                )
-            _verified.add(artifact.digest)
-    import torch
-
-    from pipeline.inputs.resident import release_models
-
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-    if _last_stage[:] != [stage.name]:
-        release_models()  # kept for the next call of the same stage, and not beside the model of another
-        _last_stage[:] = [stage.name]
-    with checkpoint_every(checkpoint_seconds):
-        made = stage.measured(inputs)
-    store.share(made)
-    return made
-
-
-class WorkerPool(ABC):
-    """Workers that start with the first call and end with `close`; a `pipeline.stages.stage.Pool`. Used from several
-    threads.
-
-    Args:
-        workers: calls at a time.
-        threads: of torch in each worker; by default this process's, dealt out among the workers of this machine.
-        address: of the cluster's scheduler; without it a cluster of `workers` processes is started on this machine.
-    """
-
-    def __init__(self, workers: int, *, threads: int | None = None, address: str | None = None) -> None:
-        import torch
-
-        self.workers, self.address = workers, address
-        self.threads = threads or max(1, torch.get_num_threads() // (1 if address else workers))
-        self._guard = threading.Lock()
-        self._started = False
-
-    def run(self, stage: Stage, key: str, inputs: dict[str, Any]) -> Artifact:
-        with self._guard:
-            if not self._started:
-                self._start()
-                self._started = True
-        names = (STORE_VARIABLE,) if self.address else (STORE_VARIABLE, "COALORA_HOME")
-        environment = {name: os.environ[name] for name in names if name in os.environ}
-        made = self._call(stage, key, inputs, environment, self.threads, checkpoint_seconds())
-        if problems := Store().problems(made):
-            raise CoaloraError(
-                "what a worker has made is in a store that this run reads",
-                got=problems[0],
-                remedy=f"set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
-            )
-        return made
-
-    def close(self) -> None:
-        """End the workers, and with them their models."""
-        with self._guard:
-            if self._started:
-                self._stop()
-                self._started = False
-
-    @abstractmethod
-    def _start(self) -> None: ...
-
-    @abstractmethod
-    def _call(self, *call: Any) -> Artifact:
-        """`work(*call)` on a worker."""
-
-    @abstractmethod
-    def _stop(self) -> None: ...
 
 
 def open_pool(kind: RunnerKind, workers: int, *, address: str | None = None) -> WorkerPool | None:
@@ -141,60 +17,27 @@ def open_pool(kind: RunnerKind, workers: int, *, address: str | None = None) -> 
     Raises:
         CoaloraError: the kind's package is not installed.
     """
-    if kind == "threads":
-        return None
-    made: dict[str, Callable[..., WorkerPool]] = {
-        "processes": _processes,
-        "dask": _dask,
-        "ray": _ray,
-    }
-    return made[kind](workers, address=address)
+    check_runner(kind)
+    if kind == "processes":
+        from pipeline.workers.processes import ProcessWorkers
+
+        return ProcessWorkers(workers)
+    if kind == "dask":
+        from pipeline.workers.dask_pool import DaskWorkers
+
+        return DaskWorkers(workers, address=address)
+    if kind == "ray":
+        from pipeline.workers.ray_pool import RayWorkers
+
+        return RayWorkers(workers, address=address)
+    return None
 
 
 def check_runner(kind: RunnerKind) -> None:
     """Refuse a runner whose package is not installed, before anything runs."""
-    from importlib.util import find_spec
-
     package = {"dask": "distributed", "ray": "ray"}.get(kind)
     if package is not None and find_spec(package) is None:
         raise CoaloraError(
-            f"evaluation.runner {kind!r} needs the package {package}",
-            got="it is not installed",
-            remedy=f"pip install 'coalora[{kind}]', or set evaluation.runner=processes",
+            f"evaluation.runner {kind!r} needs the package {package}, which is not installed",
+            remedy=f"Run pip install 'coalora[{kind}]', or set evaluation.runner=processes",
         )
-
-
-def _processes(workers: int, *, address: str | None) -> WorkerPool:
-    from pipeline.workers.processes import ProcessWorkers
-
-    return ProcessWorkers(workers)
-
-
-def _dask(workers: int, *, address: str | None) -> WorkerPool:
-    check_runner("dask")
-    from pipeline.workers.dask_pool import DaskWorkers
-
-    return DaskWorkers(workers, address=address)
-
-
-def _ray(workers: int, *, address: str | None) -> WorkerPool:
-    check_runner("ray")
-    from pipeline.workers.ray_pool import RayWorkers
-
-    return RayWorkers(workers, address=address)
-
-
-def log_here(level: int) -> None:
-    """Progress lines of a worker on its standard error."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s  worker %(process)d  %(message)s", datefmt="%H:%M:%S"
-    )
-    logging.getLogger("coalora").setLevel(level)
-
-
-def lost(what: str, error: BaseException) -> RuntimeError:
-    """The error of a call whose worker went away."""
-    return RuntimeError(
-        f"{what} ended before it answered ({type(error).__name__}: {error}); it was killed, or ran out of memory. "
-        "Finished shards are kept: run again, with fewer evaluation.workers if memory is short"
-    )

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pipeline.store.artifacts import Artifact
-from pipeline.workers.pool import WorkerPool, log_here, lost, work
+from pipeline.workers.worker import WorkerPool, log_here, lost, work
 
 
 class ProcessWorkers(WorkerPool):

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from coalora.errors import CoaloraError
 from pipeline.store.artifacts import Artifact
-from pipeline.workers.pool import WorkerPool, log_here, lost, work
+from pipeline.workers.worker import WorkerPool, log_here, lost, work
 
 
 class _Worker:
@@ -43,10 +43,8 @@ class RayWorkers(WorkerPool):
                 ray.init(address=self.address or "local", log_to_driver=True, logging_level=logging.ERROR, **local)
             except (ConnectionError, ValueError) as error:
                 raise CoaloraError(
-                    "evaluation.address is the address of a Ray cluster",
-                    got=f"{self.address}: {error}",
-                    expected="for example auto, or ray://head:10001",
-                    remedy="start one (ray start --head), or leave evaluation.address out",
+                    f"no Ray cluster answers at evaluation.address {self.address} ({error})",
+                    remedy="Start one (ray start --head; auto, or ray://HOST:10001), or leave evaluation.address out",
                 ) from error
         level = logging.getLogger("coalora").getEffectiveLevel()
         needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}

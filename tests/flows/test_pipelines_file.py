@@ -98,7 +98,7 @@ def test_a_deployment_builds(name: str) -> None:
     described = DEPLOYMENTS[name]
     built = pipeline.to_deployment(
         name, parameters=described["parameters"], tags=described["tags"], description=described["description"],
-        work_pool_name=described["work_pool"]["name"], job_variables=described["work_pool"]["job_variables"],
+        work_pool_name=described["work_pool"]["name"], job_variables=described["work_pool"].get("job_variables"),
     )  # fmt: skip
     assert isinstance(built, RunnerDeployment)  # and no coroutine
     assert (built.name, built.flow_name, built.enforce_parameter_schema) == (name, "pipeline", True)

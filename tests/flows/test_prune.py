@@ -193,7 +193,7 @@ def test_a_run_folder_a_copy_and_a_set_under_dvc_each_keep_what_they_name(home: 
 
 
 def test_mlflows_runs_and_versions_keep_their_runs_until_they_are_deleted(home: Home) -> None:
-    from pipeline.tracking.tracker import open_tracker
+    from pipeline.tracking.runs import open_tracker
 
     home.journal("aaaa", 1)
     home.journal("bbbb", 2)

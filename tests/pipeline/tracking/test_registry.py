@@ -17,8 +17,7 @@ import pytest
 import pipeline.tracking.registry as registry
 from coalora.errors import CoaloraError
 from pipeline.tracking.registry import DECISION, Registered, register, requirements
-from pipeline.tracking.run import TrackedRun
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.runs import TrackedRun, Tracker
 
 BUNDLE = """
 from pathlib import Path
@@ -236,6 +235,6 @@ def test_bad_input_is_refused_before_anything_is_written(run: TrackedRun, tmp_pa
         register(run, bundle, "bad", hypervolume=float("nan"), tags=tags)
     with pytest.raises(CoaloraError, match="plain name"):
         register(run, bundle, "bad/name'", hypervolume=0.5, tags=tags)
-    with pytest.raises(CoaloraError, match="run the export"):
+    with pytest.raises(CoaloraError, match="Run the export"):
         register(run, tmp_path / "missing", "bad", hypervolume=0.5, tags=tags)
     assert not run.client.search_registered_models("name = 'bad'")

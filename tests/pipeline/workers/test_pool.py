@@ -21,7 +21,8 @@ from flows.run import Run
 from pipeline.stages.runner import DirectRunner
 from pipeline.stages.stage import Stage
 from pipeline.store.store import Store
-from pipeline.workers.pool import WorkerPool, check_runner, open_pool, work
+from pipeline.workers.pool import check_runner, open_pool
+from pipeline.workers.worker import WorkerPool, work
 from tests.pipeline.store.stores import ROOT
 from tests.pipeline.workers.worker_stages import on_worker
 from tests.tiny_run import TinyRun, at_home, tiny_run
@@ -153,7 +154,7 @@ def _runs(process: int) -> bool:
 
 
 def test_a_worker_with_other_code_or_packages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match=r"workers run the code.*'on-worker'.*checkout"):
+    with pytest.raises(CoaloraError, match=r"other code or packages.*'on-worker'.*checkout"):
         work(on_worker, "on-worker-0123", {"n": 1, "traces": str(tmp_path)}, {}, 1, None)
 
 
@@ -161,7 +162,7 @@ def test_a_worker_that_cannot_read_an_input_says_what_to_set(tmp_path: Path) -> 
     table = Store().put("text", lambda folder: (folder / "a").write_text("a") and None)
     gone = table.model_copy(update={"digest": "0" * 64})
     inputs = {"n": 1, "traces": str(tmp_path), "table": gone}
-    with pytest.raises(CoaloraError, match=r"table: .*not in the store.*COALORA_STORE"):
+    with pytest.raises(CoaloraError, match=r"cannot read the run's table .*not in the store.*COALORA_STORE"):
         work(on_worker, on_worker.key(inputs), inputs, {}, 1, None)
 
 
@@ -189,6 +190,6 @@ def test_a_dask_scheduler_that_is_not_there_is_said(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("pipeline.workers.dask_pool.CONNECT_SECONDS", 1)
     pool = open_pool("dask", 2, address="tcp://127.0.0.1:1")
     assert pool is not None
-    with pytest.raises(CoaloraError, match=r"evaluation\.address is the address of a Dask scheduler"):
+    with pytest.raises(CoaloraError, match=r"no Dask scheduler answers at evaluation\.address"):
         DirectRunner().run_many(on_worker, [{"n": 1, "traces": str(tmp_path)}], workers=2, pool=pool)
     pool.close()

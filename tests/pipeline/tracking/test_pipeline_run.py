@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.tracking.live
+import pipeline.tracking.pipeline_run
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
-from pipeline.tracking.live import followed, open_pipeline_run
-from pipeline.tracking.run import TrackedRun
+from pipeline.tracking.pipeline_run import followed, open_pipeline_run
+from pipeline.tracking.runs import TrackedRun
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_finished_run_is_left_as_it_is(settings: Settings) -> None:
 def test_the_load_of_the_machine_is_logged_by_time_and_goes_on_after_a_kill(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.tracking.live, "INTERVAL", 0.1)
+    monkeypatch.setattr(pipeline.tracking.pipeline_run, "INTERVAL", 0.1)
     for _ in range(2):
         with followed("tiny", settings, "load") as run:
             time.sleep(1.0)
@@ -76,7 +76,7 @@ def test_a_run_tells_what_started_it_and_from_where(settings: Settings) -> None:
     run = open_pipeline_run("tiny", settings, "0123456789")
     found = run.client.get_run(run.run_id)
     assert found.info.run_name == "tiny 01234567"
-    assert found.data.tags["mlflow.source.name"] == "flows.pipeline tiny"
+    assert found.data.tags["mlflow.source.name"] == "coalora run tiny"
     assert {"host", "mlflow.user", "pipeline"} <= set(found.data.tags)
     assert found.data.params["adapter.r"] == "4"
 

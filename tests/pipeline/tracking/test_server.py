@@ -18,9 +18,8 @@ from mlflow.exceptions import MlflowException
 from coalora.errors import CoaloraError
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
-from pipeline.tracking.faults import explanation, patiently, require_server
-from pipeline.tracking.run import TrackedRun
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.runs import TrackedRun, Tracker
+from pipeline.tracking.server import explanation, patiently, require_server
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -91,7 +90,7 @@ def test_a_database_that_is_freed_in_time_gets_everything_once(run: TrackedRun) 
 
 def test_a_server_that_went_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(CoaloraError, match=r"MLflow server answers.*127.0.0.1:9.*make up"):
+    with pytest.raises(CoaloraError, match=r"MLflow at http://127.0.0.1:9 does not answer.*make up"):
         patiently(lambda: Tracker(NOWHERE, "faults"), NOWHERE)
 
 
@@ -99,12 +98,12 @@ def test_a_run_does_not_start_while_its_server_is_away() -> None:
     changes = [f"tracking.tracking_uri={NOWHERE}", "versioning.enabled=false"]
     settings = load_settings("tiny", file=Path(__file__).parents[2] / "flows" / "tiny.yaml", changes=changes)
     preflight(settings)  # what only reads shapes needs no server
-    with pytest.raises(CoaloraError, match=r"MLflow server answers.*make up"):
+    with pytest.raises(CoaloraError, match=r"does not answer.*make up"):
         preflight(settings, root=Path.cwd())
 
 
 def test_another_server_at_the_address_is_not_taken_for_mlflow() -> None:
-    with answering(200, b"<html>") as uri, pytest.raises(CoaloraError, match="something else than an MLflow server"):
+    with answering(200, b"<html>") as uri, pytest.raises(CoaloraError, match="is no MLflow server"):
         require_server(uri)
     with answering(503, b"") as uri, pytest.raises(CoaloraError, match="HTTP 503"):
         require_server(uri)
@@ -121,11 +120,11 @@ def test_a_healthy_server_one_with_a_login_and_a_database_pass() -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "there is room"),
-        (MlflowException("API request failed with error code 403 != 200"), "lets this user write.*MLFLOW_TRACKING"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left"),
+        (MlflowException("API request failed with error code 403 != 200"), "refuses this user.*MLFLOW_TRACKING"),
         (
             MlflowException("http://h/api/2.0/mlflow-artifacts/artifacts/x: too many 500 error responses"),
-            "artifact store takes files.*bucket",
+            "takes no artifacts.*bucket",
         ),
     ],
 )

@@ -1,25 +1,32 @@
-"""One MLflow run, addressed by its id: logging that can be repeated after a kill and doubles nothing."""
+"""MLflow runs that are found again by identity, and whose every part is logged once.
+
+A pipeline that is killed, run again, or served from the cache must leave one MLflow run, not three. So a run
+carries its identity in the tag `coalora.identity`, and the tag `coalora.logged` names each part that was logged
+with the digest of its content. Runs are addressed by id through `MlflowClient`: MLflow's active run
+and its tracking URI are state of a thread and of the process, and mapped tasks run in many threads.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from coalora.errors import CoaloraError
-from pipeline.tracking.values import flatten, scrub
-
-if TYPE_CHECKING:
-    from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.server import default_place
+from pipeline.tracking.values import flatten, scrub, scrub_text
 
 IDENTITY_TAG = "coalora.identity"
 LOGGED_TAG = "coalora.logged"  # {part: first digits of its digest}
@@ -29,9 +36,149 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_DATASET_DIGEST = 36
 DIGITS = 16
 
+# MLflow's pages open with the views of training, not those of language-model applications.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "hypervolume/coa",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+    "mlflow.note.content": "One run for each pipeline run, with a nested run for each round's configuration set. "
+    "`hypervolume/coa` compares runs of one benchmark: higher is better.",
+}
+_IDENTITY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
+_PLAIN = "Use a digest, or 1 to 200 of A-Z a-z 0-9 . _ : -"
+_SEARCH_OR_CREATE = threading.Lock()  # two threads must not both find nothing and create
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _READ_AND_WRITE = threading.Lock()  # of the tag above, by threads of this process
+
+
+def open_tracker(experiment: str, tracking_uri: str | None = None) -> Tracker:
+    """A tracker at `default_place(tracking_uri)`."""
+    place = default_place(tracking_uri)
+    return Tracker(place.tracking_uri, experiment, place.artifact_root)
+
+
+class Tracker:
+    """Runs of one MLflow experiment.
+
+    Args:
+        tracking_uri: `http(s)://` of a server, or a database such as `sqlite:////folder/mlflow.db`.
+        experiment: name; created where it is missing.
+        artifact_root: folder of the artifacts of a database's experiment; a server decides by itself.
+
+    Raises:
+        CoaloraError: the URI is a plain folder (MLflow no longer keeps runs in files), or the experiment was
+            deleted.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str, artifact_root: Path | None = None) -> None:
+        if "://" not in tracking_uri or tracking_uri.startswith("file:"):
+            raise CoaloraError(
+                f"tracking.tracking_uri {scrub_text(tracking_uri)} is neither a server nor a database",
+                remedy="Write http://host:5000 or sqlite:////folder/mlflow.db, or leave it out for a database in "
+                "COALORA_HOME",
+            )
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        database = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
+        if database and database[1] != ":memory:":
+            Path(database[1]).parent.mkdir(parents=True, exist_ok=True)
+        self.tracking_uri, self.experiment = tracking_uri, experiment
+        # The registry is named too: by default it is the process's, not the client's.
+        self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        location = artifact_root.resolve().as_uri() if artifact_root and tracking_uri.startswith("sqlite:") else None
+        self.experiment_id = self._experiment(location)
+
+    def _experiment(self, artifact_location: str | None) -> str:
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                return self.client.create_experiment(
+                    self.experiment, artifact_location=artifact_location, tags=EXPERIMENT_TAGS
+                )
+            except MlflowException:
+                found = self.client.get_experiment_by_name(self.experiment)  # another process was faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise CoaloraError(
+                f"MLflow's experiment {self.experiment!r} is {found.lifecycle_stage}",
+                remedy=f"Run mlflow experiments restore --experiment-id {found.experiment_id}, or set "
+                "tracking.experiment",
+            )
+        return found.experiment_id
+
+    def open_run(
+        self,
+        identity: str,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> TrackedRun:
+        """The run of an identity: resumed if it was cut short, left as it is if finished, else created.
+
+        Args:
+            identity: equal for runs that are the same piece of work, such as a digest of settings and code.
+            name: shown in MLflow.
+            params: nested settings; see `flatten`.
+            tags: such as the git commit; secrets are dropped.
+
+        Raises:
+            CoaloraError: the identity has characters that a search cannot quote.
+        """
+        if not _IDENTITY.fullmatch(identity):
+            raise CoaloraError(f"identity {identity!r} is no plain word", remedy=_PLAIN)
+        return self._open(identity, name, params or {}, tags or {}, None)
+
+    def open_child(
+        self,
+        parent: TrackedRun,
+        name: str,
+        key: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> TrackedRun:
+        """As `TrackedRun.child`."""
+        if not _IDENTITY.fullmatch(key):
+            raise CoaloraError(f"key {key!r} of a nested run is no plain word", remedy=_PLAIN)
+        return self._open(f"{parent.identity}/{key}", name, params or {}, tags or {}, parent.run_id)
+
+    def _open(
+        self, identity: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], parent: str | None
+    ) -> TrackedRun:
+        plain = flatten(tags) | {IDENTITY_TAG: identity}
+        if parent is not None:
+            plain[MLFLOW_PARENT_RUN_ID] = parent
+        with _SEARCH_OR_CREATE:
+            found = self._find(identity)
+            if found is not None and found.info.status == "FINISHED":
+                return TrackedRun(self, found.info.run_id, identity)
+            if found is None:
+                run_id = self.client.create_run(self.experiment_id, run_name=name, tags=plain).info.run_id
+            else:
+                run_id = found.info.run_id
+        run = TrackedRun(self, run_id, identity)
+        if found is not None:
+            run.set_tags(plain)
+            self.client.update_run(run_id, status="RUNNING")
+        run.log_params(params)
+        return run
+
+    def _find(self, identity: str) -> Run | None:
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            filter_string=f"tags.`{IDENTITY_TAG}` = '{identity}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=1,
+        )
+        return runs[0] if runs else None
+
+    def url_hint(self, run_id: str) -> str:
+        """Where to look at a run: its page on a server, the command that shows it for a database."""
+        uri = scrub_text(self.tracking_uri)
+        if uri.startswith(("http://", "https://")):
+            return f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        return f"mlflow ui --backend-store-uri {uri}  (run {run_id})"
 
 
 class TrackedRun:
@@ -154,7 +301,7 @@ class TrackedRun:
         elif path.is_file():
             self.client.log_artifact(self.run_id, str(path), artifact_path)
         else:
-            raise CoaloraError("an artifact is a file or a folder", got=path)
+            raise CoaloraError(f"artifact {path} is neither a file nor a folder")
 
     def log_dict(self, content: Mapping[str, Any], artifact_file: str) -> None:
         """Write a mapping as a JSON or YAML artifact (by the name's ending), without secrets."""
@@ -221,7 +368,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float
     for row in rows:
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
-            raise CoaloraError("a row of metrics has its step", got=dict(row), expected='"step": a whole number')
+            raise CoaloraError(f"a row of metrics has step {step!r}", remedy="Give it a whole number")
         for key, value in row.items():
             if key == "step" or value is None:
                 continue
@@ -231,7 +378,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float
                 yield step, key, float(value)
             except (TypeError, ValueError):
                 raise CoaloraError(
-                    "a metric is a number", got=f"{key}: {value!r}", remedy="log words as parameters or tags"
+                    f"metric {key} is no number but {value!r}", remedy="Log words as parameters or tags"
                 ) from None
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from coalora.errors import CoaloraError
-from pipeline.tracking.place import default_place
-from pipeline.tracking.run import TrackedRun
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.runs import TrackedRun, Tracker
+from pipeline.tracking.server import default_place
 from pipeline.tracking.values import MAX_VALUE, flatten, scrub, scrub_text, shorten
 
 
@@ -235,7 +234,7 @@ def test_a_deleted_experiment_says_how_to_restore_it(database: str) -> None:
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
 def test_a_folder_of_runs_is_refused(uri: str) -> None:
-    with pytest.raises(CoaloraError, match="server or a database"):
+    with pytest.raises(CoaloraError, match="neither a server nor a database"):
         Tracker(uri, "tests")
 
 

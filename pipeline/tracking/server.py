@@ -1,20 +1,24 @@
-"""Faults of MLflow's server or database, as messages that say what to do.
+"""Tracking server or database: where it is, whether it answers, what to do about its faults. MLflow is not imported.
 
-Nothing is lost by them: stages lie in the store, and what is logged can be logged again. So a locked database is
+Nothing is lost by a fault: stages lie in the store, and what is logged can be logged again. So a locked database is
 waited for, and an error names the way on instead of MLflow's traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from coalora.errors import CoaloraError
+from pipeline.environment import coalora_home
 from pipeline.faults import LOCKED
 from pipeline.orchestration.progress import get_logger
 from pipeline.tracking.values import scrub_text
@@ -31,6 +35,26 @@ _AWAY = re.compile(
 )
 _DENIED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED", re.IGNORECASE)
 _ARTIFACTS = re.compile(r"mlflow-artifacts|/artifacts/", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs go.
+
+    Attributes:
+        tracking_uri: MLflow server or database.
+        artifact_root: folder of the artifacts; None where the server decides.
+    """
+
+    tracking_uri: str
+    artifact_root: Path | None
+
+
+def default_place(tracking_uri: str | None = None) -> Place:
+    """The settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db` with `mlartifacts` by it."""
+    home = coalora_home()
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    return Place(uri, home / "mlartifacts" if uri.startswith("sqlite:") else None)
 
 
 def require_server(uri: str, *, seconds: float = 10.0) -> None:
@@ -51,7 +75,7 @@ def require_server(uri: str, *, seconds: float = 10.0) -> None:
     except (OSError, ValueError) as error:
         raise _unreachable(uri, str(getattr(error, "reason", error))) from error
     if content.strip() != b"OK":
-        raise _unreachable(uri, "something else than an MLflow server")
+        raise _unreachable(uri, "what answers is no MLflow server")
 
 
 def patiently(fn: Callable[[], T], uri: str, *, delays: tuple[float, ...] = DELAYS) -> T:
@@ -86,27 +110,22 @@ def explanation(error: BaseException, uri: str) -> CoaloraError | None:
     text, where = _chain(error), scrub_text(uri)
     if LOCKED.search(text):
         return CoaloraError(
-            "MLflow's database takes writes",
-            got=f"{where} is locked by another process",
-            remedy="end what holds it (`fuser FILE` names it); for several runs at once track on a server "
+            f"MLflow's database {where} is locked by another process",
+            remedy="End what holds it (`fuser FILE` names it); for several runs at once track on a server "
             f"(`make up`, then `source .coalora/stack/env`). Then {AGAIN}",
         )
     if _FULL.search(text) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return CoaloraError(
-            "there is room for what MLflow keeps", got=f"no space left for {where}", remedy=f"make room, then {AGAIN}"
-        )
+        return CoaloraError(f"no space is left for MLflow's {where}", remedy=f"Make room, then {AGAIN}")
     if _DENIED.search(text):
         return CoaloraError(
-            "MLflow lets this user write",
-            got=f"{where} refuses: {scrub_text(str(error))[:300]}",
-            remedy=f"set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. Then {AGAIN}",
+            f"MLflow at {where} refuses this user ({scrub_text(str(error))[:300]})",
+            remedy=f"Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN. Then {AGAIN}",
         )
     if _AWAY.search(text):
         if _ARTIFACTS.search(text) and "/api/2.0/mlflow/" not in text:
             return CoaloraError(
-                "MLflow's artifact store takes files",
-                got=f"{where} answers, but not for artifacts: {scrub_text(str(error))[:300]}",
-                remedy=f"see the server's log: its S3 store may be away, or the bucket missing. Then {AGAIN}",
+                f"MLflow at {where} answers, but takes no artifacts ({scrub_text(str(error))[:300]})",
+                remedy=f"See the server's log: its S3 store may be away, or the bucket missing. Then {AGAIN}",
             )
         return _unreachable(uri, scrub_text(str(error))[:300])
     return None
@@ -114,9 +133,8 @@ def explanation(error: BaseException, uri: str) -> CoaloraError | None:
 
 def _unreachable(uri: str, reason: str) -> CoaloraError:
     return CoaloraError(
-        "the MLflow server answers",
-        got=f"{scrub_text(uri)}: {reason}",
-        remedy="start it (`make up`), correct MLFLOW_TRACKING_URI or tracking.tracking_uri, or unset both to track in "
+        f"MLflow at {scrub_text(uri)} does not answer ({reason})",
+        remedy="Start it (`make up`), correct MLFLOW_TRACKING_URI or tracking.tracking_uri, or unset both to track in "
         f"a local database. Then {AGAIN}",
     )
 
