@@ -1,4 +1,4 @@
-"""What a person sees of a run in Prefect's UI: each round's Pareto front, and the result with its links.
+"""Prefect artifacts for a person who watches a run: each round's Pareto front, and the result with its links.
 
 Artifacts of one key are one history: `<pipeline>-pareto-front` shows how the front moved, round by round and run by
 run. Pictures are data URIs in Markdown: an image artifact takes an address, and a worker serves none. Without a server

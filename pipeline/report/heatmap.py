@@ -1,4 +1,4 @@
-"""Where the bits go: layers across, budgets down, colour for the nominal bits of each layer."""
+"""Heat map of bits: layers across, budgets down, colour for the nominal bits of each layer."""
 
 from __future__ import annotations
 

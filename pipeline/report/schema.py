@@ -1,4 +1,4 @@
-"""What a finished run reports: one JSON-able dict, checked once, read by every picture and table.
+"""Schema of `result.json`: what a finished run reports, checked once, read by every picture and table.
 
 Unknown keys, NaN and infinities are refused, and so are parts that contradict each other (an arm without its
 metric, a heat map whose rows do not fit its layers, totals that are not the sum of their parts): a report
@@ -280,7 +280,8 @@ def as_result(result: Result | Mapping[str, Any]) -> Result:
             for problem in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         raise CoaloraError(
-            "a run's result fits pipeline/report/schema.py and holds finite numbers only",
-            got="; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
-            remedy="fix the evaluation that wrote these values; a report never hides a failed measurement",
+            "a result does not fit pipeline/report/schema.py: "
+            + "; ".join(problems[:8])
+            + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
+            remedy="Fix the evaluation that wrote these values; a report never hides a failed measurement",
         ) from error

@@ -28,8 +28,7 @@ from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
 from pipeline.report.curves import curves_figure
 from pipeline.report.heatmap import heatmap_figure
-from pipeline.report.round import round_figure, round_rows
-from pipeline.report.rounds import rounds_figure
+from pipeline.report.rounds import round_figure, round_rows, rounds_figure
 from pipeline.report.schema import RESULT
 from pipeline.report.style import figure_png
 from pipeline.settings.sections import Settings

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.inputs.loaders import load_set, load_tables
-from pipeline.report.round import round_rows
+from pipeline.report.rounds import round_rows
 from pipeline.store.store import Artifact
 from pipeline.versioning.git import git_commit
 from tasks.publish import remove_stale, track_round, track_run, version_set, write_run_folder

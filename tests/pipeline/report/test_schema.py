@@ -35,7 +35,7 @@ def test_numbers_that_are_not_finite_are_refused(result: dict[str, Any], path: t
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = bad
-    with pytest.raises(CoaloraError, match=r"finite.*remedy") as error:
+    with pytest.raises(CoaloraError, match=r"finite.*Fix the evaluation") as error:
         as_result(result)
     assert ".".join(map(str, path)) in str(error.value)
 

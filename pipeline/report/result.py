@@ -1,0 +1,211 @@
+"""Content of `result.json`: everything that a finished run reports, put together from what its stages measured."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from coalora.adapt.methods import METHODS
+from coalora.calibrate.costs import budget_name
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import ConfigurationSet
+from coalora.data.benchmark import Benchmark
+from coalora.evaluate.compare import compare, guess_loss, normalization
+from coalora.evaluate.metrics import reported_metrics
+from pipeline.report.schema import as_result
+from pipeline.settings.sections import Settings
+
+_OF_A_ROUND = ("round", "n_members", "n_candidates", "n_accepted", "hypervolume_before", "hypervolume_after", "front")
+_OF_A_STEP = ("step", "loss", "lr", "round")
+_OF_AN_EXPORT = ("digest", "adapter_bytes", "base_bytes")
+
+
+@dataclass(frozen=True)
+class RunMeasures:
+    """What the stages of a run measured, each read from its artifact.
+
+    Attributes:
+        model: `name`, `digest` and `vocab_size` of the base.
+        members, chosen: the final set, and the configuration (N,) of each asked budget.
+        scores: method -> losses and metrics of the members and budgets.
+        n_steps: method -> its training steps.
+        references: method -> its score for each asked budget.
+        rounds: records of the search rounds, in order.
+        curves: method -> its training history.
+        harness: scores of tasks for each asked budget; none where they are not asked for.
+        exports: facts of each asked budget's export.
+        seconds: (stage, seconds) of every artifact.
+    """
+
+    model: Mapping[str, Any]
+    data: Benchmark
+    tables: CalibrationTables
+    members: ConfigurationSet
+    chosen: Sequence[np.ndarray]
+    scores: Mapping[str, Any]
+    n_steps: Mapping[str, int]
+    references: Mapping[str, Sequence[Mapping[str, Any]]]
+    rounds: Sequence[Mapping[str, Any]]
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]
+    harness: Sequence[Mapping[str, Any]]
+    exports: Sequence[Mapping[str, Any]]
+    seconds: Iterable[tuple[str, float]]
+
+
+def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[str, Any]:
+    """The content, checked against `pipeline.report.schema`.
+
+    Raises:
+        CoaloraError: a value that does not fit, such as a loss that is not finite.
+    """
+    data, measured, members, measures, alone = run.data, run.tables, run.members, run.scores, run.references
+    bits = measured.average_bits(members.configurations)
+    nbytes, costs = measured.total_nbytes(members.configurations), measured.costs(members.configurations)
+    comparison = compare(
+        {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
+        costs,
+        cost_range=measured.cost_range(),
+        guess_loss=guess_loss(data.validation, data.num_labels or run.model["vocab_size"]),
+    )
+    asked, budgets = settings.benchmark, settings.evaluation.budgets
+    reported = reported_metrics(data.task, data.num_labels, asked.metric, asked.metrics)
+    headline = reported[0]
+    ceiling = measures["shared"]["full_precision"]
+    content: dict[str, Any] = {
+        "pipeline": pipeline,
+        "benchmark": {
+            "name": data.name,
+            "task": data.task,
+            "metric": headline.name,
+            "higher_is_better": headline.higher_is_better,
+            "n_validation": len(data.validation),
+        },
+        "model": {
+            "name": run.model["name"],
+            "n_layers": len(measured.layers),
+            "n_weights": measured.n_weights,
+            "digest": run.model["digest"],
+        },
+        "settings": settings.model_dump(mode="json"),
+        "cost": {
+            "kind": measured.cost_kind,
+            "label": measured.cost_unit.label,
+            "words": measured.cost_unit.words,
+            "unit": measured.cost_unit.unit,
+        },
+        "full_precision": {
+            "loss": ceiling["loss"],
+            "metric": ceiling["metrics"][headline.name],
+            "metrics": {m.name: ceiling["metrics"][m.name] for m in reported},
+            "bits": 8.0 * _bytes_per_weight(settings),
+        },
+        "arms": {method: {"label": _label(method, data.task), "n_steps": run.n_steps[method]} for method in measures},
+        "references": {
+            method: {"label": _label(method, data.task), "n_steps": alone[method][0]["steps"]} for method in alone
+        },
+        "budgets": [
+            _budget(budget, configuration, export, i, measured, measures, [m.name for m in reported])
+            | {f"reference_{part}": {m: rows[i][part] for m, rows in alone.items()} for part in ("metric", "loss")}
+            for i, (budget, configuration, export) in enumerate(zip(budgets, run.chosen, run.exports, strict=True))
+        ],
+        "members": [
+            {
+                "average_bits": float(bits[i]),
+                "cost": float(costs[i]),
+                "nbytes": int(nbytes[i]),
+                "round": int(members.joined[i]),
+                "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
+                "metric": {method: s["members"]["metrics"][headline.name][i] for method, s in measures.items()},
+            }
+            for i in range(len(members))
+        ],
+        "hypervolume": {
+            "ref_point": comparison.ref_point,
+            "ideal": comparison.ideal,
+            "normalization": normalization(measured.cost_unit.words),
+            "values": comparison.values,
+        },
+        "rounds": [{key: record[key] for key in _OF_A_ROUND} for record in run.rounds],
+        "curves": {
+            method: [{key: step[key] for key in _OF_A_STEP} for step in steps] for method, steps in run.curves.items()
+        },
+        "heatmap": {
+            "layers": [layer.name for layer in measured.layers],
+            "kinds": [layer.kind for layer in measured.layers],
+            "budgets": budgets,
+            "bits": [_layer_bits(configuration, measured) for configuration in run.chosen],
+        },
+        "harness": [{"budget": b, "tasks": found} for b, found in zip(budgets, run.harness, strict=False)],
+        "seconds": _by_stage(run.seconds),
+        "exports": [
+            {"budget": b, "folder": f"export/{budget_name(b, measured.cost_kind)}"}
+            | {key: e[key] for key in _OF_AN_EXPORT}
+            for b, e in zip(budgets, run.exports, strict=True)
+        ],
+        "notes": _notes(data.task),
+    }
+    return as_result(content).model_dump(mode="json")
+
+
+def _budget(
+    budget: float,
+    configuration: np.ndarray,
+    export: Mapping[str, Any],
+    i: int,
+    measured: CalibrationTables,
+    measures: Mapping[str, Any],
+    names: list[str],
+) -> dict[str, Any]:
+    metrics = {name: {method: s["budgets"]["metrics"][name][i] for method, s in measures.items()} for name in names}
+    base_bytes, adapter_bytes = int(export["base_bytes"] or 0), int(export["adapter_bytes"] or 0)
+    by_bits = Counter(measured.space.choice_dict(int(k))["bits"] for k in configuration)
+    return {
+        "budget": budget,
+        "average_bits": float(measured.average_bits(configuration)),
+        "cost": float(measured.costs(configuration)),
+        "base_bytes": base_bytes,
+        "adapter_bytes": adapter_bytes,
+        "total_bytes": base_bytes + adapter_bytes,
+        "n_layers_by_bits": dict(sorted(by_bits.items())),
+        "metric": metrics[names[0]],
+        "metrics": metrics,
+        "loss": {method: s["budgets"]["loss"][i] for method, s in measures.items()},
+    }
+
+
+def _layer_bits(configuration: np.ndarray, measured: CalibrationTables) -> list[float]:
+    n_weights = np.array([layer.n_weights for layer in measured.layers])
+    return (measured.nbytes[np.arange(len(n_weights)), configuration] * 8 / n_weights).tolist()
+
+
+def _label(method: str, task: str) -> str:
+    return "head only" if method == "none" and task == "classification" else METHODS[method].label
+
+
+def _bytes_per_weight(settings: Settings) -> int:
+    return {"float32": 4, "bfloat16": 2}.get(settings.runtime.dtype, 4)
+
+
+def _by_stage(seconds: Iterable[tuple[str, float]]) -> dict[str, float]:
+    total: defaultdict[str, float] = defaultdict(float)
+    for stage, value in seconds:
+        total[stage] += value
+    return {name: round(value, 2) for name, value in total.items()}
+
+
+def _notes(task: str) -> list[str]:
+    notes = [
+        "All methods are measured on the same configurations; CoA-LoRA and Shared-LoRA took the same number of steps "
+        "on the same configurations and examples in the same order.",
+        "Configurations were chosen on the search split; validation examples were only measured.",
+        "Full precision: the unquantized base with the Shared-LoRA adapter.",
+    ]
+    if task == "classification":
+        notes.append(
+            "Head only: no LoRA; the classification head alone was trained on the quantized base, with the same steps."
+        )
+    return notes
