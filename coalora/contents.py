@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,11 +144,9 @@ def _against_marker(folder: Path) -> Iterator[str]:
     if not marker["complete"]:
         yield "was not written to its end"
         return
-    entries = []
-    for below, _, names in os.walk(folder):
-        for file in (Path(below) / name for name in names if name != MARKER):
-            entries.append([file.relative_to(folder).as_posix(), file.stat().st_size, file_sha256(file)])
-    names = sorted(entry[0] for entry in entries)
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and p.name != MARKER}
+    entries = [[name, file.stat().st_size, file_sha256(file)] for name, file in files.items()]
+    names = sorted(files)
     for name in sorted(set(names) ^ set(marker["files"])):
         yield f"{name} is {'unknown' if name in names else 'missing'}"
     found = hashlib.sha256(json.dumps(sorted(entries), separators=(",", ":")).encode()).hexdigest()
@@ -160,7 +157,7 @@ def _against_marker(folder: Path) -> Iterator[str]:
 def _check_bundle(folder: Path) -> Iterator[str]:
     bundle = Bundle.load(folder)
     for layer, rank in zip(bundle.tables.layers, bundle.ranks, strict=True):
-        rank -= bundle.recipe.compensation_rank
+        rank -= bundle.recipe.compensation_rank or 0
         n_out, n_in = layer.shape
         for side, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
             name = f"lora.{layer.name}.lora_{side}.weight"

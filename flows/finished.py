@@ -109,14 +109,13 @@ def score_run(
     max_length = max_length or settings.benchmark.max_length + 1
     stride = stride or max_length - 1
     _check(budgets, max_length, stride, artifacts)
+    inputs: dict[str, Any] = {**artifacts, "max_length": max_length, "stride": stride}
     runner, rows = DirectRunner(), []
     for path, text in {path: put_text(path) for path in texts}.items():
         for budget in budgets:
             found = runner.run(
                 score_budget,
-                **artifacts,
-                max_length=max_length,
-                stride=stride,
+                **inputs,
                 batch_size=settings.evaluation.batch_size,
                 export=settings.export,
                 runtime=_runtime(settings),

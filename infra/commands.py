@@ -35,11 +35,11 @@ class PoolType(StrEnum):
 def add_to(app: typer.Typer) -> None:
     """Add the commands to a command line, in the order in which `--help` shows them."""
     stack = typer.Typer(help="Start, end or look at the servers on this machine.", rich_markup_mode=None)
-    for command in (up, down, status):
-        stack.command(command.__name__, cls=Command)(command)
     app.add_typer(stack, name="stack")
-    for command in (limits, pool, deployments):
-        app.command(command.__name__, cls=Command)(command)
+    own, further = (up, down, status), (limits, pool, deployments)
+    for group, commands in ((stack, own), (app, further)):
+        for command in commands:
+            group.command(command.__name__, cls=Command)(command)
 
 
 def up(

@@ -30,7 +30,7 @@ class RunMeasures:
 
     Attributes:
         model: `name`, `digest` and `vocab_size` of the base.
-        members, chosen: the final set, and the configuration (N,) of each asked budget.
+        members, chosen: the final set, and the configurations (n, N) of the n asked budgets.
         scores: method -> losses and metrics of the members and budgets.
         n_steps: method -> its training steps.
         references: method -> its score for each asked budget.
@@ -45,7 +45,7 @@ class RunMeasures:
     data: Benchmark
     tables: CalibrationTables
     members: ConfigurationSet
-    chosen: Sequence[np.ndarray]
+    chosen: np.ndarray
     scores: Mapping[str, Any]
     n_steps: Mapping[str, int]
     references: Mapping[str, Sequence[Mapping[str, Any]]]
