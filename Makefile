@@ -28,16 +28,16 @@ $(VENV)/gptq/.ready $(VENV)/oracles/.ready: $(VENV)/%/.ready: requirements-%.loc
 	@touch $@
 
 demo: $(READY)   ## train the embedded demo, from a base model to registered adapters
-	$(BIN)/python -m flows.pipeline demo
+	$(BIN)/coalora run demo
 
 up: $(READY)     ## start Prefect, MLflow, an S3 store and a worker on this machine (loopback)
-	$(BIN)/python -m infra.local up
+	$(BIN)/coalora stack up
 
 down: $(READY)   ## end what `make up` started
-	$(BIN)/python -m infra.local down
+	$(BIN)/coalora stack down
 
 status: $(READY) ## show how the stack is
-	$(BIN)/python -m infra.local status
+	$(BIN)/coalora stack status
 
 test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
 	$(PYTEST) -m 'not servers'

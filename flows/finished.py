@@ -1,4 +1,4 @@
-"""What a finished run answers later, from its record and the store: any budget, and perplexity on any text."""
+"""Answers of a finished run, from its record and the store: any budget, and perplexity on any text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs the pipeline for real: servers and workers on one machine, in containers, and on Kubernetes."""
+"""Servers and workers that run the pipeline: on one machine, in containers, and on Kubernetes."""

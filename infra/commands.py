@@ -1,4 +1,4 @@
-"""The stack's commands, which `coalora.cli` adds to its own in a checkout.
+"""Commands of the stack and of a Prefect server, which `coalora.cli` adds to its own in a checkout.
 
 coalora stack up | status | down [--state DIR] [--ports prefect=4200 mlflow=5000 s3=9000]
 coalora pool [--gpus 4] [--type process|kubernetes] [--limit RUNS]     work pool and limits on a Prefect server

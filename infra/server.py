@@ -1,4 +1,4 @@
-"""What runs need on a Prefect server: work pool, limits of GPU tasks, and no deployments whose pipeline is gone.
+"""Work pool, limits of GPU tasks and stale deployments on a Prefect server.
 
 Everything may be repeated: what is there already is brought to what is asked for. Deployments themselves are made by
 `prefect deploy --all`.

@@ -1,4 +1,4 @@
-"""What may be written to a tracking server: flat, short, and without secrets.
+"""Values for a tracking server or a log: flat, short, and without secrets.
 
 Parameters of an MLflow run are a flat map of short strings that everybody with access to the server reads,
 so nested settings are flattened with dots, long values are cut with a digest of the whole, and credentials
