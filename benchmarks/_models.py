@@ -46,10 +46,11 @@ def build(name: str, device: torch.device, *, blocks: int | None = None) -> PreT
     return _frozen(model)
 
 
-def build_small(name: str) -> PreTrainedModel:
-    """All layers of the shape in tiny widths, on the CPU: for counts, which do not depend on widths."""
+def build_small(name: str, *, blocks: int | None = None) -> PreTrainedModel:
+    """The shape's layers (or so many blocks) in tiny widths, on the CPU: for counts, which do not depend on widths."""
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 64}
     fields |= {"num_key_value_heads": 1} if "num_key_value_heads" in SHAPES[name] else {}
+    fields |= {"num_hidden_layers": blocks} if blocks else {}
     return _frozen(_auto(name).from_config(_config(name, **fields)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,12 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def report(name: str, rows: list[dict], *, notes: str = "") -> None:
     """Print `rows` (one dictionary a line, the same keys in all) and write them to `benchmarks/results/<name>.json`."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[_text(row.get(key)) for key in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{name}")
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(f"\n{name}\n{table(rows)}")
     if notes:
         print(notes)
     RESULTS.mkdir(exist_ok=True)
@@ -28,16 +24,27 @@ def report(name: str, rows: list[dict], *, notes: str = "") -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def table(rows: list[dict]) -> str:
+    """One line a row, and one of the columns' names."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_text(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join(lines)
+
+
 def machine() -> dict[str, str | int | None]:
     """What a measured time depends on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = shutil.which("git")
+    command = [git or "false", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
     return {
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit.strip() or None,
     }
 
 

@@ -1,8 +1,8 @@
 """Memory of the target layers in every mode, against the formulas of `coalora.models.switching.quantized`.
 
-Each mode runs in a process of its own: a decoder with random weights from a checkpoint on disk, three configurations,
-one training step each. Counted are the bytes of the tensors that the target layers and their switch hold on the device;
-measured is the peak of the process's anonymous memory (mapped files are not in it; RssAnon of Linux), or on a GPU
+A decoder with random weights from a checkpoint on disk, three configurations, one training step each. Counted are the
+bytes of the tensors that the target layers and their switch hold on the device. Measured is the peak of the anonymous
+memory of a process for each mode (mapped files are not in it; RssAnon of Linux), or on a GPU, in this process,
 `torch.cuda.max_memory_allocated`.
 
     python -m benchmarks.memory [--quick]
@@ -11,6 +11,7 @@ measured is the peak of the process's anonymous memory (mapped files are not in 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -32,7 +33,10 @@ from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, MasterMode, WeightMode
 
 CACHE = 8 << 20
-MODES = [(w, m) for w in ("dequantized", "packed") for m in ("device", "cpu", "mmap")]
+MODES: list[tuple[WeightMode, MasterMode]] = [
+    ("dequantized", "device"), ("dequantized", "cpu"), ("dequantized", "mmap"),
+    ("packed", "device"), ("packed", "cpu"), ("packed", "mmap"),
+]  # fmt: skip
 
 
 def _anonymous() -> int:
@@ -45,9 +49,13 @@ def run(checkpoint: Path, weights: WeightMode, master: MasterMode) -> dict:
     device = default_device()
     packed = weights == "packed"
     start = torch.device("cpu") if packed else device
-    before, peak, stop = _anonymous(), [0], threading.Event()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before, peak, stop = 0 if on_gpu else _anonymous(), [0], threading.Event()
     watch = threading.Thread(target=_watch, args=(peak, stop))
-    watch.start()
+    if not on_gpu:
+        watch.start()
     model = load_model(checkpoint, "language-modeling", device=start, dtype=default_dtype(device))
     layers = find_target_layers(model)
     adapted = AdaptedModel(
@@ -59,7 +67,8 @@ def run(checkpoint: Path, weights: WeightMode, master: MasterMode) -> dict:
         adapted.switch(np.random.default_rng(seed).integers(432, size=len(layers)))
         adapted.peft_model(input_ids=ids, labels=ids).loss.backward()
     stop.set()
-    watch.join()
+    if not on_gpu:
+        watch.join()
     width = default_dtype(device).itemsize
     P, space = sum(layer.n_weights for layer in layers), adapted.base.space
     stored = sum(
@@ -73,7 +82,7 @@ def run(checkpoint: Path, weights: WeightMode, master: MasterMode) -> dict:
     limit += P // 4 + 64 * len(layers) if device.type == "cpu" else 0
     row = {"weights": weights, "master": master, "held MB": nbytes(held) / 1e6, "limit MB": limit / 1e6}
     row |= {"held / limit": nbytes(held) / limit, "target layers MB": P * width / 1e6}
-    if device.type == "cuda":
+    if on_gpu:
         return row | {"peak of the GPU MB": torch.cuda.max_memory_allocated() / 1e6}
     return row | {"peak RSS (own) MB": (peak[0] - before) / 1e6}
 
@@ -82,6 +91,26 @@ def _watch(peak: list[int], stop: threading.Event) -> None:
     while not stop.is_set():
         peak[0] = max(peak[0], _anonymous())
         time.sleep(0.005)
+
+
+def measure_all(*, hidden: int) -> list[dict]:
+    """Every mode, on a decoder of 8 blocks."""
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=8, num_attention_heads=8, vocab_size=512
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        for weights, master in MODES:
+            if torch.cuda.is_available():
+                rows.append(run(Path(folder), weights, master))
+                gc.collect()
+                continue
+            command = [sys.executable, "-m", "benchmarks.memory", "--mode", folder, weights, master]
+            finished = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+    return rows
 
 
 def main() -> None:
@@ -93,18 +122,7 @@ def main() -> None:
         checkpoint, weights, master = arguments.mode
         print(json.dumps(run(Path(checkpoint), weights, master)))
         return
-    hidden = 512 if arguments.quick else 1024
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=8, num_attention_heads=8, vocab_size=512
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        rows = []
-        for weights, master in MODES:
-            command = [sys.executable, "-m", "benchmarks.memory", "--mode", folder, weights, master]
-            finished = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append(json.loads(finished.stdout.splitlines()[-1]))
+    rows = measure_all(hidden=512 if arguments.quick else 1024)
     notes = f"Cache limit {CACHE >> 20} MiB. Peaks hold the whole model, its activations and transients of one layer."
     report("memory", rows, notes=notes)
 
