@@ -32,27 +32,25 @@ def _range(limits: Mapping[str, Any]) -> str:
     return ", ".join(f"{words} {limits[name]}" for name, words in _LIMITS.items() if name in limits)
 
 
-def hyper(default: Any, title: str, help: str, *, unit: str = "", **limits: float) -> Any:
-    """A field of a recipe.
+def described(title: str, help: str, *, unit: str = "", **limits: Any) -> dict[str, Any]:
+    """Metadata of a field, by the names of pydantic's `Field`; the range is told in the description too, since forms
+    show no other sign of it.
 
     Args:
-        default: its value, or a type or function that makes it.
         title: a few words, in the field's own terms.
         help: one sentence or two.
         unit: added to the title.
-        **limits: ge, gt, le, lt, of every number that the field may take.
+        **limits: ge, gt, le, lt of every number that the field may take.
     """
     words = _range(limits)
-    metadata = {
-        "title": f"{title} ({unit})" if unit else title,
-        "description": f"{help} [{words}]" if words else help,
-        **limits,
-    }
-    return (
-        field(default_factory=default, metadata=metadata)
-        if callable(default)
-        else field(default=default, metadata=metadata)
-    )
+    description = f"{help} [{words}]" if words else help
+    return {"title": f"{title} ({unit})" if unit else title, "description": description, **limits}
+
+
+def hyper(default: Any, title: str, help: str, *, unit: str = "", **limits: Any) -> Any:
+    """A field of a recipe: its default, or what makes it, and what `described` says of it."""
+    made = {"default_factory" if callable(default) else "default": default}
+    return field(**made, metadata=described(title, help, unit=unit, **limits))
 
 
 @dataclass(frozen=True)

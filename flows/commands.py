@@ -273,7 +273,7 @@ def _storage(
     base: Any, endpoint_url: str | None, region: str | None, profile: str | None, *, at: str | None = None
 ) -> Any:
     """`base`, or what AWS's own variables and files say, with the given options in place of its own values."""
-    from pipeline.settings.storage import storage_settings
+    from pipeline.settings.sections import storage_settings
 
     given = {"endpoint_url": endpoint_url, "region": region, "profile": profile}
     if at:

@@ -14,7 +14,7 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
 from coalora.export.bundle import Bundle
 from coalora.files import read_json, whole_or_nothing, write_json
-from coalora.models.loading import load_config
+from coalora.models.loading import load_config, resolved
 from pipeline.inputs.loaders import BaseModel
 from pipeline.settings.definitions import validate_settings
 from pipeline.settings.sections import RuntimeSettings, Settings
@@ -163,4 +163,4 @@ def _require_stored(artifacts: dict[str, Artifact]) -> None:
 
 def _runtime(settings: Settings) -> RuntimeSettings:
     """The number type is the run's, the device this machine's."""
-    return RuntimeSettings(dtype=settings.runtime.dtype).resolved()
+    return resolved(RuntimeSettings(dtype=settings.runtime.dtype))

@@ -10,7 +10,7 @@ cache keys, and `dvc.yaml` is written from the same table (`flows.dvc`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,7 +206,7 @@ class Graph:
                         configurations=sets[-1],
                         state=states[-1],
                         # Each round stands for itself: asking for more of them keeps those that are done.
-                        search=s.search.model_copy(update={"rounds": 0}),
+                        search=replace(s.search, rounds=0),
                         round_index=round_index,
                     )
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.files import digest
+from coalora.models.loading import resolved
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.fingerprint import files_digest, model_digest
 from pipeline.inputs.sets import read_set_file
@@ -61,7 +62,7 @@ class Run:
         refresh: Sequence[str] = (),
     ) -> Run:
         """Digest the input files and resolve the runtime."""
-        settings = settings.model_copy(update={"runtime": settings.runtime.resolved()})
+        settings = settings.model_copy(update={"runtime": resolved(settings.runtime)})
         model = settings.model.name_or_path
         files = input_files(settings.benchmark)
         return cls(

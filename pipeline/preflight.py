@@ -1,4 +1,4 @@
-"""Checks that need files or shapes, made before anything runs: nothing may fail after hours for a typing error."""
+"""Checks of settings against files, shapes and servers, made before anything runs: no typing error costs hours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from coalora.models.files import model_files
 from coalora.models.loading import load_config, meta_model
 from coalora.models.pretrain import llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
-from coalora.recipes import PretrainRecipe
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.costs import priced_tables
@@ -30,7 +29,7 @@ from pipeline.workers.pool import check_runner
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the settings amount to: N layers, P weights, K choices, and the bits and costs that can be had."""
+    """Sizes that the settings amount to: N layers, P weights, K choices, and the bits and costs that can be had."""
 
     layers: list[TargetLayer]
     n_choices: int
@@ -71,9 +70,8 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     check_runner(settings.evaluation.runner)
     if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
         raise CoaloraError(
-            "DVC must be initialised where configuration sets are versioned",
-            got=f"no .dvc in {root}",
-            remedy="run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
+            f"Configuration sets are to be versioned, but {root} has no .dvc",
+            remedy="Run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
     if root is not None:
         require_server(default_place(settings.tracking.tracking_uri).tracking_uri)
@@ -88,7 +86,7 @@ def base_config(settings: Settings) -> PretrainedConfig:
     """The base model's architecture."""
     model = settings.model
     if model.pretrain is not None:
-        return llama_config(PretrainRecipe(**model.pretrain.model_dump()))
+        return llama_config(model.pretrain)
     return load_config(str(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
@@ -107,9 +105,8 @@ def _check_files(settings: Settings) -> None:
     for path in input_files(benchmark):
         if not path.is_file():
             raise CoaloraError(
-                "a benchmark file must exist",
-                got=path,
-                remedy="correct the path, for example --set benchmark.files.train=PATH",
+                f"There is no benchmark file {path}",
+                remedy="Correct the path, for example --set benchmark.files.train=PATH",
             )
         if benchmark.task == "classification":
             read_header(path, [*benchmark.text_columns, benchmark.label_column])
@@ -120,31 +117,27 @@ def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
     n_samples, n_train = settings.calibration.n_samples, benchmark.n_train
     if n_train is not None and n_samples > n_train:
         raise CoaloraError(
-            "calibration reads training examples",
-            got=f"calibration.n_samples {n_samples}",
-            expected=f"at most benchmark.n_train, {n_train}",
-            remedy="lower calibration.n_samples or raise benchmark.n_train",
+            f"calibration.n_samples {n_samples} is more than benchmark.n_train {n_train}, whose examples it reads",
+            remedy="Lower calibration.n_samples or raise benchmark.n_train",
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and config.model_type == "roberta":
         limit -= config.pad_token_id + 1  # its positions are counted from behind the padding token's
     if limit is not None and benchmark.max_length > limit:
         raise CoaloraError(
-            "examples fit the positions of the base model",
-            got=f"benchmark.max_length {benchmark.max_length}",
-            expected=f"at most {limit} tokens",
-            remedy="lower benchmark.max_length",
+            f"benchmark.max_length {benchmark.max_length} is more than the base model's {limit} positions",
+            remedy=f"Lower benchmark.max_length to at most {limit}",
         )
 
 
 def _check_adapter(settings: Settings, layers: list[TargetLayer]) -> None:
-    recipe = settings.adapter.recipe(settings.benchmark.task)
+    recipe = settings.adapter.resolved(settings.benchmark.task)
     recipe.ranks(layers)
     if recipe.theta == "none" and not recipe.expert_bits and not recipe.compensation_rank:
         raise CoaloraError(
-            "something of a configuration-aware adapter follows the configuration",
-            got="adapter.theta=none without pairs for low bits and without compensation, which is Shared-LoRA",
-            remedy="set adapter.theta=others, adapter.expert_bits or adapter.compensation_rank",
+            "adapter.theta=none without pairs for low bits and without compensation follows no configuration: it is "
+            "Shared-LoRA",
+            remedy="Set adapter.theta=others, adapter.expert_bits or adapter.compensation_rank",
         )
 
 
@@ -152,9 +145,8 @@ def _check_objective(settings: Settings) -> None:
     objective = settings.training.objective
     if objective.distillation and objective.teacher == "base" and settings.benchmark.task == "classification":
         raise CoaloraError(
-            "a classifier's base has no trained head to teach",
-            got="training.objective.teacher base for a classification benchmark",
-            remedy="set training.objective.teacher=adapted",
+            "training.objective.teacher base cannot teach a classifier: the base's head is not trained",
+            remedy="Set training.objective.teacher=adapted",
         )
 
 
@@ -164,9 +156,8 @@ def _check_harness(settings: Settings) -> None:
         return
     if settings.benchmark.task != "language-modeling":
         raise CoaloraError(
-            "harness tasks are for language models",
-            got=f"evaluation.harness_tasks with benchmark.task {settings.benchmark.task}",
-            remedy="set evaluation.harness_tasks=[]",
+            f"evaluation.harness_tasks need a language model, but benchmark.task is {settings.benchmark.task}",
+            remedy="Set evaluation.harness_tasks=[]",
         )
     check_tasks(asked.harness_tasks, asked.harness_include)
 
@@ -179,18 +170,16 @@ def _check_budgets(settings: Settings, cost_range: tuple[float, float], unit: st
     for key, budget in named:
         if not low <= budget <= high:
             raise CoaloraError(
-                "budgets lie inside the choice space",
-                got=f"{key} {budget:g} {unit}",
-                expected=f"{_inside(low, np.ceil)} to {_inside(high, np.floor)} {unit}",
-                remedy=f"correct {key}, or allow other choices (choices.allow)",
+                f"{key} {budget:g} {unit} is outside of the choice space",
+                remedy=f"Set {key} to {_inside(low, np.ceil)} to {_inside(high, np.floor)} {unit}, or allow other "
+                "choices (choices.allow)",
             )
     start, end = (default if asked is None else asked for asked, default in zip(initial, cost_range, strict=True))
     if start >= end:
         raise CoaloraError(
-            "initial_set.min_budget lies below initial_set.max_budget, by default the ends of the choice space",
-            got=f"{start:g} and {end:g} {unit}",
-            expected=f"rising, inside {low:.6g} to {high:.6g} {unit}",
-            remedy="correct initial_set, or allow more choices (choices.allow) where there is only one",
+            f"initial_set.min_budget {start:g} is not below initial_set.max_budget {end:g} {unit} (by default the ends "
+            f"of the choice space, {low:.6g} and {high:.6g})",
+            remedy="Correct initial_set, or allow more choices (choices.allow) where there is only one",
         )
 
 

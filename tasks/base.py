@@ -11,7 +11,6 @@ from coalora.errors import CoaloraError
 from coalora.files import write_json
 from coalora.models.files import model_folder
 from coalora.models.pretrain import pretrain
-from coalora.recipes import PretrainRecipe
 from pipeline.inputs.corpus import documents, examples
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.inputs.loaders import MODEL, REFERENCE, BaseModel
@@ -56,7 +55,7 @@ def prepare_base(
         (folder / MODEL).mkdir()
         records = pretrain(
             documents(corpus)["train"],
-            PretrainRecipe(**model.pretrain.model_dump()),
+            model.pretrain,
             folder / MODEL,
             seed=seed,
             device=torch.device(runtime.device),

@@ -7,10 +7,11 @@ from pathlib import Path
 from coalora.calibrate import tables as method
 from coalora.calibrate.statistics import save_statistics
 from coalora.models.targets import find_target_layers
+from coalora.recipes import CalibrationRecipe
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import CalibrationSettings, ChoiceSettings, RuntimeSettings
+from pipeline.settings.sections import ChoiceSettings, RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 
@@ -21,7 +22,7 @@ def calibrate(
     base: Artifact,
     benchmark: Artifact,
     target_modules: list[str] | str | None,
-    calibration: CalibrationSettings,
+    calibration: CalibrationRecipe,
     choices: ChoiceSettings,
     runtime: RuntimeSettings,
     seed: int,

@@ -16,10 +16,11 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import Score, measure_configurations, score
 from coalora.files import read_json, write_json
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
 from pipeline.inputs.resident import resident_model
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 
@@ -52,7 +53,7 @@ def evaluate_shard(
     selection: Artifact,
     state: Artifact,
     method: str,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     batch_size: int,
     start: int,
     stop: int,

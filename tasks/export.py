@@ -12,6 +12,7 @@ from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from coalora.models.loading import load_config
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.adapted import build_adapted, parameters
 from pipeline.inputs.loaders import (
     SELECTED,
@@ -22,7 +23,7 @@ from pipeline.inputs.loaders import (
     load_set,
     load_tables,
 )
-from pipeline.settings.sections import AdapterSettings, ExportSettings, RuntimeSettings
+from pipeline.settings.sections import ExportSettings, RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 
@@ -35,7 +36,7 @@ def make_bundle(
     tables: Artifact,
     selection: Artifact,
     state: Artifact,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     runtime: RuntimeSettings,
     seed: int,
 ) -> Artifact:
@@ -45,7 +46,7 @@ def make_bundle(
     members, chosen = load_set(selection, measured), read_json(Store().path(selection) / SELECTED)
     merged = members.merge(ConfigurationSet.from_dict(chosen, measured))
     _, first = np.unique(merged.configurations, axis=0, return_index=True)
-    recipe, factors = adapter.recipe(data.task), None
+    recipe, factors = adapter.resolved(data.task), None
     if recipe.compensation_rank:
         adapted = build_adapted(
             BaseModel(base), data, tables, method="coa", adapter=adapter, runtime=runtime, seed=seed, state=state

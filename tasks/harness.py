@@ -8,10 +8,11 @@ import torch
 
 from coalora.evaluate.harness import run_harness
 from coalora.files import write_json
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.fingerprint import files_digest
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
 from pipeline.inputs.resident import resident_model
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
 
@@ -32,7 +33,7 @@ def evaluate_harness(
     selection: Artifact,
     state: Artifact,
     method: str,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     index: int,
     tasks: list[str],
     include: str | None,

@@ -10,8 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from coalora.errors import CoaloraError
 from pipeline.orchestration.progress import get_logger
-from pipeline.settings.sections import TrackingSettings
-from pipeline.settings.storage import StorageSettings
+from pipeline.settings.sections import StorageSettings, TrackingSettings
 from pipeline.tracking.values import one_line
 
 if TYPE_CHECKING:

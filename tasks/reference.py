@@ -13,15 +13,15 @@ from typing import Any
 from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import measure_configurations
 from coalora.files import write_json
+from coalora.recipes import AdapterRecipe, TrainingRecipe
 from coalora.train.loop import train
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import place, tell
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
-from tasks.train import training_recipe
 
 REFERENCE_SCORE = "score.json"
 
@@ -35,8 +35,8 @@ def train_reference(
     selection: Artifact,
     index: int,
     method: str,
-    adapter: AdapterSettings,
-    training: TrainingSettings,
+    adapter: AdapterRecipe,
+    training: TrainingRecipe,
     steps: int,
     batch_size: int,
     runtime: RuntimeSettings,
@@ -63,7 +63,7 @@ def train_reference(
         data.train,
         configuration,
         bits,
-        training_recipe(training),
+        training,
         steps=steps,
         total_steps=steps,
         seed=seed,

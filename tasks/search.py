@@ -7,10 +7,11 @@ from pathlib import Path
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json, write_json
 from coalora.method import search as method
+from coalora.recipes import AdapterRecipe, SearchRecipe
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import ROUND, SET, BaseModel, load_benchmark, load_set, load_tables
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings, SearchSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
@@ -24,8 +25,8 @@ def search_round(
     tables: Artifact,
     configurations: Artifact,
     state: Artifact,
-    adapter: AdapterSettings,
-    search: SearchSettings,
+    adapter: AdapterRecipe,
+    search: SearchRecipe,
     round_index: int,
     runtime: RuntimeSettings,
     seed: int,

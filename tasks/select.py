@@ -7,10 +7,11 @@ from pathlib import Path
 from coalora.evaluate.losses import LossMeter
 from coalora.files import write_json
 from coalora.method import selection as method
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import SELECTED, SET, BaseModel, load_benchmark, load_set, load_tables
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
@@ -24,7 +25,7 @@ def select_budgets(
     tables: Artifact,
     configurations: Artifact,
     state: Artifact,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     batch_size: int,
     budgets: list[float],
     runtime: RuntimeSettings,

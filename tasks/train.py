@@ -9,20 +9,16 @@ from typing import Any
 
 from coalora.adapt.methods import METHODS
 from coalora.files import write_json, write_tensors
-from coalora.recipes import TrainingRecipe
+from coalora.recipes import AdapterRecipe, TrainingRecipe
 from coalora.train.loop import train
 from coalora.train.parallel import Parallel, post, spawn
 from pipeline.inputs.adapted import HISTORY, STATE, build_adapted, load_state
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_set, load_tables
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import Place, place, tell
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, Store
-
-
-def training_recipe(training: TrainingSettings) -> TrainingRecipe:
-    return TrainingRecipe.from_dict(training.model_dump())
 
 
 @stage("train", tags=("gpu",))
@@ -34,8 +30,8 @@ def train_round(
     configurations: Artifact,
     previous: Artifact | None,
     method: str,
-    adapter: AdapterSettings,
-    training: TrainingSettings,
+    adapter: AdapterRecipe,
+    training: TrainingRecipe,
     rounds: int,
     round_index: int,
     runtime: RuntimeSettings,
@@ -78,8 +74,8 @@ def run_steps(
     configurations: Artifact,
     previous: Artifact | None,
     method: str,
-    adapter: AdapterSettings,
-    training: TrainingSettings,
+    adapter: AdapterRecipe,
+    training: TrainingRecipe,
     rounds: int,
     round_index: int,
     runtime: RuntimeSettings,
@@ -98,19 +94,18 @@ def run_steps(
         # A language model without adapter: nothing to learn, and the stage says so by an empty state.
         return {"step": 0, "records": []}
     members = load_set(configurations, measured)
-    recipe = training_recipe(training)
     if own := METHODS[method].sampling:
-        recipe = replace(recipe, sampling=own)
+        training = replace(training, sampling=own)
     among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
     state, records = train(
         adapted,
         data.train,
         members.configurations,
         measured.average_bits(members.configurations),
-        recipe,
+        training,
         steps=training.initial_steps if round_index == 0 else training.round_steps,
         seed=seed,
-        total_steps=recipe.total_steps(rounds),
+        total_steps=training.total_steps(rounds),
         state=None if previous is None else load_state(previous),
         parallel=among,
         progress=(progress or _post_progress) if among.rank == 0 else None,

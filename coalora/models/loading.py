@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +23,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from coalora.errors import CoaloraError
-from coalora.recipes import Task
+from coalora.recipes import RuntimeRecipe, Task
+
+R = TypeVar("R", bound=RuntimeRecipe)
 
 _AUTO = {"classification": AutoModelForSequenceClassification, "language-modeling": AutoModelForCausalLM}
+
+
+def resolved(runtime: R) -> R:
+    """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart."""
+    device = default_device().type if runtime.device == "auto" else runtime.device
+    dtype = runtime.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if default_dtype(torch.device(device)) is torch.bfloat16 else "float32"
+    return replace(runtime, device=device, dtype=dtype)
 
 
 def default_device() -> torch.device:

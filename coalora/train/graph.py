@@ -16,7 +16,8 @@ from torch import Tensor
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.errors import CoaloraError
-from coalora.train.objective import Objective, TeacherOutput, step_loss
+from coalora.recipes import Objective
+from coalora.train.objective import TeacherOutput, step_loss
 
 _WARMUP = 3  # passes before a capture: libraries choose their kernels and take their workspaces
 # Shapes of batches with a graph each, the first to come; a graph keeps the memory of its activations, so others run

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Benchmark
 from coalora.files import read_tensors
+from coalora.recipes import AdapterRecipe
 from coalora.train.loop import ASIDE, TrainingState
 from pipeline.inputs.loaders import BaseModel, load_input_statistics, load_tables
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.store.store import Artifact, Store
 
 STATE = "state.safetensors"
@@ -33,7 +36,7 @@ def build_adapted(
     tables: Artifact,
     *,
     method: str,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     runtime: RuntimeSettings,
     seed: int,
     state: Artifact | None = None,
@@ -42,14 +45,14 @@ def build_adapted(
     measured = load_tables(tables)
     packed = runtime.weights == "packed"
     # Packed layers need not fit the device in full precision: the model is loaded beside it and moved without them.
-    model = source.load(data, runtime.model_copy(update={"device": "cpu"}) if packed else runtime, seed=seed)
+    model = source.load(data, replace(runtime, device="cpu") if packed else runtime, seed=seed)
     adapted = AdaptedModel(
         model,
         measured.layers,
         measured.space,
         data.task,
         method=method,
-        recipe=adapter.recipe(data.task),
+        recipe=adapter.resolved(data.task),
         seed=seed,
         statistics=load_input_statistics(tables, measured),
         start=state is None,

@@ -9,7 +9,7 @@ from typing import Any
 from coalora.data.classification import Examples, read_table, to_examples
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
-from pipeline.settings.data import BenchmarkSettings, HubSettings
+from pipeline.settings.sections import BenchmarkSettings, HubSettings
 
 # Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
 _BYTES_A_TOKEN = 16

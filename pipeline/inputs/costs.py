@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from coalora.calibrate.costs import read_latency
 from coalora.calibrate.tables import CalibrationTables
-from pipeline.settings.choices import CostSettings
+from pipeline.settings.sections import CostSettings
 
 
 def priced_tables(tables: CalibrationTables, cost: CostSettings) -> CalibrationTables:

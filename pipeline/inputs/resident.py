@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Benchmark
 from coalora.files import digest
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.adapted import build_adapted
 from pipeline.inputs.loaders import BaseModel
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.store.store import Artifact
 
 
@@ -70,7 +71,7 @@ def resident_model(
     tables: Artifact,
     state: Artifact,
     method: str,
-    adapter: AdapterSettings,
+    adapter: AdapterRecipe,
     runtime: RuntimeSettings,
     seed: int,
 ) -> Iterator[AdaptedModel]:
@@ -81,7 +82,7 @@ def resident_model(
         data: what `benchmark` holds.
     """
     artifacts = [a.digest for a in (base, benchmark, tables, state)]
-    key = digest([artifacts, method, adapter.model_dump(mode="json"), runtime.model_dump(mode="json"), seed])
+    key = digest([artifacts, method, adapter.to_dict(), runtime.to_dict(), seed])
 
     def build() -> AdaptedModel:
         return build_adapted(

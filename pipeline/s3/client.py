@@ -34,7 +34,7 @@ from coalora.errors import CoaloraError
 from coalora.files import file_sha256, json_bytes
 from pipeline.orchestration.progress import Progress
 from pipeline.s3.errors import ABSENT, DENIED, StorageDamaged, StorageError, error_code, translated
-from pipeline.settings.storage import BUCKET, StorageSettings
+from pipeline.settings.sections import BUCKET, StorageSettings
 
 _BUCKET = re.compile(BUCKET)
 _MB, _MIB = 1_000_000, 1 << 20

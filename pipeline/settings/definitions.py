@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,11 +37,9 @@ def load_settings(name: str, *, file: str | Path = DEFAULT_FILE, changes: Sequen
     """
     pipelines = read_pipelines(file)
     if name not in pipelines:
+        known = f"Choose one of {', '.join(sorted(pipelines))}, or define" if pipelines else "Define"
         raise CoaloraError(
-            "the pipeline must be defined",
-            got=name,
-            expected=", ".join(sorted(pipelines)) or "a name, but there are none in the file",
-            remedy=f"choose one of these, or define it in {file} under definitions.pipelines",
+            f"{file} defines no pipeline {name!r}", remedy=f"{known} it there under definitions.pipelines"
         )
     raw = pipelines[name]
     for change in changes:
@@ -53,23 +52,20 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
     path = Path(file)
     if not path.is_file():
         raise CoaloraError(
-            "the file of pipelines must exist",
-            got=path,
-            remedy="run from the checkout's root, or name the file with --file",
+            f"There is no file of pipelines {path}",
+            remedy="Run from the checkout's root, or name the file with --file",
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CoaloraError(
-            "the file of pipelines must be YAML in UTF-8", got=f"{path}: {error}", remedy="correct the file there"
-        ) from error
+        raise CoaloraError(f"{path} is not YAML in UTF-8: {error}", remedy="Correct the file there") from error
     definitions = content.get("definitions") if isinstance(content, dict) else None
     pipelines = definitions.get("pipelines") if isinstance(definitions, dict) else None
     if not isinstance(pipelines, dict) or not all(isinstance(v, dict) for v in pipelines.values()):
+        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise CoaloraError(
-            "pipelines stand under definitions.pipelines, each a mapping of sections",
-            got=f"{path} with {', '.join(map(str, content)) if isinstance(content, dict) else type(content).__name__}",
-            expected="definitions: {pipelines: {NAME: {model: ..., benchmark: ...}}}",
+            f"{path} has no pipelines under definitions.pipelines, each a mapping of sections (it has {found})",
+            remedy="Write definitions: {pipelines: {NAME: {model: ..., benchmark: ...}}}",
         )
     for name in pipelines:
         check_name(name, f" in {path}")
@@ -80,10 +76,8 @@ def check_name(name: object, where: str = "") -> None:
     """Refuse a pipeline's name that run folders, configuration sets or the registry cannot carry."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CoaloraError(
-            "a pipeline has a plain name, which folders and the registry can carry",
-            got=f"{name!r}{where}",
-            expected="at most 64 letters, digits, . _ -, the first a letter or a digit",
-            remedy="rename it, with quotes if it looks like a number",
+            f"{name!r}{where} is no name of a pipeline, which folders and the registry can carry",
+            remedy="Take at most 64 letters, digits, . _ -, the first a letter or a digit, and quote a number",
         )
 
 
@@ -92,16 +86,15 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
     key, equals, text = change.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise CoaloraError(
-            "a change is written section.key=value", got=change, expected="for example --set search.rounds=2"
+            f"The change {change!r} is not section.key=value", remedy="Write for example --set search.rounds=2"
         )
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError as error:
         raise CoaloraError(
-            "the value of a change is YAML",
-            got=change,
-            expected="for example --set 'evaluation.budgets=[2.5, 3]'",
-            remedy="close every bracket and quote, and keep the shell from splitting it",
+            f"The value of the change {change!r} is not YAML",
+            remedy="Close every bracket and quote, and keep the shell from splitting it, "
+            "for example --set 'evaluation.budgets=[2.5, 3]'",
         ) from error
     changed = dict(settings)
     parts = key.strip().split(".")
@@ -109,10 +102,9 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
     for depth, part in enumerate(parts[:-1]):
         inner = node.get(part)
         if inner is not None and not isinstance(inner, dict):
+            section = ".".join(parts[: depth + 1])
             raise CoaloraError(
-                "a change names a key inside a section",
-                got=f"{change}, but {'.'.join(parts[: depth + 1])} is no section",
-                expected=f"for example --set {'.'.join(parts[: depth + 1])}=VALUE",
+                f"{section} of the change {change!r} is no section", remedy=f"Write --set {section}=VALUE"
             )
         node[part] = dict(inner or {})
         node = node[part]
@@ -142,44 +134,50 @@ def validate_settings(raw: dict[str, Any], where: str) -> Settings:
         # A value that may be a number or a text fails twice; the first says enough.
         problems = {_key(p): _problem(p) for p in reversed(error.errors(include_url=False))}
         raise CoaloraError(
-            f"settings must fit: {where}",
-            got="; ".join(reversed(problems.values())),
-            remedy="correct these keys in the file or with --set; pipeline/settings/sections.py describes them all",
+            f"Wrong settings in {where}: {'; '.join(reversed(problems.values()))}",
+            remedy="Correct them in the file or with --set (pipeline/settings/sections.py and coalora/recipes.py "
+            "describe all keys)",
         ) from error
 
 
 def _key(problem: Any) -> str:
+    """The key that a user would write, without pydantic's names for the members of a union."""
     path = [str(part) for part in problem["loc"]]
-    if path[:2] == ["choices", "allow"] and path[-1] in ("int", "str"):
+    unions = re.compile(r"(list|literal)\[.*\]")
+    if (path[:2] == ["choices", "allow"] and path[-1] in ("int", "str")) or (path and unions.fullmatch(path[-1])):
         path.pop()
     return ".".join(path) or "settings"
 
 
 def _problem(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"]]
-    key = _key(problem)
-    if problem["type"] == "extra_forbidden":
+    key, path = _key(problem), [str(part) for part in problem["loc"]]
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        return f"{key} is an unknown key ({hint})"
     if problem["type"] == "missing":
-        return f"{key}: is required"
-    if problem["type"] == "value_error":
-        message = problem["msg"].removeprefix("Value error, ")
-    else:
-        message = problem["msg"][0].lower() + problem["msg"][1:].split(" or instance of ")[0]
-    value = problem["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f" (got {scrub_text(repr(value))})"
-    return f"{key}: {message}{shown}"
+        return f"{key} is missing"
+    value, message = problem["input"], problem["msg"].removeprefix("Value error, ").removesuffix(".")
+    if problem["type"] != "value_error":
+        message = message.split(" or an instance of ")[0].split(" or instance of ")[0]
+        message = message.replace("Input should", "it should").replace("a dictionary", "a mapping")
+        message = message[0].lower() + message[1:]
+    return (
+        f"{key}: {message}" if isinstance(value, dict | BaseModel) else f"{key} is {scrub_text(repr(value))}: {message}"
+    )
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Settings
+    section: Any = Settings
     for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not options:
-            return []
-        model = options[0]
-    return sorted(model.model_fields)
+        annotation = _keys(section).get(part)
+        section = next((a for a in (annotation, *get_args(annotation)) if _keys(a)), None)
+    return sorted(_keys(section))
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """Types of a section's or a recipe's fields, by name."""
+    if is_dataclass(section):
+        return {field.name: field.type for field in fields(section)}
+    return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}

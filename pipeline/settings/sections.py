@@ -1,124 +1,289 @@
 """Settings of a pipeline: typed, with units and ranges, one for the command line, DVC and the form in Prefect's UI.
 
-Unknown keys are errors. Every section is the input of the stages that use it and of no other, so that changing it runs
-those stages again and nothing before them.
+Hyperparameters of the method are the library's recipes as they are (`coalora.recipes`); what is declared here is the
+pipeline's own. Unknown keys are errors. Every section is the input of the stages that use it and of no other, so that
+changing it runs those stages again and nothing before them.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: a field's type is read where values are checked.
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from coalora.adapt.methods import METHODS
-from pipeline.settings.choices import ChoiceSettings, CostSettings
-from pipeline.settings.data import BenchmarkSettings, ModelSettings, Section
-from pipeline.settings.storage import StorageSettings
+from coalora.config import CoaLoraConfig
+from coalora.errors import CoaloraError
+from coalora.evaluate.metrics import reported_metrics
+from coalora.quant.registry import SCHEMES
+from coalora.recipes import (
+    AdapterRecipe,
+    CalibrationRecipe,
+    InitialSetRecipe,
+    PretrainRecipe,
+    RuntimeRecipe,
+    SearchRecipe,
+    Task,
+    TrainingRecipe,
+    described,
+    hyper,
+)
 
-if TYPE_CHECKING:
-    from coalora.recipes import AdapterRecipe, Task
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # names that S3 allows
+Allowed = dict[str, list[int | str]]
+_REQUIRED = ...
 
 
-class CalibrationSettings(Section):
-    """How the base model's layers are measured."""
+def setting(default: Any, title: str, help: str, **limits: Any) -> Any:
+    """A field of a section; arguments as of `coalora.recipes.described`, and further ones of pydantic's `Field`."""
+    made = {"default_factory" if callable(default) else "default": default}
+    return Field(**made, **described(title, help, **limits))
 
-    n_samples: int = Field(64, ge=1, description="Training examples or blocks run through the model.")
-    batch_size: int = Field(16, ge=1, description="Examples a batch.")
-    hessians: bool = Field(
-        True,
-        description="Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
+
+def _of_the_config(name: str) -> Any:
+    """The field of that name of `CoaLoraConfig`."""
+    declared = CoaLoraConfig.__dataclass_fields__[name]
+    return Field(declared.default, **declared.metadata)
+
+
+class Section(BaseModel):
+    """A section of the settings: unknown keys, infinite numbers, and truth values in place of numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python takes true for 1, and YAML 1.1 reads yes and on as true.
+        wrong = list(_truth_values(value, cls.model_fields[str(info.field_name)].annotation, ()))
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return value
+
+
+def _truth_values(value: Any, annotation: Any, path: tuple[int | str, ...]) -> Iterator[InitErrorDetails]:
+    """True and False where a field is not of that type, in lists and recipes too."""
+    if isinstance(value, bool) and annotation is not bool:
+        problem = PydanticCustomError("truth_value", "true and false are no value of this key")
+        yield InitErrorDetails(type=problem, loc=path, input=value)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _truth_values(item, None, (*path, index))
+    elif isinstance(value, Mapping):
+        recipe = next(filter(is_dataclass, (annotation, *get_args(annotation))), None)
+        for item in fields(recipe) if recipe is not None else ():
+            if item.name in value:
+                yield from _truth_values(value[item.name], item.type, (*path, item.name))
+
+
+class ModelSettings(Section):
+    """The base model: an existing one, or one that is pre-trained first."""
+
+    name_or_path: str | None = setting(None, "Hub id or folder", "Hub id or local folder of the base model.")
+    revision: str | None = setting(
+        None, "Revision", "Branch, tag or commit on the hub; pin a commit for repeatability."
+    )
+    trust_remote_code: bool = setting(
+        False, "Run code that comes with the model", "Run code that comes with the model. Off unless you read it."
+    )
+    pretrain: PretrainRecipe | None = setting(
+        None, "Pre-train a small decoder", "Pre-train a small decoder on the benchmark's text instead."
     )
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.pretrain is None):
+            raise ValueError("set exactly one of model.name_or_path and model.pretrain")
+        return self
 
-class AdapterSettings(Section):
-    """LoRA, the configuration-aware model theta, and what else follows the choices."""
 
-    r: int = Field(16, ge=1, description="LoRA rank of a layer, compensation included.")
-    lora_alpha: int = Field(16, ge=1, description="LoRA scale s = lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before lora_A.")
-    theta: Literal["all", "others", "none"] = Field(
-        "others", description="Choices that theta adjusts the pair to: all, those without a pair of their own, or none."
+class FilesSettings(Section):
+    """Local files of a benchmark: csv, tsv, jsonl or parquet for classification, plain text for language modelling."""
+
+    train: str = setting(_REQUIRED, "Training file", "Training file.")
+    validation: str | None = setting(
+        None, "Validation file", "Validation file; text may be split off the training file."
     )
-    embedding_dim: int = Field(8, ge=1, description="Size of each embedding of theta.")
-    hidden_dim: int = Field(128, ge=1, description="Hidden width of theta.")
-    compensation_rank: int | None = Field(
+    search: str | None = setting(None, "Search file", "File that guides the search; else a part of train is set aside.")
+
+
+class HubSettings(Section):
+    """A data set of the hub, read through `datasets`."""
+
+    path: str = setting(_REQUIRED, "Data set", "Data set id, such as nyu-mll/glue or allenai/c4.")
+    name: str | None = setting(None, "Configuration of the data set", "Its configuration, such as sst2 or en.")
+    revision: str | None = setting(None, "Revision", "Branch, tag or commit.")
+    train_split: str = setting("train", "Training split", "Name of the training split.")
+    validation_split: str = setting("validation", "Validation split", "Name of the validation split.")
+    streaming: bool = setting(False, "Streaming", "Read only as many rows as are used (large corpora).")
+
+
+class BenchmarkSettings(Section):
+    """A data set with its metric."""
+
+    name: str = setting(_REQUIRED, "Name of the benchmark", "Name in reports.")
+    task: Task = setting(_REQUIRED, "Task", "What the model is fine-tuned for.")
+    builtin: Literal["pydoc-topics"] | None = setting(None, "Built-in text", "Text that comes with Python.")
+    files: FilesSettings | None = setting(None, "Local files", "Local files.")
+    hub: HubSettings | None = setting(None, "Data set of the hub", "Data set of the hub.")
+    text_columns: list[str] = setting(
+        ["text"], "Text columns", "One text column, or a pair.", min_length=1, max_length=2
+    )
+    label_column: str = setting("label", "Label column", "Column of class indices, or of values.")
+    num_labels: int = setting(2, "Classes", "Number of classes; 1 is a regression on values, as of GLUE's STS-B.", ge=1)
+    metric: str | None = setting(
         None,
-        ge=0,
-        description="Part of the rank that is closed-form compensation of each layer's choice; 0 for none. "
-        "By default half of the rank for classifiers, and none for language models.",
+        "Headline metric",
+        "Headline of reports: accuracy (default), f1, macro_f1 or matthews_correlation of classes, pearson "
+        "(default) or spearman of values, bits_per_byte (default) or perplexity of text.",
     )
-    expert_bits: int | None = Field(
-        None,
-        ge=0,
-        le=8,
-        description="Choices of at most so many bits add a pair of their own to the shared one; 0 for none. "
-        "By default 3 for language models, and none for classifiers.",
+    metrics: list[str] | None = setting(
+        None, "Further metrics", "Further metrics in reports; by default all that apply."
     )
-    expert_start: Literal["auto", "zero", "compensation"] = Field(
-        "auto",
-        description="Where these pairs start: zero, or the closed-form compensation of their bits; "
-        "auto: compensation for language models, zero for classifiers.",
+    max_length: int = setting(128, "Length of an example", "Tokens an example or block.", unit="tokens", ge=8)
+    n_train: int | None = setting(None, "Training examples", "At most so many training examples or blocks.", ge=1)
+    n_search: int = setting(
+        256, "Search examples", "Examples or blocks that guide the search; never validation data.", ge=1
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict,
-        description="Other ranks by layer: a glob of names or kinds, for example mlp.down_proj: 32.",
+    n_validation: int | None = setting(
+        None, "Validation examples", "At most so many validation examples or blocks.", ge=1
+    )
+    search_fraction: float = setting(
+        0.05, "Share for the search", "Share of documents set aside for the search (text).", gt=0, lt=1
+    )
+    validation_fraction: float = setting(
+        0.1, "Share for validation", "Share of documents held out where no file is given (text).", gt=0, lt=1
+    )
+    split_seed: int = setting(0, "Seed of the split", "Decides which documents or examples are set aside.", ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.builtin, self.files, self.hub)) != 1:
+            raise ValueError("set exactly one of benchmark.builtin, benchmark.files and benchmark.hub")
+        if self.builtin and self.task != "language-modeling":
+            raise ValueError("benchmark.builtin is text: set benchmark.task to language-modeling")
+        if self.files and self.task == "classification" and self.files.validation is None:
+            raise ValueError("classification from files needs benchmark.files.validation")
+        if self.task == "language-modeling":
+            self._check_text()
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_apply(self) -> Self:
+        reported_metrics(self.task, self.num_labels, self.metric, self.metrics)
+        return self
+
+    def data_only(self) -> Self:
+        """The same without the metrics, which change no example: for the stages that read examples."""
+        return self.model_copy(update={"metric": None, "metrics": None})
+
+    def _check_text(self) -> None:
+        if len(self.text_columns) != 1:
+            raise ValueError("language-modeling reads one column: give benchmark.text_columns a single name")
+        if self.hub and self.hub.streaming and None in (self.n_train, self.n_validation):
+            raise ValueError("a streamed corpus needs limits: set benchmark.n_train and benchmark.n_validation")
+        split_off = [self.search_fraction] if self.files is None or self.files.search is None else []
+        if self.hub is None and (self.files is None or self.files.validation is None):
+            split_off.append(self.validation_fraction)
+        if sum(split_off) >= 1:
+            raise ValueError(
+                "benchmark.search_fraction and benchmark.validation_fraction leave no text to train on: lower them"
+            )
+
+
+class SchemeSettings(Section):
+    """A quantization scheme, cut to the values that you allow."""
+
+    scheme: str = setting(
+        "nf", "Quantization scheme", f"Quantization scheme: {', '.join(SCHEMES)}, or module:name of your own."
+    )
+    allow: Allowed = setting(
+        dict,
+        "Allowed values",
+        "Allowed values by field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
     )
 
-    def recipe(self, task: Task) -> AdapterRecipe:
-        """The adapter of a task: what was left open is what won on such tasks (docs/results.md)."""
-        from coalora.recipes import AdapterRecipe
+    @field_validator("scheme")
+    @classmethod
+    def _registered(cls, scheme: str) -> str:
+        return SCHEMES.check(scheme)
 
-        return AdapterRecipe(**self.model_dump()).resolved(task)
 
+class RuleSettings(Section):
+    """Other choices for some layers: schemes that replace what they had, limits that cut it."""
 
-class ObjectiveSettings(Section):
-    """Task loss, distillation from the full-precision model, or both."""
-
-    distillation: float = Field(0.0, ge=0, le=1, description="0 is the task's loss alone, 1 distillation alone.")
-    temperature: float = Field(1.0, gt=0, description="Softens the outputs that are compared.")
-    hidden: float = Field(0.0, ge=0, description="Weight of the hidden states' error beside the outputs'.")
-    teacher: Literal["auto", "base", "adapted"] = Field(
-        "auto",
-        description="base: without adapter; adapted: with the adapter as it is now; auto: base for language models.",
+    layers: str = setting(
+        _REQUIRED, "Layers", "Glob over layer names (*.mlp.*), or a suffix of one (lm_head).", min_length=1
     )
-
-
-class TrainingSettings(Section):
-    """Steps and learning rates; the same for every method that is compared."""
-
-    initial_steps: int = Field(300, ge=1, description="Steps on the initial configuration set.")
-    round_steps: int = Field(100, ge=1, description="Steps after every search round.")
-    batch_size: int = Field(32, ge=1, description="Examples or blocks a step.")
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate of lora_A and lora_B.")
-    theta_lr: float = Field(1e-3, gt=0, description="Peak learning rate of theta.")
-    head_lr: float = Field(1e-3, gt=0, description="Peak learning rate of a classifier's head.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    warmup_steps: int = Field(20, ge=1, description="Steps of linear warm-up.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
-    sampling: Literal["uniform", "low-bits", "sandwich", "adaptive"] = Field(
-        "low-bits",
-        description="How a step draws its configuration; adaptive spends steps where the loss is in excess.",
+    scheme: str | None = setting(None, "Quantization scheme", "Scheme for these layers; none keeps what they have.")
+    allow: Allowed = setting(
+        dict, "Allowed values", "Allowed values by field, of `scheme` or else of what the layers have."
     )
-    sampling_power: float = Field(2.5, ge=1, description="Strength of low-bits (1 is uniform) and of adaptive.")
-    objective: ObjectiveSettings = Field(ObjectiveSettings(), description="What a step minimises.")
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, a third more time."
+    also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that these layers may take.")
+    min_bits: int | None = setting(
+        None, "Fewest bits", "Fewest bits of a weight (the field bits, without scales).", ge=1
     )
+    max_bits: int | None = setting(None, "Most bits", "Most bits of a weight (the field bits, without scales).", ge=1)
+
+    @field_validator("scheme")
+    @classmethod
+    def _registered(cls, scheme: str | None) -> str | None:
+        return None if scheme is None else SCHEMES.check(scheme)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        limits = (self.min_bits, self.max_bits)
+        if self.scheme is None and self.also:
+            raise ValueError("a rule with `also` names its first scheme: set scheme as well")
+        if self.scheme is None and not self.allow and limits == (None, None):
+            raise ValueError("this rule changes nothing: set scheme, allow, min_bits or max_bits")
+        if None not in limits and limits[0] > limits[1]:  # type: ignore[operator]
+            raise ValueError(f"min_bits {self.min_bits} is above max_bits {self.max_bits}: swap them")
+        return self
+
+
+class ChoiceSettings(SchemeSettings):
+    """The choice space: what each layer may become. Rules apply in order, each to what those before it left."""
+
+    also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that every layer may take.")
+    rules: list[RuleSettings] = setting([], "Rules by layer", "Other choices for some layers.")
+
+
+class CostSettings(Section):
+    """What budgets, the search and the reports count."""
+
+    kind: Literal["average_bits", "bytes", "latency"] = setting(
+        "average_bits",
+        "Cost",
+        "Bits a weight, MB (10^6 bytes) of the packed target layers, or microseconds of a table.",
+    )
+    table: str | None = setting(None, "Table of latencies", "CSV of a device's latencies: layer, choice, microseconds.")
+
+    @model_validator(mode="after")
+    def _latency_has_a_table(self) -> Self:
+        if (self.kind == "latency") != (self.table is not None):
+            raise ValueError("cost.table belongs to cost.kind latency, which needs it: set both or neither")
+        return self
 
 
 class BaselineSettings(Section):
     """What CoA-LoRA is compared with, on the same configurations, examples and steps."""
 
-    methods: list[str] = Field(
+    methods: list[str] = setting(
         ["none", "shared"],
-        description="Trained over the same sets: none (no adapter), shared (Shared-LoRA), paper (theta as there).",
+        "Methods over the sets",
+        "Trained over the same sets: none (no adapter), shared (Shared-LoRA), paper (theta as there).",
     )
-    per_budget: list[str] = Field(
-        default_factory=list,
-        description="Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
+    per_budget: list[str] = setting(
+        [],
+        "Methods for each budget",
+        "Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
     )
-    per_budget_steps: int | None = Field(
-        None, ge=1, description="Steps of each such run; by default those of the whole training."
+    per_budget_steps: int | None = setting(
+        None, "Steps for each budget", "Steps of each such run; by default those of the whole training.", ge=1
     )
 
     @field_validator("methods", "per_budget")
@@ -142,64 +307,60 @@ class BaselineSettings(Section):
         return methods
 
 
-class InitialSetSettings(Section):
-    """The configuration set of round 0: allocations at evenly spread budgets."""
+@dataclass(frozen=True)
+class InitialSetSettings(InitialSetRecipe):
+    """Configuration set of round 0: allocations at evenly spread budgets, or a set from a file."""
 
-    size: int = Field(50, ge=2, description="Number of budgets.")
-    min_budget: float | None = Field(None, gt=0, description="Smallest budget, in units of cost; else the space's.")
-    max_budget: float | None = Field(None, gt=0, description="Largest budget, in units of cost; else the space's.")
-    file: str | None = Field(
-        None, min_length=1, description="Start with this set, as flows.restore writes it, instead of allocations."
+    file: str | None = hyper(
+        None,
+        "File of a set",
+        "Start with this set, as `coalora restore` writes it, instead of allocations.",
+        min_length=1,
     )
-
-
-class SearchSettings(Section):
-    """The Pareto search over configurations."""
-
-    strategy: Literal["ehvi", "random", "frozen"] = Field(
-        "ehvi",
-        description="ehvi proposes by expected hypervolume improvement; random extends the set by as many random "
-        "configurations; frozen never changes the initial set.",
-    )
-    rounds: int = Field(2, ge=0, description="Search rounds, each followed by training.")
-    candidates: int = Field(8, ge=1, description="Configurations proposed and evaluated a round.")
-    restarts: int = Field(8, ge=1, description="Starts of the hill climbing for each proposal.")
-    max_steps: int = Field(50, ge=1, description="Moves of one climb at most.")
-    delta: int = Field(1, ge=1, description="A neighbour differs in one field by at most so many steps.")
-    segments: int = Field(40, ge=1, description="U: segments of cost that each keep their non-dominated members.")
-    batch_size: int = Field(64, ge=1, description="Examples a batch when losses are measured.")
 
 
 class EvaluationSettings(Section):
     """What is reported."""
 
-    budgets: list[Annotated[float, Field(gt=0)]] = Field(
+    budgets: list[Annotated[float, Field(gt=0)]] = setting(
         [2.5, 3.0, 4.0],
+        "Budgets",
+        "Budgets asked for, in units of cost; each is evaluated and exported. [each above 0]",
         min_length=1,
-        description="Budgets asked for, in units of cost; each is evaluated and exported.",
     )
-    batch_size: int = Field(64, ge=1, description="Examples a batch.")
-    shard_size: int = Field(
-        16, ge=1, description="Configurations a shard; an evaluation that was killed goes on behind its last shard."
+    batch_size: int = setting(64, "Batch size", "Examples a batch.", ge=1)
+    shard_size: int = setting(
+        16,
+        "Configurations a shard",
+        "Configurations a shard; an evaluation that was killed goes on behind its last shard.",
+        ge=1,
     )
-    workers: int = Field(1, ge=1, le=64, description="Shards measured at a time; each worker holds a model of its own.")
-    runner: Literal["threads", "processes", "dask", "ray"] = Field(
+    workers: int = setting(
+        1, "Shards at a time", "Shards measured at a time; each worker holds a model of its own.", ge=1, le=64
+    )
+    runner: Literal["threads", "processes", "dask", "ray"] = setting(
         "threads",
-        description="Where shards, references and exports run: threads of this process, processes of this machine, or "
+        "Runner of the shards",
+        "Where shards, references and exports run: threads of this process, processes of this machine, or "
         "the workers of a Dask or Ray cluster (extras [dask], [ray]).",
     )
-    address: str | None = Field(
+    address: str | None = setting(
         None,
-        description="Of the Dask scheduler or the Ray cluster; without it one is started on this machine.",
+        "Address of the cluster",
+        "Of the Dask scheduler or the Ray cluster; without it one is started on this machine.",
     )
-    harness_tasks: list[str] = Field(
-        [], description="Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval])."
+    harness_tasks: list[str] = setting(
+        [],
+        "Harness tasks",
+        "Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval]).",
     )
-    harness_include: str | None = Field(None, description="Folder of own harness tasks (YAML).")
-    harness_limit: int | None = Field(None, ge=1, description="At most so many examples of each harness task.")
+    harness_include: str | None = setting(None, "Folder of harness tasks", "Folder of own harness tasks (YAML).")
+    harness_limit: int | None = setting(
+        None, "Examples of a harness task", "At most so many examples of each harness task.", ge=1
+    )
 
     @model_validator(mode="after")
-    def _address_of_a_cluster(self) -> EvaluationSettings:
+    def _address_of_a_cluster(self) -> Self:
         if self.address is not None and self.runner not in ("dask", "ray"):
             raise ValueError("an address is one of a cluster: set runner to dask or ray, or leave address out")
         return self
@@ -209,30 +370,35 @@ class EvaluationSettings(Section):
     def _distinct(cls, budgets: list[float]) -> list[float]:
         # Folders and tables name a budget by these digits: two of one name would overwrite each other.
         if len({f"{budget:g}" for budget in budgets}) < len(budgets):
-            raise ValueError("budgets must differ in their first six digits: give each of them once")
+            raise ValueError("two budgets have the same first six digits: give each of them once")
         return budgets
 
 
 class ExportSettings(Section):
     """What is written for each budget."""
 
-    base: bool = Field(True, description="Write the packed base beside the adapter.")
-    adapter_dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="Type of the adapter's tensors."
+    base: bool = setting(True, "Write the packed base", "Write the packed base beside the adapter.")
+    adapter_dtype: Literal["float32", "float16", "bfloat16"] = setting(
+        "float32", "Number type of adapters", "Type of the adapter's tensors."
     )
 
 
 class TrackingSettings(Section):
     """MLflow."""
 
-    tracking_uri: str | None = Field(None, description="MLflow server or database; by default sqlite in COALORA_HOME.")
-    experiment: str = Field("coalora", min_length=1, description="Experiment name.")
-    registered_model: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Name in the registry; by default coalora-<pipeline>.",
+    tracking_uri: str | None = setting(
+        None, "Address of MLflow", "MLflow server or database; by default sqlite in COALORA_HOME."
     )
-    system_metrics: bool = Field(True, description="Log the load of processors, memory and GPUs while a flow runs.")
+    experiment: str = setting("coalora", "Experiment", "Experiment name.", min_length=1)
+    registered_model: str | None = setting(
+        None,
+        "Registered model",
+        "Name in the registry; by default coalora-<pipeline>.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    system_metrics: bool = setting(
+        True, "Load of the machine", "Log the load of processors, memory and GPUs while a flow runs."
+    )
 
     @field_validator("tracking_uri")
     @classmethod
@@ -248,86 +414,140 @@ class TrackingSettings(Section):
 class VersioningSettings(Section):
     """DVC."""
 
-    enabled: bool = Field(True, description="Add every round's configuration set to DVC.")
-    push: bool = Field(False, description="Push every set to DVC's default remote as soon as it is added.")
+    enabled: bool = setting(True, "Version sets with DVC", "Add every round's configuration set to DVC.")
+    push: bool = setting(False, "Push sets", "Push every set to DVC's default remote as soon as it is added.")
+
+
+class StorageSettings(Section):
+    """S3: whether a run is published there, and how the server is reached.
+
+    Credentials have no place here: boto3 finds them by itself. What is left out is taken from the usual variables and
+    files of AWS: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, `AWS_REGION`, `AWS_DEFAULT_REGION`, `AWS_PROFILE`,
+    `~/.aws/config`.
+    """
+
+    publish: bool = setting(False, "Publish runs", "Publish adapters, packed bases, bundle and report of a run to S3.")
+    bucket: str | None = setting(None, "Bucket", "Bucket; it must exist already.", pattern=f"^{BUCKET}$")
+    prefix: str = setting("", "Prefix of keys", "Start of every key in the bucket, for example team/coalora.")
+    endpoint_url: str | None = setting(
+        None,
+        "Address of S3",
+        "Server, for example http://127.0.0.1:9000; by default AWS_ENDPOINT_URL_S3, else AWS itself.",
+    )
+    region: str | None = setting(None, "Region", "Region; by default AWS_REGION or the profile's.")
+    profile: str | None = setting(None, "Profile", "Profile of ~/.aws that credentials come from; else AWS_PROFILE.")
+    attempts: int = setting(
+        5, "Attempts of a request", "Attempts of a request that the network or the server fails.", ge=1, le=20
+    )
+    timeout_seconds: float = setting(
+        30.0, "Timeout", "Longest wait for a connection, and for the next bytes.", unit="seconds", gt=0
+    )
+    part_mib: int = setting(
+        16, "Size of a part", "Files above this size travel in parts of this size.", unit="MiB", ge=5, le=512
+    )
+    workers: int = setting(4, "Transfers at a time", "Parts or files under way at a time.", ge=1, le=64)
+
+    @field_validator("prefix")
+    @classmethod
+    def _plain_prefix(cls, prefix: str) -> str:
+        prefix = prefix.strip("/")
+        if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+            raise ValueError("give names joined by single slashes, none of them . or ..")
+        return prefix
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_credentials(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("write an endpoint as http://host:port or https://host")
+        if "@" in parts.netloc or parts.query:
+            # The value itself is in pydantic's message: it must not be repeated there.
+            raise ValueError("leave credentials out of the address: give them by AWS_PROFILE or AWS_ACCESS_KEY_ID")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _bucket_to_publish_in(self) -> Self:
+        if self.publish and self.bucket is None:
+            raise ValueError("storage.publish needs storage.bucket")
+        return self
+
+
+def storage_settings(base: StorageSettings | None, changes: Mapping[str, Any]) -> StorageSettings:
+    """`base` (or the defaults) with `changes`, checked.
+
+    Raises:
+        CoaloraError: a value that does not fit; the value is not repeated, since it may hold a password.
+    """
+    start = base.model_dump() if base is not None else {}
+    try:
+        return StorageSettings.model_validate({**start, **changes})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False))
+        raise CoaloraError(f"Wrong settings of S3: {problems}", remedy="Correct the option") from error
 
 
 class StageSettings(Section):
     """How Prefect treats stages that compute."""
 
-    retries: int = Field(0, ge=0, le=10, description="Retries of a failed stage.")
-    timeout_hours: float | None = Field(None, gt=0, description="A stage that takes longer fails.")
-    checkpoint_seconds: float | None = Field(
+    retries: int = setting(0, "Retries of a stage", "Retries of a failed stage.", ge=0, le=10)
+    timeout_hours: float | None = setting(
+        None, "Time limit of a stage", "A stage that takes longer fails.", unit="hours", gt=0
+    )
+    checkpoint_seconds: float | None = setting(
         60.0,
+        "Time between checkpoints",
+        "Time between checkpoints of training, where a killed run resumes; null: between stages alone.",
+        unit="seconds",
         gt=0,
-        description="Seconds between checkpoints of training, where a killed run resumes; null: between stages alone.",
     )
 
 
-class RuntimeSettings(Section):
-    """Where the model runs."""
+@dataclass(frozen=True)
+class RuntimeSettings(RuntimeRecipe):
+    """Device, number type and memory of the model, and the processes that train it."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
+    processes: int = hyper(
+        1,
+        "Training processes",
+        "Training processes; on GPUs one each. Each takes examples of its own.",
+        ge=1,
     )
-    cache_mib: int = Field(
-        512,
-        ge=0,
-        description="Memory for layers of configurations in use (MiB): packed and, on a CPU, weights that wait.",
+    process_configurations: Literal["own", "same"] = hyper(
+        "own",
+        "Configurations of the processes",
+        "own: each process draws a configuration of its own; same: all take one.",
     )
-    master: Literal["device", "cpu", "mmap"] = Field(
-        "device",
-        description="Where full-precision weights live: beside the model, in RAM, or in the checkpoint's files.",
-    )
-    weights: Literal["dequantized", "packed"] = Field(
-        "dequantized",
-        description="packed keeps the target layers at their bits and dequantizes on the fly: slower, far less memory.",
-    )
-
-    processes: int = Field(1, ge=1, description="Training processes; on GPUs one each. Each takes examples of its own.")
-    process_configurations: Literal["own", "same"] = Field(
-        "own", description="own: each process draws a configuration of its own; same: all take one."
-    )
-
-    def resolved(self) -> RuntimeSettings:
-        """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart."""
-        import torch
-
-        from coalora.models.loading import default_device, default_dtype
-
-        device = default_device().type if self.device == "auto" else self.device
-        dtype = str(default_dtype(torch.device(device))).removeprefix("torch.") if self.dtype == "auto" else self.dtype
-        return self.model_copy(update={"device": device, "dtype": dtype})
 
 
 class Settings(Section):
     """One pipeline."""
 
-    model: ModelSettings = Field(description="Base model.")
-    benchmark: BenchmarkSettings = Field(description="Data and metric.")
-    target_modules: list[str] | Literal["all-linear"] | None = Field(
-        None,
-        description="Layers to quantize: name suffixes or globs, or all-linear; by default those of the architecture.",
+    model: ModelSettings = setting(_REQUIRED, "Model", "Base model.")
+    benchmark: BenchmarkSettings = setting(_REQUIRED, "Benchmark", "Data and metric.")
+    target_modules: list[str] | Literal["all-linear"] | None = _of_the_config("target_modules")
+    calibration: CalibrationRecipe = setting(
+        CalibrationRecipe(), "Calibration", "Measurement of the base model's layers."
     )
-    calibration: CalibrationSettings = Field(CalibrationSettings(), description="Calibration.")
-    choices: ChoiceSettings = Field(ChoiceSettings(), description="Choice space.")
-    cost: CostSettings = Field(CostSettings(), description="What budgets count.")
-    adapter: AdapterSettings = Field(AdapterSettings(), description="Adapter.")
-    training: TrainingSettings = Field(TrainingSettings(), description="Training.")
-    baselines: BaselineSettings = Field(BaselineSettings(), description="Baselines.")
-    initial_set: InitialSetSettings = Field(InitialSetSettings(), description="Initial configuration set.")
-    search: SearchSettings = Field(SearchSettings(), description="Search.")
-    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Evaluation.")
-    export: ExportSettings = Field(ExportSettings(), description="Export.")
-    tracking: TrackingSettings = Field(TrackingSettings(), description="Tracking.")
-    versioning: VersioningSettings = Field(VersioningSettings(), description="Versioning.")
-    storage: StorageSettings = Field(StorageSettings(), description="S3.")
-    stages: StageSettings = Field(StageSettings(), description="Retries and time limits.")
-    runtime: RuntimeSettings = Field(RuntimeSettings(), description="Device, number type, memory.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything that is drawn.")
+    choices: ChoiceSettings = setting(ChoiceSettings(), "Choices", "Choice space.")
+    cost: CostSettings = setting(CostSettings(), "Cost", "What budgets count.")
+    adapter: AdapterRecipe = setting(AdapterRecipe(), "Adapter", "LoRA, theta, and pairs for low bit-widths.")
+    training: TrainingRecipe = setting(TrainingRecipe(), "Training", "Steps, learning rates and objective.")
+    baselines: BaselineSettings = setting(BaselineSettings(), "Baselines", "Methods to compare with.")
+    initial_set: InitialSetSettings = setting(InitialSetSettings(), "Initial set", "Configuration set of round 0.")
+    search: SearchRecipe = setting(SearchRecipe(), "Search", "Pareto search over configurations.")
+    evaluation: EvaluationSettings = setting(EvaluationSettings(), "Evaluation", "Budgets and reports.")
+    export: ExportSettings = setting(ExportSettings(), "Export", "Files for each budget.")
+    tracking: TrackingSettings = setting(TrackingSettings(), "Tracking", "MLflow.")
+    versioning: VersioningSettings = setting(VersioningSettings(), "Versioning", "DVC.")
+    storage: StorageSettings = setting(StorageSettings(), "Storage", "S3.")
+    stages: StageSettings = setting(StageSettings(), "Stages", "Retries and time limits.")
+    runtime: RuntimeSettings = setting(RuntimeSettings(), "Runtime", "Device, number type, memory.")
+    seed: int = _of_the_config("seed")
 
-    def of_the_result(self) -> Settings:
+    def of_the_result(self) -> Self:
         """The same with defaults for what changes no number: where a run is kept, how its stages are cut and run."""
         default = EvaluationSettings()
         how = ("shard_size", "workers", "runner", "address")

@@ -29,6 +29,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
+from coalora.recipes import Recipe
 from coalora.registry import added_modules
 from pipeline.store.artifacts import Artifact
 
@@ -94,7 +95,7 @@ def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any
     """`<stage>-<sha256>` of the stage's name, code, package versions and inputs.
 
     Args:
-        inputs: by argument: pydantic models, `Artifact` (digest and kind count, not `meta`), str, int, finite
+        inputs: by argument: pydantic models, recipes, `Artifact` (digest and kind count, not `meta`), str, int, finite
             float, bool, None, and lists and str-keyed dicts of these.
         source: digest of the code; `function_source_digest(function)` by default.
 
@@ -134,6 +135,8 @@ def _canonical(value: Any, where: str) -> Any:
     """JSON of one input. `where` is how an error calls it."""
     if isinstance(value, Artifact):
         return {"artifact": value.digest, "kind": value.kind}
+    if isinstance(value, Recipe):
+        return value.to_dict()
     if isinstance(value, BaseModel):
         nested = next(artifacts_in({f"{where}.{name}": field for name, field in value}), None)
         if nested is not None:  # its `meta` would get into the key, and its bytes past the check
@@ -149,7 +152,7 @@ def _canonical(value: Any, where: str) -> Any:
         return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise TypeError(
         f"input {where!r} of type {type(value).__name__} ({value!r:.80}) cannot be part of a cache key; "
-        "expected a pydantic model, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
+        "expected a pydantic model, Recipe, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
     )
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from coalora.errors import CoaloraError
 from coalora.files import read_json
 from pipeline.s3.client import S3Address, S3Location
-from pipeline.settings.storage import StorageSettings
+from pipeline.settings.sections import StorageSettings
 from pipeline.store.artifacts import MANIFEST, MARKER, FileEntry, FileName, Manifest, files_below, first_problem
 from pipeline.store.artifacts import manifest_of as manifest_of_files
 from pipeline.store.copies import fill

@@ -32,7 +32,7 @@ from pipeline.environment import STORE_VARIABLE
 from pipeline.orchestration.progress import get_logger
 from pipeline.s3.client import S3Address, S3Location, Transfer
 from pipeline.s3.errors import StorageDamaged, StorageError
-from pipeline.settings.storage import StorageSettings
+from pipeline.settings.sections import StorageSettings
 from pipeline.store.artifacts import Artifact, FileEntry, Manifest, artifact_folder, files_below
 from pipeline.store.lease import TTL_SECONDS, Lease
 

@@ -120,7 +120,7 @@ def test_a_pipeline_passes_every_check_that_needs_no_data(name: str, tmp_path: P
 def test_the_papers_settings_are_the_papers(name: str) -> None:
     s = load_settings(name, file=FILE)
     assert (s.adapter.r, s.training.lr, s.training.theta_lr) == (64, 1e-4, 1e-4)
-    recipe = s.adapter.recipe(s.benchmark.task)  # theta for all choices, and nothing beside the pair
+    recipe = s.adapter.resolved(s.benchmark.task)  # theta for all choices, and nothing beside the pair
     assert (recipe.compensation_rank, recipe.expert_bits, recipe.theta) == (0, 0, "others")
     assert (s.initial_set.size, s.initial_set.min_budget, s.initial_set.max_budget) == (50, 2.25, 7.25)
     assert (s.search.segments, s.search.delta, s.training.sampling) == (40, 1, "uniform")

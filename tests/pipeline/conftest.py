@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:  # boto3 and moto are imported by the tests that need them
     from pipeline.s3.client import S3Location
-    from pipeline.settings.storage import StorageSettings
+    from pipeline.settings.sections import StorageSettings
     from tests.s3_server import FaultProxy
 
 
@@ -91,7 +91,7 @@ def bucket(proxy: FaultProxy) -> str:
 
 @pytest.fixture
 def settings(proxy: FaultProxy, bucket: str) -> StorageSettings:
-    from pipeline.settings.storage import StorageSettings
+    from pipeline.settings.sections import StorageSettings
 
     return StorageSettings(
         endpoint_url=proxy.url,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def trained(run: TinyRun, *, processes: int, method: str = "coa", previous: Arti
         training=s.training,
         rounds=s.search.rounds,
         round_index=0 if previous is None else 1,
-        runtime=s.runtime.model_copy(update={"processes": processes, "process_configurations": "same"}),
+        runtime=replace(s.runtime, processes=processes, process_configurations="same"),
         seed=s.seed,
     )
 

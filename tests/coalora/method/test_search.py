@@ -9,7 +9,7 @@ from coalora.configurations import ConfigurationSet
 from coalora.method.search import search_round
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
-from pipeline.settings.sections import SearchSettings as SearchRecipe
+from coalora.recipes import SearchRecipe
 
 SPACE = ChoiceSpace("nf", bits=[2, 3, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[64])
 N, K = 5, len(SPACE)

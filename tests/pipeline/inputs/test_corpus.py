@@ -11,7 +11,7 @@ import pytest
 from coalora.data.classification import Examples
 from coalora.errors import CoaloraError
 from pipeline.inputs.corpus import documents, examples, input_files
-from pipeline.settings.data import BenchmarkSettings
+from pipeline.settings.sections import BenchmarkSettings
 
 Rows = list[dict[str, Any]]
 Stub = Callable[[dict[str, Rows]], list[dict[str, Any]]]

@@ -72,10 +72,10 @@ def test_the_form_has_titles_descriptions_defaults_ranges_and_choices(server: Se
         for key, field in content["properties"].items():
             assert field.get("title") or "$ref" in field or "anyOf" in field, f"{section}.{key}"
             assert field.get("description"), f"{section}.{key}"
-    rounds = sections["SearchSettings"]["properties"]["rounds"]
+    rounds = sections["SearchRecipe"]["properties"]["rounds"]
     assert (rounds["title"], rounds["default"], rounds["minimum"]) == ("Rounds", 2, 0)
     assert rounds["description"].endswith("[at least 0]")
-    assert sections["SearchSettings"]["properties"]["strategy"]["enum"] == ["ehvi", "random", "frozen"]
+    assert sections["SearchRecipe"]["properties"]["strategy"]["enum"] == ["ehvi", "random", "frozen"]
     assert "train" in schema["properties"]["refresh"]["items"]["enum"]
     assert schema["properties"]["changes"]["default"] == []
 

@@ -15,7 +15,7 @@ from coalora.errors import CoaloraError
 from coalora.files import file_sha256
 from pipeline.s3.client import Megabytes, S3Address, S3Location, Transfer
 from pipeline.s3.errors import StorageError, StorageRefused, StorageUnavailable
-from pipeline.settings.storage import StorageSettings
+from pipeline.settings.sections import StorageSettings
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy
 
 pytestmark = pytest.mark.servers

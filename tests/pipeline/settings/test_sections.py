@@ -6,18 +6,42 @@ The messages for wrong values are tested in tests/pipeline/settings/test_definit
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
+from dataclasses import MISSING, FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 
+from coalora.config import CoaLoraConfig
 from coalora.errors import CoaloraError
-from pipeline.settings.data import BenchmarkSettings, ModelSettings
-from pipeline.settings.sections import AdapterSettings, EvaluationSettings, RuntimeSettings, Settings
-from pipeline.settings.storage import StorageSettings, storage_settings
+from coalora.models.loading import resolved
+from coalora.recipes import (
+    AdapterRecipe,
+    CalibrationRecipe,
+    InitialSetRecipe,
+    Objective,
+    PretrainRecipe,
+    Recipe,
+    RuntimeRecipe,
+    SearchRecipe,
+    TrainingRecipe,
+)
+from pipeline.settings.sections import (
+    BenchmarkSettings,
+    EvaluationSettings,
+    InitialSetSettings,
+    ModelSettings,
+    RuntimeSettings,
+    Settings,
+    StorageSettings,
+    storage_settings,
+)
 
 MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "m"},
@@ -25,74 +49,138 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def sections(model: type[BaseModel] = Settings, path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    yield path or "settings", model
-    for name, field in model.model_fields.items():
-        for option in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
+def sections(section: Any = Settings, path: str = "") -> Iterator[tuple[str, Any]]:
+    yield path or "settings", section
+    for name, (_, annotation) in declared(section).items():
+        for option in (annotation, *typing.get_args(annotation)):
+            if is_dataclass(option) or (isinstance(option, type) and issubclass(option, BaseModel)):
                 yield from sections(option, f"{path}.{name}".lstrip("."))
 
 
+def declared(section: Any) -> dict[str, tuple[str, Any]]:
+    """(description, type) of the fields of a section or a recipe."""
+    if is_dataclass(section):
+        return {item.name: (item.metadata["description"], item.type) for item in fields(section)}
+    return {name: (item.description or "", item.annotation) for name, item in section.model_fields.items()}
+
+
 SECTIONS = dict(sections())
+SCHEMA = json.loads(json.dumps(Settings.model_json_schema()))
 
 
 def test_the_walk_finds_nested_and_optional_sections() -> None:
-    assert {"settings", "model.pretrain", "benchmark.files", "benchmark.hub", "search", "runtime"} <= set(SECTIONS)
+    assert {"settings", "model.pretrain", "benchmark.files", "training.objective", "runtime"} <= set(SECTIONS)
 
 
 @pytest.mark.parametrize("path", SECTIONS)
 def test_every_field_says_what_it_is(path: str) -> None:
-    model = SECTIONS[path]
-    assert model.__doc__
-    for name, field in model.model_fields.items():
-        assert field.description, f"{path}.{name}"
-        assert field.description.endswith("."), f"{path}.{name}: {field.description}"
+    assert SECTIONS[path].__doc__
+    for name, (description, _) in declared(SECTIONS[path]).items():
+        assert re.fullmatch(r".*\.( \[[^\]]*\])?", description), f"{path}.{name}: {description}"
 
 
 @pytest.mark.parametrize("path", SECTIONS)
 def test_every_section_refuses_unknown_keys_and_changes(path: str) -> None:
-    model = SECTIONS[path]
-    assert model.model_config["extra"] == "forbid"
-    assert model.model_config["frozen"] is True
-    # Infinity is larger than every lower bound, so that bounds alone let it through.
-    assert model.model_config["allow_inf_nan"] is False
+    section = SECTIONS[path]
+    if not is_dataclass(section):
+        # Infinity is larger than every lower bound, so that bounds alone let it through.
+        wanted = {"extra": "forbid", "frozen": True, "allow_inf_nan": False}
+        assert wanted.items() <= section.model_config.items()
+        return
+    assert section.__dataclass_params__.frozen
+    raw = inner = json.loads(json.dumps(MINIMAL))
+    for part in path.split("."):
+        inner = inner.setdefault(part, {})
+    inner["unknown_key"] = 1
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(raw)
+    assert any(error["loc"][-1] == "unknown_key" for error in caught.value.errors())
+
+
+def hyperparameters() -> Iterator[tuple[str, Any, Any]]:
+    """(key in the settings, field of the library, schema of the setting) of everything that CoaLoraConfig declares."""
+    parts: dict[str, type[Recipe]] = {
+        "adapter": AdapterRecipe,
+        "runtime": RuntimeRecipe,
+        "model.pretrain": PretrainRecipe,
+    }
+    for item in fields(CoaLoraConfig):
+        if isinstance(item.type, type) and issubclass(item.type, Recipe):
+            parts[item.name] = item.type
+    parts["training.objective"] = Objective
+    inside = {item.name for recipe in (AdapterRecipe, RuntimeRecipe) for item in fields(recipe)}
+    for item in fields(CoaLoraConfig):
+        # The choices of a file are names of schemes and values by field, which become the config's ChoiceSpace.
+        if item.name not in inside | set(parts) | {"choices"}:
+            yield item.name, item, SCHEMA["properties"][item.name]
+    for path, recipe in parts.items():
+        shown = SCHEMA["$defs"][SECTIONS[path].__name__]["properties"]
+        for item in fields(recipe):
+            yield f"{path}.{item.name}", item, shown[item.name]
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"), [pytest.param(item, shown, id=key) for key, item, shown in hyperparameters()]
+)
+def test_a_hyperparameter_is_a_setting_with_the_library_s_default_range_title_and_help(item: Any, shown: Any) -> None:
+    if "$ref" not in shown:
+        assert (shown["title"], shown["description"]) == (item.metadata["title"], item.metadata["description"])
+    if item.default is not MISSING:
+        assert shown["default"] == item.default
+    number = next((option for option in shown.get("anyOf", []) if option["type"] != "null"), shown)
+    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    assert {key: number[name] for key, name in names.items() if name in number} == {
+        key: item.metadata[key] for key in names if key in item.metadata
+    }
+
+
+def test_the_pipeline_declares_no_field_of_a_recipe_again() -> None:
+    for section, recipe in ((RuntimeSettings, RuntimeRecipe), (InitialSetSettings, InitialSetRecipe)):
+        assert not set(section.__annotations__) & {item.name for item in fields(recipe)}
+    assert {SECTIONS[path] for path in ("adapter", "training", "search", "calibration")} == {
+        AdapterRecipe, TrainingRecipe, SearchRecipe, CalibrationRecipe,
+    }  # fmt: skip
+
+
+def test_settings_are_read_without_the_packages_that_take_seconds_to_import() -> None:
+    code = (
+        "import sys, pipeline.settings.definitions;"
+        "print({'torch', 'transformers', 'peft', 'prefect', 'mlflow', 'boto3', 'sklearn', 'scipy'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_settings_cannot_be_assigned_to() -> None:
     settings = Settings.model_validate(MINIMAL)
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(FrozenInstanceError):
         settings.search.rounds = 5  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.evaluation.workers = 5  # type: ignore[misc]
 
 
-def test_the_json_schema_builds_and_carries_descriptions_units_and_ranges() -> None:
-    schema = json.loads(json.dumps(Settings.model_json_schema()))
-    search = schema["$defs"]["SearchSettings"]
+def test_the_form_shows_titles_of_the_field_and_units_and_ranges() -> None:
+    search = SCHEMA["$defs"]["SearchRecipe"]
     assert search["additionalProperties"] is False
     assert search["properties"]["rounds"] == {
         "default": 2, "description": "Search rounds, each followed by training. [at least 0]", "minimum": 0,
-        "title": "Rounds", "type": "integer",
+        "title": "Search rounds", "type": "integer",
     }  # fmt: skip
-    titles = {name: field.get("title") for name, field in schema["$defs"]["TrainingSettings"]["properties"].items()}
-    assert (titles["lr"], titles["batch_size"]) == ("Learning rate", "Batch size")
-    assert schema["$defs"]["InitialSetSettings"]["title"] == "Initial set"
-    ranges = {name: schema["$defs"]["EvaluationSettings"]["properties"][name]["description"].partition("[")[2]
+    titles = {f"{part}.{name}": field["title"] for part, section in SCHEMA["$defs"].items()
+              for name, field in section["properties"].items() if "$ref" not in field}  # fmt: skip
+    # One name, two fields.
+    assert titles["StorageSettings.workers"] == "Transfers at a time"
+    assert titles["EvaluationSettings.workers"] == "Shards at a time"
+    assert (titles["TrainingRecipe.lr"], titles["PretrainRecipe.lr"]) == ("Learning rate of LoRA", "Learning rate")
+    assert titles["RuntimeSettings.cache_mib"] == "Cache of layers (MiB)"
+    ranges = {name: SCHEMA["$defs"]["EvaluationSettings"]["properties"][name]["description"].partition("[")[2]
               for name in ("workers", "budgets", "harness_limit")}  # fmt: skip
     assert ranges == {"workers": "at least 1, at most 64]", "budgets": "each above 0]", "harness_limit": "at least 1]"}
-    assert schema["$defs"]["AdapterSettings"]["properties"]["lora_dropout"]["exclusiveMaximum"] == 1
-    assert schema["required"] == ["model", "benchmark"]
-    assert all("description" in field for part in schema["$defs"].values() for field in part["properties"].values())
-
-
-def test_what_an_adapter_leaves_open_is_what_won_for_its_task() -> None:
-    def parts(task: str, **given: Any) -> tuple[int, int, str]:
-        recipe = AdapterSettings(**given).recipe(task)
-        return recipe.compensation_rank, recipe.expert_bits, recipe.theta
-
-    assert parts("language-modeling") == (0, 3, "others")
-    assert parts("classification") == (8, 0, "others")
-    assert parts("classification", r=12, rank_pattern={"query": 5}) == (2, 0, "others")  # less than the smallest rank
-    assert parts("classification", compensation_rank=0, expert_bits=2, theta="none") == (0, 2, "none")
-    assert parts("language-modeling", compensation_rank=4, expert_bits=0) == (4, 0, "others")
+    assert SCHEMA["required"] == ["model", "benchmark"]
+    for field in SCHEMA["properties"].values():
+        shown = SCHEMA["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}) | field
+        assert shown["title"]
+        assert shown["description"]
 
 
 def test_settings_survive_json() -> None:
@@ -120,7 +208,7 @@ def test_a_truth_value_is_no_number_and_a_number_is_no_list(value: bool) -> None
 
 @pytest.mark.parametrize("budgets", [[3.0, 3], [2.5, 2.5000001]])
 def test_budgets_that_would_share_a_folder_are_refused(budgets: list[float]) -> None:
-    with pytest.raises(ValidationError, match="budgets must differ"):
+    with pytest.raises(ValidationError, match="same first six digits"):
         EvaluationSettings(budgets=budgets)
     assert EvaluationSettings(budgets=[2.5, 2.501]).budgets == [2.5, 2.501]
 
@@ -167,19 +255,19 @@ def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, asked: dict[str, Any], found: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    runtime = RuntimeSettings(cache_mib=7, **asked)
-    resolved = runtime.resolved()
-    assert (resolved.device, resolved.dtype, resolved.cache_mib) == (*found, 7)
-    assert resolved.resolved() == resolved
+    runtime = RuntimeSettings(cache_mib=7, processes=2, **asked)
+    here = resolved(runtime)
+    assert (here.device, here.dtype, here.cache_mib, here.processes) == (*found, 7, 2)
+    assert resolved(here) == here
     assert (runtime.device, runtime.dtype) == (asked.get("device", "auto"), asked.get("dtype", "auto"))
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"layers": "*"}, "a rule changes something"),
+        ({"layers": "*"}, "this rule changes nothing"),
         ({"layers": "*", "also": [{"scheme": "int"}]}, "names its first scheme"),
-        ({"layers": "*", "min_bits": 8, "max_bits": 4}, "min_bits 8 is at most max_bits 4"),
+        ({"layers": "*", "min_bits": 8, "max_bits": 4}, "min_bits 8 is above max_bits 4"),
         ({"scheme": "int"}, "Field required"),
         ({"layers": "*", "min_bits": True}, "true and false are no value"),
     ],

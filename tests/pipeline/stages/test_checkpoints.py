@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, mon
     s = run.settings
     inputs = {
         **run.calibrated.inputs(), "configurations": run.trained.sets[0], "state": run.trained.states["coa"][0],
-        "adapter": s.adapter, "search": s.search.model_copy(update={"rounds": 0}), "round_index": 1,
+        "adapter": s.adapter, "search": replace(s.search, rounds=0), "round_index": 1,
         "runtime": s.runtime, "seed": s.seed,
     }  # fmt: skip
     original, measured = coalora.evaluate.losses.measure_configurations, []
@@ -161,7 +162,8 @@ import flows
 from coalora.files import read_json
 from pipeline.stages.checkpoints import checkpoint_every
 from pipeline.stages.runner import DirectRunner
-from pipeline.settings.sections import AdapterSettings, RuntimeSettings, TrainingSettings
+from coalora.recipes import AdapterRecipe, TrainingRecipe
+from pipeline.settings.sections import RuntimeSettings
 from pipeline.store.store import Artifact
 from tasks.train import train_round
 import logging
@@ -174,9 +176,9 @@ if __name__ == "__main__":
     # Prefect's flow runs take a termination signal so.
     with capture_sigterm(), checkpoint_every(0.001):
         found = DirectRunner().run(
-            train_round, **artifacts, previous=None, method="coa", adapter=AdapterSettings(**given["adapter"]),
-            training=TrainingSettings(**given["training"]), rounds=0, round_index=0,
-            runtime=RuntimeSettings(**given["runtime"]), seed=0,
+            train_round, **artifacts, previous=None, method="coa", adapter=AdapterRecipe.from_dict(given["adapter"]),
+            training=TrainingRecipe.from_dict(given["training"]), rounds=0, round_index=0,
+            runtime=RuntimeSettings.from_dict(given["runtime"]), seed=0,
         )
     print("DIGEST", found.digest, flush=True)
 """
@@ -188,13 +190,13 @@ def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
 ) -> None:
     """A signal to the parent, caught or not: the processes stop at a boundary, the next call goes on there."""
     steps = 60
-    runtime = run.settings.runtime.model_copy(update={"processes": 2})
-    training = run.settings.training.model_copy(update={"initial_steps": steps, "sampling": "adaptive"})
+    runtime = replace(run.settings.runtime, processes=2)
+    training = replace(run.settings.training, initial_steps=steps, sampling="adaptive")
     artifacts = run.calibrated.inputs() | {"configurations": run.trained.sets[0]}
     write_json(
         tmp_path / "given.json",
-        {"artifacts": {k: v.model_dump(mode="json") for k, v in artifacts.items()}, "runtime": runtime.model_dump(),
-         "adapter": run.settings.adapter.model_dump(), "training": training.model_dump()},
+        {"artifacts": {k: v.model_dump(mode="json") for k, v in artifacts.items()}, "runtime": runtime.to_dict(),
+         "adapter": run.settings.adapter.to_dict(), "training": training.to_dict()},
     )  # fmt: skip
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
