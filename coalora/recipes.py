@@ -273,11 +273,11 @@ class InitialSetRecipe(Recipe):
 class SearchRecipe(Recipe):
     """Pareto search over configurations."""
 
-    strategy: Literal["ehvi", "random", "frozen"] = hyper(
+    strategy: str = hyper(
         "ehvi",
         "Search strategy",
         "ehvi proposes by expected hypervolume improvement; random extends the set by as many random "
-        "configurations; frozen never changes the initial set.",
+        "configurations; frozen never changes the initial set; or module:name of your own.",
     )
     rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0)
     candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1)
@@ -286,6 +286,12 @@ class SearchRecipe(Recipe):
     delta: int = hyper(1, "Step size (delta)", "A neighbour differs in one field by at most so many steps.", ge=1)
     segments: int = hyper(40, "Segments (U)", "Segments of cost that each keep their non-dominated members.", ge=1)
     batch_size: int = hyper(64, "Batch size", "Examples a batch when losses are measured.", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from coalora.search.strategies import STRATEGIES  # which knows arrays; this module is read without them
+
+        STRATEGIES.check(self.strategy)
 
 
 @dataclass(frozen=True)

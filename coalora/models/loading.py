@@ -32,8 +32,9 @@ _AUTO = {"classification": AutoModelForSequenceClassification, "language-modelin
 
 def resolved(runtime: R) -> R:
     """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart."""
-    device = default_device().type if runtime.device == "auto" else runtime.device
-    dtype = runtime.dtype
+    device, dtype = runtime.device, runtime.dtype
+    if device == "auto":
+        device = "cuda" if default_device().type == "cuda" else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if default_dtype(torch.device(device)) is torch.bfloat16 else "float32"
     return replace(runtime, device=device, dtype=dtype)

@@ -73,9 +73,14 @@ def test_the_form_has_titles_descriptions_defaults_ranges_and_choices(server: Se
             assert field.get("title") or "$ref" in field or "anyOf" in field, f"{section}.{key}"
             assert field.get("description"), f"{section}.{key}"
     rounds = sections["SearchRecipe"]["properties"]["rounds"]
-    assert (rounds["title"], rounds["default"], rounds["minimum"]) == ("Rounds", 2, 0)
+    assert (rounds["title"], rounds["default"], rounds["minimum"]) == ("Search rounds", 2, 0)
     assert rounds["description"].endswith("[at least 0]")
-    assert sections["SearchRecipe"]["properties"]["strategy"]["enum"] == ["ehvi", "random", "frozen"]
+    assert sections["TrainingRecipe"]["properties"]["sampling"]["enum"] == [
+        "uniform",
+        "low-bits",
+        "sandwich",
+        "adaptive",
+    ]
     assert "train" in schema["properties"]["refresh"]["items"]["enum"]
     assert schema["properties"]["changes"]["default"] == []
 

@@ -43,6 +43,7 @@ WRONG: list[tuple[list[str], Sequence[str]]] = [
         ["choices.scheme=nf4"],
         ["choices.scheme is 'nf4': There is no quantization scheme 'nf4'", "nf, int, gptq, float"],
     ),
+    (["search.strategy=ehvy"], ["search: There is no search strategy 'ehvy' (did you mean 'ehvi'?)"]),
     (["choices.also=[{scheme: int9}]"], ["choices.also.0.scheme is 'int9': There is no quantization scheme"]),
     (["baselines.methods=[shared, paprika]"], ["no method 'paprika'", "paper"]),
     (["baselines.methods=[shared, qlora]"], ["move qlora to per_budget"]),
