@@ -64,12 +64,13 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
     started = time.perf_counter()
     configuration = Bundle.load(Store().path(artifacts["bundle"])).select(budget)
     chosen = time.perf_counter()
+    formats = list(dict.fromkeys([*settings.export.formats, "packed"]))
     with whole_or_nothing(out) as part:
         facts = write_export(
             part,
             configuration,
             **artifacts,
-            export=settings.export.model_copy(update={"base": True}),
+            export=settings.export.model_copy(update={"formats": formats}),
             runtime=_runtime(settings),
             seed=settings.seed,
         )

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from coalora.configurations import ConfigurationSet
-from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
+from coalora.export.formats import ExportSource
+from coalora.export.formats import write_export as write_formats
 from coalora.files import read_json
 from coalora.models.loading import load_config
 from coalora.recipes import AdapterRecipe
@@ -82,7 +83,7 @@ def export_budget(
     runtime: RuntimeSettings,
     seed: int,
 ) -> Artifact:
-    """`configuration.json`, `adapter/` and (if asked) `base/` for the budget number `index` of the selection."""
+    """`configuration.json` and a folder of each format for the budget number `index` of the selection."""
     measured = load_tables(tables)
     configuration = load_selected(selection, measured)[index]
 
@@ -114,24 +115,21 @@ def write_export(
     runtime: RuntimeSettings,
     seed: int,
 ) -> dict[str, Scalar]:
-    """Write adapter and packed base of one configuration (N,) into `folder`; returns its bits, bytes and digest."""
+    """Write one configuration (N,) in the formats asked for into `folder`; returns its bits, bytes and digest."""
     made = Bundle.load(Store().path(bundle))
     adapted = made.adapt_to(configuration)
-    made.write(adapted, folder, dtype=getattr(torch, export.adapter_dtype))
-    if export.base:
-        source, data = BaseModel(base), load_benchmark(benchmark)
-        model = source.load(data, runtime, seed=seed)
-        stored = getattr(load_config(source.path), "dtype", None)
-        write_base(
-            folder / "base",
-            model,
-            made.tables,
-            configuration,
-            task=data.task,
-            statistics=load_input_statistics(tables, made.tables),
-            rest_dtype=stored,
-        )
-        source.tokenizer().save_pretrained(folder / "base")
+    of_base, data = BaseModel(base), load_benchmark(benchmark)
+    source = ExportSource(
+        adapted,
+        made.tables,
+        data.task,
+        load_model=lambda: of_base.load(data, runtime, seed=seed),
+        load_tokenizer=of_base.tokenizer,
+        load_statistics=lambda: load_input_statistics(tables, made.tables),
+        adapter_dtype=getattr(torch, export.adapter_dtype),
+        rest_dtype=getattr(load_config(of_base.path), "dtype", None),
+    )
+    write_formats(folder, export.formats, source)
     return {
         "average_bits": adapted.average_bits,
         "cost": float(made.tables.costs(configuration)),

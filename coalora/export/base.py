@@ -132,7 +132,7 @@ def _read_configuration(folder: Path) -> dict:
         if not (folder / name).is_file():
             raise CoaloraError(
                 f"there is no {name} in {folder}, which is no packed base",
-                remedy="Name the folder `base` of an export; export.base decides whether one is written",
+                remedy="Name the folder `base` of an export; export.formats has to hold packed for it",
             )
     content = read_json(folder / CONFIGURATION)
     if configuration_digest(content) != content["digest"]:

@@ -18,6 +18,7 @@ from coalora.adapt.methods import METHODS
 from coalora.config import CoaLoraConfig
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import reported_metrics
+from coalora.export.formats import EXPORT_FORMATS
 from coalora.quant.registry import SCHEMES
 from coalora.recipes import (
     AdapterRecipe,
@@ -377,10 +378,22 @@ class EvaluationSettings(Section):
 class ExportSettings(Section):
     """What is written for each budget."""
 
-    base: bool = setting(True, "Write the packed base", "Write the packed base beside the adapter.")
+    formats: list[str] = setting(
+        lambda: ["peft", "packed"],
+        "Formats",
+        "Formats written for each budget: peft (the adapter) and packed (its quantized base), or others that are "
+        "installed.",
+    )
     adapter_dtype: Literal["float32", "float16", "bfloat16"] = setting(
         "float32", "Number type of adapters", "Type of the adapter's tensors."
     )
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: list[str]) -> list[str]:
+        if "peft" not in formats:
+            raise ValueError("keep peft among the formats: results count and check its adapter")
+        return [EXPORT_FORMATS.check(name) for name in formats]
 
 
 class TrackingSettings(Section):

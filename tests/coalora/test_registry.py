@@ -85,7 +85,25 @@ def test_modules_of_added_names_are_found_for_the_cache_keys() -> None:
     assert added_modules("units_plugin") == added_modules("nowhere:half") == added_modules("s3://bucket:80") == set()
 
 
-def test_built_in_names_are_listed_without_torch() -> None:
-    code = "import sys; from coalora.quant.registry import SCHEMES;print(*SCHEMES, 'torch' in sys.modules)"
+def test_built_in_names_are_listed_without_torch_and_scipy() -> None:
+    code = """if True:
+        import sys
+        from coalora.adapt.methods import METHODS
+        from coalora.export.formats import EXPORT_FORMATS
+        from coalora.models.architectures import ARCHITECTURES
+        from coalora.quant.registry import SCHEMES
+        from coalora.search.strategies import STRATEGIES
+        for registry in (SCHEMES, ARCHITECTURES, STRATEGIES, METHODS, EXPORT_FORMATS):
+            print(*registry, sep=",")
+        print("torch" in sys.modules, "scipy" in sys.modules)
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["nf", "int", "gptq", "float", "False"]
+    *names, heavy = done.stdout.splitlines()
+    assert heavy == "False False"
+    assert names == [
+        "nf,int,gptq,float",
+        "bert,roberta,llama,mistral,qwen2,qwen3,gpt2",
+        "ehvi,random,frozen",
+        "none,shared,paper,coa,qlora,lq-lora",
+        "peft,packed",
+    ]

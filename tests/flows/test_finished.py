@@ -114,7 +114,7 @@ def test_what_fails_in_the_middle_leaves_nothing(run: TinyRun, tmp_path: Path, m
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("tasks.export.write_base", fail)
+    monkeypatch.setattr("coalora.export.base.write_base", fail)
     with pytest.raises(OSError, match="disk full"):
         adapt(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

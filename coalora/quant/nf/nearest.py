@@ -59,8 +59,7 @@ class IntervalTable:
             cells *= 2
             if cells > _MAX_CELLS:
                 raise CoaloraError(
-                    f"A gap of {np.diff(thresholds).min()} between thresholds is below the {2 / _MAX_CELLS} that a table "
-                    "tells apart"
+                    f"Thresholds lie {np.diff(thresholds).min()} apart, closer than a table can tell ({2 / _MAX_CELLS})"
                 )
         occupied = _cells(torch.from_numpy(thresholds), cells).numpy()
         bound = np.full(cells + 1, np.inf, dtype=np.float32)

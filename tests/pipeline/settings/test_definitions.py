@@ -60,7 +60,7 @@ WRONG: list[tuple[list[str], Sequence[str]]] = [
     (["search.rounds=yes"], ["search.rounds is True: true and false are no value of this key"]),
     (["training.lr=true"], ["training.lr is True: true and false are no value of this key"]),
     (["evaluation.budgets=[2.5, true]"], ["evaluation.budgets.1 is True: true and false are no value of this key"]),
-    (["export.base=maybe"], ["export.base is 'maybe': it should be a valid boolean"]),
+    (["export.formats=[peft, packt]"], ["export format 'packt'", "packed"]),
     (["model.pretrain=128"], ["model.pretrain is 128: it should be a mapping"]),
     (["search=null"], ["search is None: it should be a mapping"]),
     (["search.rounds="], ["search.rounds is None: it should be a valid integer"]),
@@ -160,7 +160,7 @@ def test_a_missing_section_is_named() -> None:
         ("benchmark.n_train=null", "benchmark.n_train", None),
         ("benchmark.n_train=", "benchmark.n_train", None),
         ("target_modules=['*.mlp.*']", "target_modules", ["*.mlp.*"]),
-        ("export.base=false", "export.base", False),
+        ("export.formats=[peft]", "export.formats", ["peft"]),
         ("stages.retries=3", "stages.retries", 3),  # a section that the file leaves out
         ("tracking.tracking_uri=http://host:5000/a=b", "tracking.tracking_uri", "http://host:5000/a=b"),
         (" seed =7", "seed", 7),
