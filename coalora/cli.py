@@ -102,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors of usage; typer does not export their class
             raise
-        told = error.format_message().rstrip(".")
-        context_of = getattr(error, "ctx", None)
-        print(f"error: {told}. See `{context_of.command_path if context_of else 'coalora'} --help`.", file=sys.stderr)
+        at = getattr(error, "ctx", None)
+        remedy = f"See `{at.command_path if at else 'coalora'} --help`"
+        print(f"error: {CoaloraError(error.format_message(), remedy=remedy)}", file=sys.stderr)
         return 2
     finally:
         sys.path.pop(0)

@@ -128,7 +128,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["rnu", "demo"], "No such command 'rnu'"),
+        (["rnu", "demo"], "No such command 'rnu'. Did you mean 'run'? See `coalora --help`."),
         (["run"], "Missing argument 'NAME'"),
         (["run", "demo", "--sett", "a=b"], "No such option"),
         (["adapt", "runs/demo", "--out", "x"], "Missing option '--budget'"),
@@ -145,8 +145,8 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["inspect", "pipelines.yaml"], "pipelines.yaml is none of the things"),
         (["verify", "nothing"], "nothing does not exist"),
         (["restore", "--rev", "HEAD", "--mlflow-run", "1", "--out", "x"], "two sources"),
-        (["prune", "--withdraw", "demo/1"], "Give --published"),
-        (["prune", "--older-than", "-1"], "--older-than -1 is below 0"),
+        (["prune", "--withdraw", "demo/1"], "Give --at s3://"),
+        (["prune", "--older-than", "-1"], "--older-than is -1. Give"),
         (["limits", "--gpus", "1", "--machine", "node1"], "node1 is no NAME=NUMBER"),
         (["stack", "up", "--ports", "s3=70000"], "s3=70000 is no NAME=NUMBER"),
         (["pool"], "no Prefect server is named"),
