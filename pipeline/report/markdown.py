@@ -1,0 +1,111 @@
+"""Markdown of a run for Prefect's UI: the page of a round, and that of the result.
+
+Pictures are data URIs: an image artifact takes an address, and a worker serves none.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coalora.calibrate.costs import UNITS
+from pipeline.report.rounds import fronts_png
+from pipeline.report.schema import Cost, Round, loss_unit
+from pipeline.report.table import number, signed
+from pipeline.settings.sections import BenchmarkSettings, Settings
+
+
+def round_markdown(
+    pipeline: str,
+    settings: Settings,
+    round_index: int,
+    rounds: Sequence[Round],
+    members: Sequence[dict[str, Any]],
+    url: str,
+) -> str:
+    """The page of one round.
+
+    Args:
+        rounds: records of the search rounds so far; none for the initial set.
+        members: of the set after the round.
+        url: of the round's MLflow run, or the command that shows it; empty where there is neither.
+    """
+    unit, unit_of_loss = UNITS[settings.cost.kind], _loss_unit(settings.benchmark)
+    bits = [member["average_bits"] for member in members]
+    spread = f"{len(members)} configurations from {min(bits):.2f} to {max(bits):.2f} average bits"
+    see = ["", f"In MLflow: {_link(f'round {round_index}', url)}"] if url else []
+    lines = [f"# {pipeline}: configuration set of round {round_index}", ""]
+    if not rounds:
+        return "\n".join([*lines, f"The initial set: {spread}.", *see])
+    now = rounds[-1]
+    lines += [
+        _picture(fronts_png(rounds, _cost(settings), unit_of_loss), f"Fronts up to round {now.round}"),
+        "",
+        f"{spread}; {len(now.front)} of them on the front. {now.n_accepted} of {now.n_candidates} candidates accepted.",
+        "",
+        "| round | hypervolume before ↑ | after ↑ | change | accepted |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {at.round} | {number(at.hypervolume_before)} | {number(at.hypervolume_after)} | "
+        f"{signed(at.hypervolume_after - at.hypervolume_before)} | {at.n_accepted} of {at.n_candidates} |"
+        for at in rounds
+    ]
+    lines += ["", f"| {unit.label} | loss, {unit_of_loss} ↓ |", "| ---: | ---: |"]
+    lines += [f"| {cost:.3f} | {loss:.4f} |" for loss, cost in front_of(now)]
+    return "\n".join([*lines, *see])
+
+
+def result_markdown(
+    pipeline: str, files: Path, folder: str, run_id: str, url: str, registered: Mapping[str, Any]
+) -> str:
+    """The page of a finished run.
+
+    Args:
+        files: folder of the report.
+        folder: the run's, for people.
+        url: of the MLflow run, or the command that shows it.
+        registered: name, version and reason of the registered version.
+    """
+    where = f"`{Path(folder).resolve() / 'report' / 'report.html'}` on {socket.gethostname()}"
+    served = url.startswith("http")
+    report = f"[report.html]({url}/artifacts/report/report.html) in MLflow, and {where}" if served else where
+    return "\n".join(
+        [
+            f"# {pipeline}",
+            "",
+            (files / "table.md").read_text(encoding="utf-8").strip(),
+            "",
+            _picture((files / "front.png").read_bytes(), "Pareto front"),
+            "",
+            f"- Report: {report}",
+            f"- MLflow: {_link('run ' + run_id, url)}",
+            f"- Registered: {registered['name']}, version {registered['version']} ({registered['reason']})",
+            f"- Another budget: `coalora adapt {folder} --budget 3.5 --out adapted/3.5-bits`",
+        ]
+    )
+
+
+def front_of(at: Round) -> list[tuple[float, float]]:
+    """(loss, cost) of the front after a round, by rising cost."""
+    return sorted(((loss, cost) for loss, cost in at.front), key=lambda point: point[1])
+
+
+def _loss_unit(benchmark: BenchmarkSettings) -> str:
+    return loss_unit(benchmark.task, squared=benchmark.num_labels == 1)
+
+
+def _cost(settings: Settings) -> Cost:
+    unit = UNITS[settings.cost.kind]
+    return Cost(kind=settings.cost.kind, label=unit.label, words=unit.words, unit=unit.unit)
+
+
+def _picture(png: bytes, alt: str) -> str:
+    return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def _link(words: str, url: str) -> str:
+    return f"[{words}]({url})" if url.startswith("http") else f"{words}, `{url}`"
