@@ -24,6 +24,12 @@ class ConfigurationSet:
         configurations: (n, N) choice indices.
         losses: (n,) of the adapted model on the search split when they were last measured; NaN before that.
         joined: (n,) round in which a member joined; 0 is the initial set.
+
+    Example:
+        >>> from coalora import ConfigurationSet
+        >>> members = ConfigurationSet.unmeasured(allocate(tables.err, tables.search_cost, tables.cost_range()))
+        >>> len(members), ConfigurationSet.from_dict(members.to_dict(tables), tables).joined.tolist()
+        (2, [0, 0])
     """
 
     configurations: np.ndarray

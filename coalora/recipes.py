@@ -59,6 +59,11 @@ class Recipe:
 
     Raises:
         CoaloraError: a value of another type, or outside of its field's range.
+
+    Example:
+        >>> from coalora import SearchRecipe
+        >>> SearchRecipe.from_dict({"rounds": 3}).to_dict()["candidates"]
+        8
     """
 
     def __post_init__(self) -> None:

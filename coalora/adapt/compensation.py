@@ -40,6 +40,16 @@ def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple
 
     Raises:
         CoaloraError: r is not between 1 and the smaller side of the residual.
+
+    Example:
+        >>> import torch
+        >>> from coalora import compensation, dequantize, quantize
+        >>> from coalora.quant.scheme import InputStatistics
+        >>> weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+        >>> residual = weight - dequantize(quantize(weight, "int", bits=2, group_size=64, mode="sym"))
+        >>> lora_A, lora_B = compensation(residual, InputStatistics(torch.ones(64)), r=8)
+        >>> bool((residual - lora_B @ lora_A).norm() < 0.8 * residual.norm())
+        True
     """
     if not 1 <= r <= min(residual.shape):
         raise CoaloraError(

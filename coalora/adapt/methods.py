@@ -30,6 +30,11 @@ class Method:
         start: of the pair: PEFT's initial values (B = 0), or the decomposition of the error of the one configuration
             that the method is trained for.
         sampling: draw of the configurations in place of the training recipe's.
+
+    Example:
+        >>> from coalora import METHODS
+        >>> METHODS["shared"].label, METHODS["coa"].theta
+        ('Shared-LoRA', 'recipe')
     """
 
     label: str

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
-
-if TYPE_CHECKING:
-    from coalora.recipes import CalibrationRecipe
+from coalora.recipes import CalibrationRecipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class CalibrationTables:
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
         cost_kind: what budgets and the search count (`coalora.calibrate.costs`).
         latency: (N, K) float64 microseconds where that is the cost.
+
+    Example:
+        >>> C = allocate(tables.err, tables.search_cost, [3.0, 4.0])  # tables: what `CoaLoraModel.calibrate` returned
+        >>> bool((tables.average_bits(C) <= [3.0, 4.0]).all())
+        True
     """
 
     layers: list[TargetLayer]

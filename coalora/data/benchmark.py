@@ -33,6 +33,13 @@ class Split:
         bytes_per_token: UTF-8 bytes a token stands for (language modelling; 1 otherwise).
         pad_token_id: what fills the rows.
         token_type_ids: (n, L) which sentence of a pair a token belongs to, for models that embed it (BERT).
+
+    Example:
+        >>> import torch
+        >>> from coalora import Split
+        >>> split = Split(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]), labels=torch.tensor([1, 0]))
+        >>> split.batch(torch.tensor([1]))["input_ids"]
+        tensor([[8, 9]])
     """
 
     input_ids: Tensor

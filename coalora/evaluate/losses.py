@@ -19,7 +19,13 @@ from coalora.evaluate.metrics import Kind, Outcome, metrics_of
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss (nats an example or a token; squared error for values) and every metric that applies."""
+    """Mean loss (nats an example or a token; squared error for values) and every metric that applies.
+
+    Example:
+        >>> model.switch(budget=3.5)
+        >>> sorted(model.evaluate(search_texts).metrics)
+        ['bits_per_byte', 'perplexity']
+    """
 
     loss: float
     metrics: dict[str, float]
@@ -115,6 +121,12 @@ class LossMeter:
         split: the examples.
         progress: makes a listener (done, total, loss=...) for what is measured.
         memo: makes the memory (what, number of losses) of a loop.
+
+    Example:
+        >>> from coalora import LossMeter
+        >>> meter = LossMeter(model.adapted, model.split(search_texts), batch_size=8)
+        >>> meter(model.members.configurations[:2], "two members").shape
+        (2,)
     """
 
     adapted: AdaptedModel

@@ -84,6 +84,12 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     Raises:
         CoaloraError: the folder is no packed base, its content contradicts its digest, or tensors are missing or
             have another size.
+
+    Example:
+        >>> from coalora import load_base
+        >>> model.export(folder / "alone", budget=3.5)
+        >>> len(load_base(folder / "alone/base").coalora_digest)
+        64
     """
     folder = Path(folder)
     content = _read_configuration(folder)
@@ -121,6 +127,13 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
 
     Raises:
         CoaloraError: the adapter was made for another base; both digests are shown.
+
+    Example:
+        >>> from coalora import load_adapted
+        >>> model.export(folder / "device", budget=3.5)
+        >>> device = load_adapted(folder / "device/base", folder / "device/adapter")
+        >>> device(**model.tokenizer("a text", return_tensors="pt")).logits.shape[0]
+        1
     """
     check_binding(Path(adapter_folder), _read_configuration(Path(base_folder))["digest"])
     return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()

@@ -85,6 +85,12 @@ class Bundle:
         base_model: what the adapter's config names as its base (hub id, or a relative path).
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
+
+    Example:
+        >>> from coalora import Bundle
+        >>> model.bundle().save(folder / "saved")
+        >>> Bundle.load(folder / "saved").adapt(budget=3.5).average_bits <= 3.5
+        True
     """
 
     def __init__(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import SET_FORMAT, ConfigurationSet
 from coalora.errors import CoaloraError
+from coalora.recipes import InitialSetRecipe
 from coalora.search.knapsack import allocate
-
-if TYPE_CHECKING:
-    from coalora.recipes import InitialSetRecipe
 
 
 def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> ConfigurationSet:
@@ -20,6 +18,12 @@ def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> Configur
 
     Raises:
         CoaloraError: budgets outside of what the choice space can reach.
+
+    Example:
+        >>> from coalora import InitialSetRecipe, initial_set
+        >>> members = initial_set(tables, InitialSetRecipe(size=4))
+        >>> bool((members.objectives(tables)[:, 1] <= tables.cost_range()[1]).all())
+        True
     """
     low, high = initial_range(tables, recipe)
     # The smallest budget is met exactly; a rounding error below it must not make it infeasible.

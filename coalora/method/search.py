@@ -7,19 +7,17 @@ reference point is fixed by the first round, so that hypervolumes of all rounds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
+from coalora.recipes import SearchRecipe
 from coalora.search.pareto import hypervolume, is_non_dominated, segment_filter
 from coalora.search.strategies import STRATEGIES, SearchState
 from coalora.search.surrogate import Surrogate
-
-if TYPE_CHECKING:
-    from coalora.recipes import SearchRecipe
 
 
 def search_round(
@@ -48,8 +46,7 @@ def search_round(
         counts of members, candidates and evaluations, and the surrogate's mean error.
 
     Example:
-        >>> from coalora.method.initial import initial_set
-        >>> from coalora.recipes import InitialSetRecipe, SearchRecipe
+        >>> from coalora import InitialSetRecipe, SearchRecipe, initial_set, search_round
         >>> members = initial_set(tables, InitialSetRecipe(size=3))
         >>> def measure(configurations, what):  # in place of a model
         ...     return 1 + tables.err[range(len(tables.layers)), configurations].sum(-1)

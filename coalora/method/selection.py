@@ -31,6 +31,13 @@ def select_budgets(
 
     Raises:
         CoaloraError: a budget below the cheapest configuration.
+
+    Example:
+        >>> from coalora import LossMeter, select_budgets
+        >>> meter = LossMeter(model.adapted, model.split(search_texts), batch_size=8)
+        >>> members, chosen = select_budgets(meter, model.members, tables, budgets=[3.0, 4.0])
+        >>> bool((tables.average_bits(chosen.configurations) <= [3.0, 4.0]).all())
+        True
     """
     members = members.with_losses(measure(members.configurations, "final set")).sorted(tables)
     known = {row.tobytes(): loss for row, loss in zip(members.configurations, members.losses, strict=True)}

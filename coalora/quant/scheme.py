@@ -80,6 +80,12 @@ class Scheme(ABC):
         name: its name in the registry.
         choice_type: the `Choice` subclass of this scheme.
         needs_statistics: whether `quantize` reads the Hessian of the layer's inputs (calibrated schemes).
+
+    Example:
+        >>> from coalora import SCHEMES
+        >>> scheme = SCHEMES["int"]()
+        >>> len(scheme.choices()), scheme.nominal_bits(scheme.choices()[0])
+        (24, 2.5)
     """
 
     needs_statistics: ClassVar[bool] = False

@@ -63,6 +63,12 @@ def log_ehvi(mean: ArrayLike, sigma: ArrayLike, cost: ArrayLike, front: ArrayLik
 
     Raises:
         CoaloraError: wrong shapes, NaN, or a negative sigma.
+
+    Example:
+        >>> from coalora import log_ehvi
+        >>> front = [[2.0, 3.0], [1.0, 4.0]]
+        >>> log_ehvi([1.5, 3.0], [0.1, 0.1], [3.5, 3.5], front, ref_point=[4.0, 5.0]).round(2).tolist()
+        [-1.39, -58.55]
     """
     mu, sd, b = (np.asarray(v, dtype=np.float64) for v in (mean, sigma, cost))
     if mu.ndim != 1 or mu.shape != sd.shape or mu.shape != b.shape:

@@ -583,6 +583,13 @@ def allocate(
     Raises:
         CoaloraError: shapes differ, entries are not finite, a layer is left without a choice, or a budget is below
             the cheapest configuration.
+
+    Example:
+        >>> from coalora import allocate
+        >>> err = [[9.0, 3.0, 1.0], [4.0, 2.0, 1.0]]  # two layers, three choices
+        >>> bits = [[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]]
+        >>> allocate(err, bits, [4.0, 5.0, 7.0]).tolist()
+        [[0, 0], [1, 0], [2, 1]]
     """
     errors = as_table(err, name="err")
     costs = as_table(cost, name="cost", shape=errors.shape)

@@ -28,6 +28,11 @@ def is_non_dominated(Y: ArrayLike, *, deduplicate: bool = True) -> Bool:
 
     Raises:
         CoaloraError: `Y` is not (n, m) or contains NaN.
+
+    Example:
+        >>> from coalora import is_non_dominated
+        >>> is_non_dominated([[2.0, 3.0], [1.0, 4.0], [2.0, 4.0]]).tolist()
+        [True, True, False]
     """
     points = as_objectives(Y, n_objectives=None)
     n = points.shape[0]
@@ -84,6 +89,11 @@ def hypervolume(Y: ArrayLike, ref_point: ArrayLike) -> float:
 
     Raises:
         CoaloraError: wrong shapes, or NaN.
+
+    Example:
+        >>> from coalora import hypervolume
+        >>> hypervolume([[2.0, 3.0], [1.0, 4.0], [9.0, 9.0]], ref_point=[4.0, 5.0])
+        5.0
     """
     front = sorted_front(Y, ref_point)
     reference = as_point(ref_point, name="ref_point")

@@ -206,6 +206,17 @@ def propose(
     Raises:
         CoaloraError: wrong shapes, indices out of range, numbers that must be positive, bounds that do not
             rise, or a layer without a choice.
+
+    Example:
+        >>> from coalora import Surrogate, propose
+        >>> err, bits = [[9.0, 3.0, 1.0], [4.0, 2.0, 1.0]], [[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]]
+        >>> C, Y = [[0, 0], [2, 2]], [[13.0, 4.0], [2.0, 8.0]]
+        >>> proposal = propose(
+        ...     Surrogate.fit(err, C, [13.0, 2.0], seed=0), C, Y, bits, [[1, -1], [0, 2], [1, -1]], [14.0, 9.0],
+        ...     n_candidates=2, n_restarts=2, max_steps=5, seed=0,
+        ... )
+        >>> proposal.configurations.shape
+        (2, 2)
     """
     cost = as_table(cost_table, name="cost_table", shape=surrogate.features.shape)
     known = as_configurations(configurations, (cost.shape[0], cost.shape[1]), name="configurations")

@@ -204,6 +204,14 @@ class Surrogate:
         Raises:
             CoaloraError: wrong shapes, indices out of range, no configuration, non-finite losses or negative
                 noise.
+
+        Example:
+            >>> from coalora import Surrogate
+            >>> err = [[9.0, 3.0, 1.0], [4.0, 2.0, 1.0]]  # two layers, three choices
+            >>> surrogate = Surrogate.fit(err, [[0, 0], [1, 1], [2, 2]], [14.0, 6.0, 3.0], seed=0)
+            >>> mean, sigma = surrogate.predict([[2, 0]])
+            >>> bool(3 < mean[0] < 14), bool(sigma[0] > 0)
+            (True, True)
         """
         table = as_table(feature_table, name="feature_table")
         C, loss = _training_data(table, configurations, losses)

@@ -85,8 +85,8 @@ def train(
     """
     if len(configurations) == 0 or len(configurations) != len(average_bits):
         raise CoaloraError(
-            "training draws from a set of at least one configuration, each with its bits",
-            got=f"{len(configurations)} configurations, {len(average_bits)} average bits",
+            f"training got {len(configurations)} configurations with {len(average_bits)} average bits",
+            remedy="Give at least one configuration, each with its bits",
         )
     begin = state.step if state else 0
     span = (begin, begin + steps)
@@ -98,7 +98,7 @@ def train(
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
-        raise CoaloraError("the method must have something to train", got=f"method {adapted.method!r}")
+        raise CoaloraError(f"method {adapted.method!r} has nothing to train here", remedy="Train another method")
     if span[1] > total_steps:
         raise CoaloraError(
             f"{begin} + {steps} steps are more than the schedule's {total_steps}",
@@ -216,9 +216,9 @@ def _check_finite(step: int, rows: list[list[float]], average_bits: np.ndarray) 
     for loss, norm, member in rows:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise CoaloraError(
-                "the training loss and its gradient must stay finite",
-                got=f"loss {loss}, gradient norm {norm} at step {step} ({average_bits[int(member)]:.2f} bits)",
-                remedy="lower training.lr",
+                f"training is no longer finite: loss {loss}, gradient norm {norm} at step {step} "
+                f"({average_bits[int(member)]:.2f} bits)",
+                remedy="Lower training.lr",
             )
 
 

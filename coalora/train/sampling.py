@@ -1,4 +1,4 @@
-"""Which configuration a training step sees, and which examples.
+"""Draws of a training step: its configuration, and its examples.
 
 Where training spends its steps is the largest lever on low-bit configurations, and costs nothing. Four modes:
 
@@ -107,7 +107,9 @@ class Sampler:
         estimates: LossEstimates | None = None,
     ) -> None:
         if power < 1:
-            raise CoaloraError("sampling power is at least 1", got=power, remedy="1 is uniform; 2.5 favors low bits")
+            raise CoaloraError(
+                f"a sampling power of {power} is below 1", remedy="Set it to 1 (uniform) or more; 2.5 favors low bits"
+            )
         self.sampling, self.power, self.seed = sampling, power, seed
         self.order = np.argsort(average_bits, kind="stable")
         self._rank = np.argsort(self.order)

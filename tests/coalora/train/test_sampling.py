@@ -57,7 +57,7 @@ def test_a_single_member_is_always_drawn() -> None:
 
 
 def test_power_below_one_is_refused() -> None:
-    with pytest.raises(CoaloraError, match=r"at least 1; got: 0\.5"):
+    with pytest.raises(CoaloraError, match=r"power of 0\.5 is below 1"):
         Sampler(BITS, sampling="low-bits", power=0.5, seed=0)
 
 

@@ -79,8 +79,11 @@ def test_closure_of_a_real_stage_module_has_the_library_and_no_plumbing(tmp_path
         "from coalora.errors import CoaloraError\nfrom pipeline.stages.runner import stage\nimport torch\n"
     )
     (tmp_path / "coalora").mkdir()  # a folder of tests, not the package
-    names = {path.name for path in source_closure(module)}
+    closure = source_closure(module)
+    names = {path.name for path in closure}
     assert {"stage_module.py", "errors.py"} <= names
+    # It names every module of the library: with it, any edit would change every key.
+    assert not any(path.parts[-2:] == ("coalora", "__init__.py") for path in closure)
     assert not names & {"engine.py", "stage.py", "store.py", "keys.py", "artifacts.py", "environment.py"}
 
 

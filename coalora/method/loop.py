@@ -1,0 +1,105 @@
+"""Loop of CoA-LoRA (arXiv 2509.25214): training on the initial set, then rounds of Pareto search and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coalora.adapt.adapted import AdaptedModel
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import ConfigurationSet
+from coalora.data.benchmark import Split
+from coalora.evaluate.losses import LossMeter
+from coalora.method.search import search_round
+from coalora.recipes import SearchRecipe, TrainingRecipe
+from coalora.train.loop import TrainingState, train
+
+
+@dataclass
+class Fitted:
+    """Outcome of `fit`.
+
+    Attributes:
+        members: the set that the last steps were taken on, with the losses of the last search.
+        state: parameters, AdamW's moments and the steps done.
+        searches: a record of each search round (`search_round`).
+        history: a record of each step: step, loss, lr, bits, round.
+
+    Example:
+        >>> len(model.fitted.history), model.fitted.searches[0]["round"]  # after fit(..., steps=4, rounds=1)
+        (4, 1)
+    """
+
+    members: ConfigurationSet
+    state: TrainingState = field(default_factory=TrainingState)
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    adapted: AdaptedModel,
+    train_split: Split,
+    search_split: Split,
+    members: ConfigurationSet,
+    tables: CalibrationTables,
+    *,
+    training: TrainingRecipe,
+    search: SearchRecipe,
+    seed: int,
+    progress: Callable[[str], Callable[..., None]] | None = None,
+) -> Fitted:
+    """Train `adapted` in place: `initial_steps` on `members`, then for each round a search and `round_steps`.
+
+    Args:
+        members: the set of round 0, such as `initial_set` makes it.
+        search_split: examples that guide the search; nothing is trained on them.
+        progress: makes a listener (done, total, **values) for what is named.
+
+    The pipeline runs the same steps as cached stages, with the same numbers bit for bit.
+
+    Example:
+        >>> from coalora import InitialSetRecipe, SearchRecipe, TrainingRecipe, fit, initial_set
+        >>> fitted = fit(
+        ...     model.adapted, model.split(train_texts), model.split(search_texts),
+        ...     initial_set(tables, InitialSetRecipe(size=3)), tables,
+        ...     training=TrainingRecipe(initial_steps=2, batch_size=2), search=SearchRecipe(rounds=0), seed=0,
+        ... )
+        >>> fitted.state.step
+        2
+    """
+    fitted = Fitted(members)
+    for round_index in range(search.rounds + 1):
+        label = f"round {round_index}"
+        if round_index:
+            fitted.members, record = search_round(
+                LossMeter(
+                    adapted,
+                    search_split,
+                    search.batch_size,
+                    (lambda what, of=label: progress(f"search, {of}, {what} measured")) if progress else None,  # type: ignore[misc]
+                ),
+                fitted.members,
+                tables,
+                search,
+                round_index=round_index,
+                seed=seed,
+                ref_point=fitted.searches[0]["ref_point"] if fitted.searches else None,
+                progress=progress(f"search, {label}, proposals") if progress else None,
+            )
+            fitted.searches.append(record)
+        found = fitted.members.configurations
+        fitted.state, records = train(
+            adapted,
+            train_split,
+            found,
+            tables.average_bits(found),
+            training,
+            steps=training.round_steps if round_index else training.initial_steps,
+            total_steps=training.total_steps(search.rounds),
+            seed=seed,
+            state=fitted.state if round_index else None,
+            progress=progress(f"training, {label}") if progress else None,
+        )
+        fitted.history += [{**record, "round": round_index} for record in records]
+    return fitted
