@@ -85,7 +85,8 @@ def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad input is a message on standard error."""
-    sys.path.insert(0, os.getcwd())  # as `python -m` does: the checkout's rooms
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does: the checkout's rooms
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(command_line())
     try:
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {CoaloraError(error.format_message(), remedy=remedy)}", file=sys.stderr)
         return 2
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)
 
 
 def command_line() -> typer.Typer:
