@@ -106,7 +106,7 @@ def test_a_folder_with_files_is_left_alone(run: TinyRun, tmp_path: Path) -> None
 def test_a_budget_below_the_space_is_refused_before_anything_is_written(
     run: TinyRun, tmp_path: Path, budget: str
 ) -> None:
-    assert "at least the smallest average bits" in refused(run, tmp_path / "out", budget=budget)
+    assert "is below the choice space" in refused(run, tmp_path / "out", budget=budget)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_run_is_refused(run: TinyRun, tmp_path: Path, part: 
         ("{", "run.json"),
         ("[]", "run.json"),
         ("{}", "'settings'"),
-        ('{"settings": {"seed": -1}}', "model: is required"),
+        ('{"settings": {"seed": -1}}', "model is missing"),
     ],
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, content: str, fragment: str) -> None:

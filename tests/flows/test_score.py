@@ -92,9 +92,9 @@ def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--budget", "1"], "at least the smallest average bits"),
+        (["--budget", "1"], "is below the choice space"),
         (["--budget", "3", "--max-length", "4000"], "is above the"),
-        (["--budget", "3", "--max-length", "8", "--stride", "8"], "stride 8, max_length 8"),
+        (["--budget", "3", "--max-length", "8", "--stride", "8"], "a stride of 8 leaves tokens of windows of 8 out"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
@@ -105,6 +105,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
 
 
 def test_a_text_that_is_missing_or_no_text_is_refused(run: TinyRun, book: Path) -> None:
-    assert "a text file must exist" in refused("score", run.folder, "--text", book.with_name("none.txt"), "--budget", 3)
+    assert "none.txt does not exist" in refused(
+        "score", run.folder, "--text", book.with_name("none.txt"), "--budget", 3
+    )
     book.write_bytes(b"\xff\xfe\xfa")
-    assert "a text file is UTF-8" in refused("score", run.folder, "--text", book, "--budget", 3)
+    assert "is not UTF-8" in refused("score", run.folder, "--text", book, "--budget", 3)
