@@ -13,13 +13,13 @@ damping. With the diagonal of H alone it is the activation-weighted LoftQ of LQ-
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coalora.cache import ByteCache, total_nbytes
 from coalora.errors import CoaloraError
 from coalora.quant.scheme import InputStatistics
 
@@ -128,27 +128,18 @@ class CompensationTable:
         known: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self._residual, self._statistics, self._ranks = residual, statistics, ranks
-        self.cache_bytes = cache_bytes
         self._known = dict(known or {})
-        self._cache: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
-        self._nbytes = 0
+        self._cache: ByteCache[tuple[int, int], tuple[Tensor, Tensor]] = ByteCache(cache_bytes, total_nbytes)
 
     def __call__(self, layer: int, choice: int) -> tuple[Tensor, Tensor]:
         """(lora_A (r, in), lora_B (out, r)) of choice `choice` in layer `layer`, on the residual's device."""
         key = (layer, choice)
         if key in self._known:
             return self._known[key]
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        made = compensation(self._residual(layer, choice), self._statistics[layer], self._ranks[layer])
-        size = sum(tensor.nbytes for tensor in made)
-        if size <= self.cache_bytes:
-            self._cache[key] = made
-            self._nbytes += size
-            while self._nbytes > self.cache_bytes:
-                _, dropped = self._cache.popitem(last=False)
-                self._nbytes -= sum(tensor.nbytes for tensor in dropped)
+        made = self._cache.get(key)
+        if made is None:
+            made = compensation(self._residual(layer, choice), self._statistics[layer], self._ranks[layer])
+            self._cache.put(key, made)
         return made
 
     def factors(self, configurations: np.ndarray) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:

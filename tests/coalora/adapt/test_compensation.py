@@ -142,7 +142,7 @@ def test_the_table_computes_once_and_stays_below_its_limit() -> None:
     for key in [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (0, 1)]:
         table(*key)
     assert calls == [(0, 0), (0, 1), (1, 0)]
-    assert table._nbytes <= 2 * size
+    assert table._cache.nbytes <= 2 * size
     table(0, 0)
     assert calls[-1] == (0, 0)
 
