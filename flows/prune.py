@@ -96,6 +96,7 @@ def _show(where: str, found: Sequence[Garbage], below: Path | None = None) -> No
         place = item.place
         if below is not None and isinstance(place, Path) and place.is_relative_to(below):
             place = place.relative_to(below)
+        place = str(place) if str(place).isprintable() else ascii(str(place))  # a bucket holds others' names, too
         print(f"  {_megabytes(item.nbytes):>10}  {item.age / 86400:6.1f} d  {item.kind:<10}  {place}  ({item.why})")
     if len(found) > _MOST:
         print(f"  and {len(found) - _MOST} smaller ones")

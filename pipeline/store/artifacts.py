@@ -70,7 +70,7 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str
+    kind: FileName
     digest: Digest
     nbytes: int = Field(ge=0)
     meta: dict[str, Scalar] = {}

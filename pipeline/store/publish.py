@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,16 @@ from coalora.errors import CoaloraError
 from coalora.files import read_json
 from pipeline.s3.client import S3Address, S3Location
 from pipeline.settings.sections import StorageSettings
-from pipeline.store.artifacts import MANIFEST, MARKER, FileEntry, FileName, Manifest, files_below, first_problem
+from pipeline.store.artifacts import (
+    MANIFEST,
+    MARKER,
+    FileEntry,
+    FileName,
+    Manifest,
+    checked_name,
+    files_below,
+    first_problem,
+)
 from pipeline.store.artifacts import manifest_of as manifest_of_files
 from pipeline.store.copies import fill
 from pipeline.store.shared import RUNS, SharedStore
@@ -173,9 +183,11 @@ def split_run_address(address: S3Address) -> tuple[S3Address, str, str]:
 def published_names(shared: SharedStore) -> Iterator[tuple[str, str]]:
     """(pipeline, run) of every published run, in order."""
     for found in shared.location.list(RUNS):
-        _, pipeline, run, *rest = [*found.name.split("/"), "", ""]
-        if rest[:1] == [MANIFEST]:
-            yield pipeline, run
+        _, *names = found.name.split("/")
+        with suppress(ValueError):  # another program's
+            pipeline, run, file = map(checked_name, names)
+            if file == MANIFEST:
+                yield pipeline, run
 
 
 def read_run(shared: SharedStore, pipeline: str, run: str) -> RunManifest:
@@ -185,14 +197,7 @@ def read_run(shared: SharedStore, pipeline: str, run: str) -> RunManifest:
         CoaloraError: there is no such run, or its manifest is damaged, hostile or of another version.
     """
     if run == "latest":
-        name = f"{RUNS}{pipeline}/{LATEST}"
-        pointer = shared.location.get(name)
-        if pointer is None:
-            raise _missing(shared, pipeline, run)
-        try:
-            run = str(json.loads(pointer.content)["run"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(shared, name, "no JSON that names a run") from error
+        run = _latest(shared, pipeline) or run
     name = _manifest_name(pipeline, run)
     found = shared.location.get(name)
     if found is None:
@@ -200,7 +205,10 @@ def read_run(shared: SharedStore, pipeline: str, run: str) -> RunManifest:
     try:
         return RunManifest.model_validate_json(found.content)
     except ValidationError as error:
-        raise _damaged(shared, name, first_problem(error)) from error
+        raise CoaloraError(
+            f"{shared}/{name} is no manifest of this version: {first_problem(error)}",
+            remedy="Publish the run again with this version",
+        ) from error
 
 
 def withdraw(shared: SharedStore, pipeline: str, run: str) -> None:
@@ -210,10 +218,8 @@ def withdraw(shared: SharedStore, pipeline: str, run: str) -> None:
         CoaloraError: there is no such run.
     """
     check_published(shared, pipeline, run)
-    latest = f"{RUNS}{pipeline}/{LATEST}"
-    pointer = shared.location.get(latest)
-    if pointer is not None and json.loads(pointer.content).get("run") == run:
-        shared.location.delete([latest])  # first: it never points at a run that is gone
+    if _latest(shared, pipeline) == run:
+        shared.location.delete([f"{RUNS}{pipeline}/{LATEST}"])  # first: it never points at a run that is gone
     shared.location.delete([_manifest_name(pipeline, run)])
 
 
@@ -221,6 +227,18 @@ def check_published(shared: SharedStore, pipeline: str, run: str) -> None:
     """Refuse to withdraw a run that nobody has published."""
     if (pipeline, run) not in published_names(shared):
         raise _missing(shared, pipeline, run)
+
+
+def _latest(shared: SharedStore, pipeline: str) -> str | None:
+    """The run of a pipeline that was published last."""
+    name = f"{RUNS}{pipeline}/{LATEST}"
+    pointer = shared.location.get(name)
+    try:
+        return None if pointer is None else checked_name(json.loads(pointer.content)["run"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CoaloraError(
+            f"{shared}/{name} names no run", remedy="Name one, or publish a run of this pipeline again"
+        ) from error
 
 
 def _manifest_name(pipeline: str, run: str) -> str:
@@ -233,11 +251,4 @@ def _missing(shared: SharedStore, pipeline: str, run: str) -> CoaloraError:
     return CoaloraError(
         f"There is no run {pipeline}/{run} in {shared}",
         remedy=f"Name one of {shown}" if there else "Publish it first: nothing is published there",
-    )
-
-
-def _damaged(shared: SharedStore, name: str, reason: str) -> CoaloraError:
-    return CoaloraError(
-        f"{shared}/{name} is no manifest of this version: {reason}",
-        remedy="Publish the run again with this version",
     )

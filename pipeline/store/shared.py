@@ -61,11 +61,12 @@ class SharedStore:
         Returns:
             (entries whose bytes travelled, whether the manifest is new)
         """
-        sent = self._send(manifest, folder)
+        contents = list({entry.sha256: entry for entry in manifest.files}.values())
+        sent = self._send(contents, folder)
         changed = self.put_if_other(name, manifest.model_dump())
         if changed:
             # Objects that were there may have been pruned by somebody who had not seen the manifest.
-            sent += self._send(manifest, folder)
+            sent += self._send([entry for entry in contents if entry not in sent], folder)
         return sent, changed
 
     def put_if_other(self, name: str, content: object) -> bool:
@@ -145,9 +146,8 @@ class SharedStore:
         """The lock of a key among the machines that share this store."""
         return Lease(self.location, f"{LOCKS}{cache_key}.json", ttl=self.ttl)
 
-    def _send(self, manifest: Manifest, folder: Path) -> list[FileEntry]:
-        """Upload one file for each content that is not in the bucket, the largest first; returns their entries."""
-        contents = list({entry.sha256: entry for entry in manifest.files}.values())
+    def _send(self, contents: Sequence[FileEntry], folder: Path) -> list[FileEntry]:
+        """Upload the files whose content is not in the bucket, the largest first; returns their entries."""
 
         def is_missing(entry: FileEntry) -> bool:
             found = self.location.head(object_name(entry.sha256))

@@ -284,3 +284,15 @@ def test_what_is_no_run_folder_is_refused(place: S3Location, no_run: Path, run: 
     with pytest.raises(CoaloraError, match="is a link"):
         publish(run, place)
     assert proxy.puts() == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"run": 1}', b'{"run": "../b"}', b'{"run": "a\\u001b[2J"}'])
+def test_a_damaged_or_hostile_pointer_to_the_latest_run_is_said(
+    place: S3Location, tmp_path: Path, content: bytes
+) -> None:
+    place.put_bytes("runs/demo/latest.json", content)
+    place.put_bytes("runs/demo/\x1b[2J/manifest.json", b"{}")  # is in no list of runs
+    with pytest.raises(CoaloraError, match=r"runs/demo/latest\.json names no run"):
+        fetch(place, tmp_path / "got")
+    with pytest.raises(CoaloraError, match="nothing is published there"):
+        fetch(place, tmp_path / "got", "other")
