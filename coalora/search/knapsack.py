@@ -6,6 +6,12 @@ combination of up to four changes, and starts anew from `band_starts` where the 
 Problems of few layers go through a dynamic program (`solve_core`). HIGGS (Malinovskii et al., NAACL 2025) shows that
 the loss is close to linear in per-layer errors, which makes the sum of errors the right objective. LQ-LoRA (Guo et
 al., ICLR 2024) hands the same problem to an integer programming solver.
+
+What each part is worth, as the worst excess error over the best that is known: 144 layers x 432 choices of
+NormalFloat, 50 budgets: 3.7 % for the walk alone, 3.7 % with combinations of changes and no band starts, .08 % with
+both, where the dynamic program leaves .5 % in eight times the time. 24 layers x 60 choices of two sizes, 30 budgets:
+62 % for the walk, 16 % with combinations and band starts, .3 % with the dynamic program (`python -m
+benchmarks.allocation` compares with a wide beam).
 """
 
 from __future__ import annotations
