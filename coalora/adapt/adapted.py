@@ -56,7 +56,7 @@ class AdaptedModel:
         recipe: AdapterRecipe,
         seed: int,
         statistics: Sequence[InputStatistics] | None = None,
-        cache_bytes: int = 1 << 28,
+        cache_bytes: int | None = None,
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
         start: bool = True,
         master: MasterMode = "device",
@@ -88,7 +88,7 @@ class AdaptedModel:
                 self.base.residual,
                 _known(statistics),
                 [compensated] * len(layers),
-                cache_bytes=cache_bytes,
+                cache_bytes=self.base.cache_bytes,
                 known=compensation,
             )
         self._known_statistics = statistics

@@ -121,7 +121,8 @@ class Terms:
         """The leading r x r parts of the group's U, r being the group's rank."""
         if len(group) < len(U):
             if group not in self._indices:
-                self._indices[group] = torch.tensor(group, device=U.device)
+                with torch.inference_mode(False):  # or training could not use what an evaluation has made
+                    self._indices[group] = torch.tensor(group, device=U.device)
             U = U.index_select(0, self._indices[group])
         r = like.shape[1]
         return U[:, :r, :r].to(like.dtype)

@@ -79,6 +79,7 @@ class Scheme(ABC):
     Attributes:
         name: its name in the registry.
         choice_type: the `Choice` subclass of this scheme.
+        has_kernels: whether `kernel_rows` and `dequantize_rows` are there.
         needs_statistics: whether `quantize` reads the Hessian of the layer's inputs (calibrated schemes).
 
     Example:
@@ -89,6 +90,7 @@ class Scheme(ABC):
     """
 
     needs_statistics: ClassVar[bool] = False
+    has_kernels: ClassVar[bool] = False
     name: str
     choice_type: ClassVar[type[Choice]]
 
@@ -188,6 +190,23 @@ class Scheme(ABC):
         """`dequantize_packed` for every (packed, choice, out); a scheme with a GPU kernel makes it one launch."""
         for packed, choice, out in layers:
             self.dequantize_packed(packed, choice, out.shape, out)
+
+    def quantize_packed_many(
+        self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """`quantize_packed` of every (weight, choice, statistics, out), whose weight is written into ``out`` as well; a
+        scheme with GPU kernels makes it one group of launches."""
+        made = [self.quantize_packed(weight, choice, statistics) for weight, choice, statistics, _ in layers]
+        self.dequantize_packed_many([(p, c, out) for p, (_, c, _, out) in zip(made, layers, strict=True)])
+        return made
+
+    def kernel_rows(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> Tensor:
+        """int64 (n, columns), on the host: what `dequantize_rows` reads of every (packed, choice, contiguous out)."""
+        raise NotImplementedError
+
+    def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
+        """Write the weights of all rows, on their device, in one launch; ``n_weights``: of the largest layer."""
+        raise NotImplementedError
 
     def requantize(
         self,

@@ -37,13 +37,16 @@ from coalora.errors import CoaloraError
 from coalora.models.switching.masters import Masters
 from coalora.models.switching.packed import move_rest, pack_layer
 from coalora.models.switching.slots import WeightSlots
+from coalora.models.switching.tables import HeldRows, Indices
 from coalora.models.targets import TargetLayer
+from coalora.quant.kernels.available import use_triton
 from coalora.quant.registry import get_scheme
 from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import MasterMode, WeightMode
 
 FULL_PRECISION = -1
+_TOGETHER = 1 << 27  # weights that are quantized together: a bound on what exists beside them
 _UNFINISHED = -2  # a switch that failed has left the layer in between
 Packed = dict[str, Tensor]
 
@@ -56,7 +59,8 @@ class QuantizedBase:
         layers: its N target layers.
         space: the K choices; a configuration is an int array (N,) of indices into it.
         statistics: of the layers' inputs, for calibrated schemes.
-        cache_bytes: limit of the cache of packed layers and, on a CPU, of weights that wait; 0 turns it off.
+        cache_bytes: limit of the cache of packed layers and, on a CPU, of weights that wait; 0 turns it off. None: a
+            quarter of the GPU's memory that is free now, on a CPU 256 MiB.
         master: where the full-precision weights live.
         weights: `dequantized` writes weights into the model; `packed` makes its layers dequantize on the fly, forward
             and backward, bit for bit alike.
@@ -72,7 +76,7 @@ class QuantizedBase:
         space: ChoiceSpace,
         *,
         statistics: Sequence[InputStatistics] | None = None,
-        cache_bytes: int = 1 << 28,
+        cache_bytes: int | None = None,
         master: MasterMode = "device",
         weights: WeightMode = "dequantized",
         checkpoint: Path | str | None = None,
@@ -91,7 +95,6 @@ class QuantizedBase:
         self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
         self.layers = list(layers)
         self.space = space
-        self.cache_bytes = cache_bytes
         self.weight_mode: WeightMode = weights
         self._cached_bytes = 0
         self._cache: OrderedDict[tuple[int, int], Packed] = OrderedDict()
@@ -99,6 +102,7 @@ class QuantizedBase:
         modules = [_innermost(model.get_submodule(layer.name)) for layer in self.layers]
         stored = [module.get_parameter("weight").data for module in modules]
         self._device = device if device is not None and weights == "packed" else stored[0].device
+        self.cache_bytes = _share_of_free_memory(self._device) if cache_bytes is None else cache_bytes
         packed = weights == "packed"
         self._masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
         self._held: list[Packed] | None = [{} for _ in layers] if packed else None
@@ -109,6 +113,11 @@ class QuantizedBase:
             move_rest(model, {id(module) for module in modules}, self._device)
         self._slots = None if packed else WeightSlots(modules, self.layers, [FULL_PRECISION] * len(layers))
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
+        self._rows: HeldRows | None = None
+        self._clock, self._largest = 0, max(layer.n_weights for layer in layers)
+        if self._slots is not None and all(scheme.has_kernels for scheme in space.schemes):
+            by_kernels = all(use_triton(weight) and weight.is_contiguous() for weight in self._weights)
+            self._rows = HeldRows(len(layers), len(space), self._device) if by_kernels else None
 
     @property
     def masters(self) -> Masters:
@@ -122,6 +131,12 @@ class QuantizedBase:
             CoaloraError: wrong length or an index outside the space.
         """
         target = check_configuration(configuration, len(self.layers), len(self.space.choices))
+        if self._rows is not None:
+            changed_layers = np.flatnonzero(target != self.configuration)
+            self.configuration[changed_layers] = _UNFINISHED
+            self._switch_together(self._rows, changed_layers, target[changed_layers])
+            self.configuration = target.copy()
+            return
         changed = [int(index) for index in np.flatnonzero(target != self.configuration)]
         if self._held is not None:
             for index in changed:  # released before the next one is made
@@ -138,9 +153,49 @@ class QuantizedBase:
             self._written(index, int(target[index]))
         self.configuration = target.copy()
 
+    def _switch_together(self, rows: HeldRows, layers: Indices, choices: Indices) -> None:
+        """On a GPU: one launch for what is held of a scheme, one group of launches for what is not."""
+        held, owners = rows.holds(layers, choices), self.space.scheme_index[choices]
+        self._clock += 1
+        rows.used[layers, choices] = self._clock
+        # What is held first: what is quantized then may take its memory.
+        for scheme_number, scheme in enumerate(self.space.schemes):
+            now = held & (owners == scheme_number)
+            if now.any():
+                scheme.dequantize_rows(rows.gather(scheme.name, layers[now], choices[now]), self._largest)
+        for scheme_number, scheme in enumerate(self.space.schemes):
+            new = ~held & (owners == scheme_number)
+            parts = np.cumsum([self.layers[i].n_weights for i in layers[new]]) // _TOGETHER
+            for part in np.unique(parts):
+                self._quantize_together(rows, scheme, layers[new][parts == part], choices[new][parts == part])
+
+    def _quantize_together(self, rows: HeldRows, scheme: Scheme, layers: Indices, choices: Indices) -> None:
+        own = [(self._weights[i], self.space.choices[k]) for i, k in zip(layers, choices, strict=True)]
+        made = scheme.quantize_packed_many(
+            [(self._masters[i], c, self._statistics[i], out) for i, (out, c) in zip(layers, own, strict=True)]
+        )
+        if not self.cache_bytes:
+            return
+        rows.put(
+            scheme.name, layers, choices, scheme.kernel_rows([(p, c, w) for p, (w, c) in zip(made, own, strict=True)])
+        )
+        for index, k, packed in zip(layers, choices, made, strict=True):
+            self._cache[int(index), int(k)] = packed
+            self._cached_bytes += nbytes(packed.values())
+        if self._cached_bytes > self.cache_bytes:
+            for key in sorted(self._cache, key=lambda key: rows.used[key]):
+                if self._cached_bytes <= self.cache_bytes:
+                    break
+                rows.drop(self._scheme(key[1]).name, *key)
+                self._cached_bytes -= nbytes(self._cache.pop(key).values())
+
     def restore(self) -> None:
         """Make the model hold the full-precision weights."""
-        for index in map(int, np.flatnonzero(self.configuration != FULL_PRECISION)):
+        changed = [int(index) for index in np.flatnonzero(self.configuration != FULL_PRECISION)]
+        if self._rows is not None and changed:
+            torch._foreach_copy_([self._weights[i] for i in changed], [self._masters[i] for i in changed])
+            changed = []
+        for index in changed:
             if self._held is not None:
                 self._held[index] = {}
             elif not self._taken(index, FULL_PRECISION):
@@ -180,7 +235,7 @@ class QuantizedBase:
 
     def _taken(self, index: int, choice: int) -> bool:
         """Whether layer `index` computes with `choice` from now on, because its weight was waiting."""
-        if self._slots is None or self._device.type != "cpu":
+        if self._slots is None or self._rows is not None or self._device.type != "cpu":
             return False
         return self._slots.take(index, choice, self.cache_bytes - self._cached_bytes)
 
@@ -278,6 +333,11 @@ class _Source:
     def __call__(self) -> Callable[[], Tensor]:
         layer, make = self._base.layers[self._index], self._base._maker(self._index)
         return lambda: layer.matrix(make()).contiguous()
+
+
+def _share_of_free_memory(device: torch.device) -> int:
+    # The rest is for activations, gradients and the optimizer; the training set's packed layers mostly fit.
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 28
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

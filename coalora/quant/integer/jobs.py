@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coalora.quant.integer.choice import IntChoice
-from coalora.quant.integer.triton import Job, dequantize, quantize
+from coalora.quant.integer.triton import Job, dequantize, quantize, rows_of
 from coalora.quant.packing import packed_size
 
 Packed = dict[str, Tensor]
@@ -18,6 +18,12 @@ def dequantize_packed_many(layers: Sequence[tuple[Packed, IntChoice, Tensor]]) -
     """Write every layer's weight into its contiguous tensor (packed, choice, out (out, in)): one launch for all."""
     if layers:
         dequantize([Job(c.bits, c.group_size, _shape(out), packed, out) for packed, c, out in layers])
+
+
+def kernel_rows(layers: Sequence[tuple[Packed, IntChoice, Tensor]]) -> Tensor:
+    """int64 (n, columns), on the host: the kernels' table of (packed, choice, out (out, in))."""
+    jobs = [Job(c.bits, c.group_size, _shape(out), packed, out) for packed, c, out in layers]
+    return torch.tensor(rows_of(jobs), dtype=torch.int64)
 
 
 def quantize_packed_many(layers: Sequence[tuple[Tensor, IntChoice, Tensor | None]]) -> list[Packed]:

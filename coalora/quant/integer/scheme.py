@@ -59,6 +59,7 @@ class IntScheme(Scheme):
     """
 
     name = "int"
+    has_kernels = True
     choice_type: ClassVar[type[Choice]] = IntChoice
 
     def nominal_bits(self, choice: Choice) -> float:
@@ -162,6 +163,25 @@ class IntScheme(Scheme):
 
         with contiguous([out]) as (written,):
             quantize_packed_many([(weight, own_choice(choice, IntChoice), written)])
+
+    def quantize_packed_many(
+        self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        if not all(use_triton(weight) and use_triton(out) and out.is_contiguous() for weight, _, _, out in layers):
+            return super().quantize_packed_many(layers)
+        from coalora.quant.integer.jobs import quantize_packed_many
+
+        return quantize_packed_many([(weight, own_choice(choice, IntChoice), out) for weight, choice, _, out in layers])
+
+    def kernel_rows(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> Tensor:
+        from coalora.quant.integer.jobs import kernel_rows
+
+        return kernel_rows([(dict(packed), own_choice(choice, IntChoice), out) for packed, choice, out in layers])
+
+    def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
+        from coalora.quant.integer.triton import dequantize_rows
+
+        dequantize_rows(rows, n_weights)
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """About 1.2 ms for a million weights on one core, without large temporaries."""

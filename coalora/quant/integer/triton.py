@@ -53,6 +53,11 @@ def dequantize(jobs: Sequence[Job]) -> None:
     launch(_dequantize, tiles_of([job.out for job in jobs if job.out is not None]), _table(jobs), EIGHTS)
 
 
+def dequantize_rows(rows: Tensor, n_weights: int) -> None:
+    """The same for rows of `rows_of` that are on the device; ``n_weights``: of the largest layer."""
+    launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, EIGHTS)
+
+
 def quantize(jobs: Sequence[Job]) -> None:
     """Quantize ``weight``: fill ``packed`` and write the dequantized weights into ``out`` where there is one."""
     # Groups of every tile fill whole bytes with their zero points: eights of them, the larger the groups the fewer.
@@ -64,8 +69,12 @@ def quantize(jobs: Sequence[Job]) -> None:
 
 
 def _table(jobs: Sequence[Job]) -> Tensor:
-    """The kernels read it by column number."""
-    rows = [
+    return table_of(rows_of(jobs), jobs[0].packed["codes"].device)
+
+
+def rows_of(jobs: Sequence[Job]) -> list[list[int]]:
+    """The kernels' table, which they read by column number."""
+    return [
         [
             *(address(job.packed.get(name)) for name in ("codes", "scales", "zero_points")),  # 0 to 2
             *(address(job.out), address(job.weight), float_code(job.out), float_code(job.weight)),  # 3 to 6
@@ -73,7 +82,6 @@ def _table(jobs: Sequence[Job]) -> Tensor:
         ]
         for job in jobs
     ]
-    return table_of(rows, jobs[0].packed["codes"].device)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coalora.quant.nf.choice import NFChoice
 from coalora.quant.nf.scales import SCALE_DTYPES
-from coalora.quant.nf.triton import Job, dequantize, quantize
+from coalora.quant.nf.triton import Job, dequantize, quantize, rows_of
 from coalora.quant.packing import packed_size
 
 Packed = dict[str, Tensor]
@@ -19,6 +19,11 @@ def dequantize_packed_many(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) ->
     """Write every layer's weight into its contiguous tensor (packed, choice, out): one launch for all."""
     if layers:
         dequantize([_job(choice, packed, out) for packed, choice, out in layers])
+
+
+def kernel_rows(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) -> Tensor:
+    """int64 (n, columns), on the host: the kernels' table of (packed, choice, out)."""
+    return torch.tensor(rows_of([_job(choice, packed, out) for packed, choice, out in layers]), dtype=torch.int64)
 
 
 def quantize_packed_many(layers: Sequence[tuple[Tensor, NFChoice, Tensor | None]]) -> list[Packed]:
@@ -35,7 +40,7 @@ def quantize_packed_many(layers: Sequence[tuple[Tensor, NFChoice, Tensor | None]
             "offset": ((1,), torch.float32),
         }
         packed = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in empty.items()}
-        exact, scales = (torch.empty(n_blocks, device=device) for _ in range(2))
+        exact, scales = torch.empty((2, n_blocks), device=device)
         written = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
         jobs.append(_job(choice, packed, written, weight.detach().contiguous(), exact, scales))
     if jobs:

@@ -64,6 +64,7 @@ class NFScheme(Scheme):
     """
 
     name = "nf"
+    has_kernels = True
     choice_type: ClassVar[type[Choice]] = NFChoice
 
     def nominal_bits(self, choice: Choice) -> float:
@@ -171,6 +172,25 @@ class NFScheme(Scheme):
             dequantize_packed_many(
                 [(dict(p), own_choice(c, NFChoice), w) for (p, c, _), w in zip(layers, written, strict=True)]
             )
+
+    def quantize_packed_many(
+        self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        if not all(use_triton(weight) and use_triton(out) and out.is_contiguous() for weight, _, _, out in layers):
+            return super().quantize_packed_many(layers)
+        from coalora.quant.nf.jobs import quantize_packed_many
+
+        return quantize_packed_many([(weight, own_choice(choice, NFChoice), out) for weight, choice, _, out in layers])
+
+    def kernel_rows(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> Tensor:
+        from coalora.quant.nf.jobs import kernel_rows
+
+        return kernel_rows([(dict(packed), own_choice(choice, NFChoice), out) for packed, choice, out in layers])
+
+    def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
+        from coalora.quant.nf.triton import dequantize_rows
+
+        dequantize_rows(rows, n_weights)
 
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """2 to 4 ms for a million weights on one core, without large temporaries."""

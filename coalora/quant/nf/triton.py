@@ -64,10 +64,16 @@ def dequantize(jobs: Sequence[Job]) -> None:
     launch(_dequantize, tiles_of([job.out for job in jobs]), table, _books(table.device), EIGHTS)
 
 
+def dequantize_rows(rows: Tensor, n_weights: int) -> None:
+    """The same for rows of `rows_of` that are on the device; ``n_weights``: of the largest layer."""
+    launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, _books(rows.device), EIGHTS)
+
+
 def quantize(jobs: Sequence[Job]) -> None:
     """Quantize ``weight``: fill ``packed`` and write the dequantized weights into ``out``; three launches for all."""
-    for job in jobs:
-        job.packed["offset"].fill_(torch.inf)
+    offsets = [job.packed["offset"] for job in jobs]
+    torch._foreach_zero_(offsets)  # two launches for all; a fill of each would be one a layer
+    torch._foreach_add_(offsets, torch.inf)
     table, tiles = _table(jobs), tiles_of([job.out for job in jobs])
     scale_tiles = triton.cdiv(max(len(job.packed["scale_absmax"]) for job in jobs), _ROWS)
     launch(_exact_scales, tiles, table, EIGHTS * 8)
@@ -76,8 +82,12 @@ def quantize(jobs: Sequence[Job]) -> None:
 
 
 def _table(jobs: Sequence[Job]) -> Tensor:
-    """The kernels read it by column number."""
-    rows = [
+    return table_of(rows_of(jobs), jobs[0].out.device)
+
+
+def rows_of(jobs: Sequence[Job]) -> list[list[int]]:
+    """The kernels' table, which they read by column number."""
+    return [
         [
             *(address(job.packed[name]) for name in ("codes", "scale_codes", "scale_absmax", "offset")),  # 0 to 3
             *(address(tensor) for tensor in (job.out, job.weight, job.exact, job.scales)),  # 4 to 7
@@ -86,7 +96,6 @@ def _table(jobs: Sequence[Job]) -> Tensor:
         ]
         for job in jobs
     ]
-    return table_of(rows, jobs[0].out.device)
 
 
 @cache

@@ -19,16 +19,19 @@ import torch
 
 from coalora.quant.kernels.available import use_triton
 
-CASES = [str(Path(__file__).with_name(name)) for name in ("nf_triton_cases.py", "int_triton_cases.py")]
+CASES = [
+    str(Path(__file__).with_name(name))
+    for name in ("nf_triton_cases.py", "int_triton_cases.py", "switch_triton_cases.py")
+]
 TABLE = {"table": "*i64", "columns": "i32"}
 KERNELS = [
-    ("nf_triton", "_dequantize", {"books": "*fp32"}, {"GROUPS": 256}),
-    ("nf_triton", "_exact_scales", {}, {"TILE": 2048}),
-    ("nf_triton", "_quantize_scales", {}, {"ROWS": 8}),
-    ("nf_triton", "_quantize", {"books": "*fp32", "thresholds": "*fp32"}, {"GROUPS": 256}),
-    ("int_triton", "_dequantize", {}, {"GROUPS": 256}),
-    ("int_triton", "_quantize", {}, {"TILE": 2048}),
-    ("int_triton", "_encode", {}, {"GROUPS": 256}),
+    ("nf", "_dequantize", {"books": "*fp32"}, {"GROUPS": 256}),
+    ("nf", "_exact_scales", {}, {"TILE": 2048}),
+    ("nf", "_quantize_scales", {}, {"ROWS": 8}),
+    ("nf", "_quantize", {"books": "*fp32", "thresholds": "*fp32"}, {"GROUPS": 256}),
+    ("integer", "_dequantize", {}, {"GROUPS": 256}),
+    ("integer", "_quantize", {}, {"TILE": 2048}),
+    ("integer", "_encode", {}, {"GROUPS": 256}),
 ]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -65,7 +68,7 @@ def test_kernels_compile_for_a_gpu_to_instructions_that_round_like_the_plain_pat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(import_module(f"coalora.quant.kernels.{module}"), name)
+    kernel = getattr(import_module(f"coalora.quant.{module}.triton"), name)
     signature = {**TABLE, **pointers, **dict.fromkeys(constants, "constexpr")}
     fixed = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
