@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coalora.evaluate.losses import LossMeter, Score
     from coalora.export.base import load_adapted, load_base
     from coalora.export.bundle import Adapted, Bundle
+    from coalora.export.formats import EXPORT_FORMATS, ExportFormat
     from coalora.method.initial import initial_set
     from coalora.method.loop import Fitted, fit
     from coalora.method.search import search_round
@@ -66,6 +67,7 @@ _PUBLIC = {
     "evaluate.losses": ("LossMeter", "Score"),
     "export.base": ("load_adapted", "load_base"),
     "export.bundle": ("Adapted", "Bundle"),
+    "export.formats": ("EXPORT_FORMATS", "ExportFormat"),
     "method.initial": ("initial_set",),
     "method.loop": ("Fitted", "fit"),
     "method.search": ("search_round",),
@@ -94,6 +96,7 @@ _PUBLIC = {
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
+    "EXPORT_FORMATS",
     "METHODS",
     "SCHEMES",
     "STRATEGIES",
@@ -107,6 +110,7 @@ __all__ = [
     "CoaLoraModel",
     "CoaloraError",
     "ConfigurationSet",
+    "ExportFormat",
     "Fitted",
     "InitialSetRecipe",
     "LossMeter",

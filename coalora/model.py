@@ -23,8 +23,8 @@ from coalora.data.build import example_split, text_split
 from coalora.data.classification import to_examples
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import LossMeter, Score, score
-from coalora.export.base import write_base
 from coalora.export.bundle import Bundle
+from coalora.export.formats import ExportSource, write_export
 from coalora.method.initial import initial_set
 from coalora.method.loop import Fitted, fit
 from coalora.method.selection import select_budgets
@@ -79,6 +79,7 @@ class CoaLoraModel:
     ) -> None:
         self.base, self.tokenizer, self.config, self.task = base, tokenizer, config, task
         self.folder, self.name, self.base_digest, self.max_length = folder, name, base_digest, max_length
+        self.device, self.trust_remote_code = base.device, False
         self.layers = find_target_layers(base, config.target_modules)
         self._tables: CalibrationTables | None = None
         self.statistics: list[InputStatistics] = []
@@ -136,10 +137,8 @@ class CoaLoraModel:
             base_digest=model_digest(folder),
             max_length=max_length,
         )
-        made.device = device
+        made.device, made.trust_remote_code = device, trust_remote_code
         return made
-
-    device: torch.device = torch.device("cpu")
 
     @property
     def tables(self) -> CalibrationTables:
@@ -330,30 +329,31 @@ class CoaLoraModel:
         """Read what `save_pretrained` wrote; the base model is not needed."""
         return Bundle.load(folder)
 
-    def export(self, folder: Path | str, *, budget: float) -> None:
-        """Write what a device gets for a budget: `adapter/`, the packed `base/` and `configuration.json`.
+    def export(self, folder: Path | str, *, budget: float, formats: Sequence[str] = ("peft", "packed")) -> None:
+        """Write what a device gets for a budget: `configuration.json` and a folder for each format.
 
-        `coalora.load_adapted(folder / "base", folder / "adapter")` runs it.
+        `coalora.load_adapted(folder / "base", folder / "adapter")` runs the default ones.
+
+        Args:
+            formats: names of `coalora.EXPORT_FORMATS`.
         """
-        folder, bundle = Path(folder), self.bundle()
-        adapted = bundle.adapt(budget)
-        bundle.write(adapted, folder)
-        # The resident model holds quantized weights.
-        base = load_model(
-            self.folder,
-            self.task,
-            num_labels=getattr(self.base.config, "num_labels", None) if self.task == "classification" else None,
-            dtype=self.base.dtype,
-            device=self.device,
-            seed=self.config.seed,
-        )
-        write_base(
-            folder / "base",
-            base,
+        classes = self.base.config.num_labels if self.task == "classification" else None
+        source = ExportSource(
+            self.bundle().adapt(budget),
             self.tables,
-            adapted.choices,
-            task=self.task,
-            statistics=self.statistics,
-            rest_dtype=getattr(load_config(self.folder), "dtype", None),
+            self.task,
+            # The resident model holds quantized weights.
+            load_model=lambda: load_model(
+                self.folder,
+                self.task,
+                num_labels=classes,
+                dtype=self.base.dtype,
+                device=self.device,
+                seed=self.config.seed,
+                trust_remote_code=self.trust_remote_code,
+            ),
+            load_tokenizer=lambda: self.tokenizer,
+            load_statistics=lambda: self.statistics,
+            rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
         )
-        self.tokenizer.save_pretrained(folder / "base")
+        write_export(folder, formats, source)

@@ -45,8 +45,7 @@ def make_bundle(
     measured, data = load_tables(tables), load_benchmark(benchmark)
     # What was measured for the asked budgets answers other budgets as well as a member does.
     members, chosen = load_set(selection, measured), read_json(Store().path(selection) / SELECTED)
-    merged = members.merge(ConfigurationSet.from_dict(chosen, measured))
-    _, first = np.unique(merged.configurations, axis=0, return_index=True)
+    merged = members.merge(ConfigurationSet.from_dict(chosen, measured)).distinct().sorted(measured)
     recipe, factors = adapter.resolved(data.task), None
     if recipe.compensation_rank:
         adapted = build_adapted(
@@ -55,7 +54,7 @@ def make_bundle(
         factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
         measured,
-        merged.take(first).sorted(measured),
+        merged,
         parameters(state),
         recipe,
         data.task,

@@ -57,6 +57,11 @@ class ExportFormat(ABC):
 
     Attributes:
         folder: name of the folder that it writes.
+
+    Example:
+        >>> from coalora import EXPORT_FORMATS
+        >>> {name: EXPORT_FORMATS[name].folder for name in ("peft", "packed")}
+        {'peft': 'adapter', 'packed': 'base'}
     """
 
     folder: ClassVar[str]
