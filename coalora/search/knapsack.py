@@ -1,17 +1,16 @@
 """One choice per layer for the least total error within a budget: a multiple-choice knapsack, for all budgets at once.
 
 The lower convex hulls of the layers, merged by slope, give the optimum of the linear relaxation at every budget in
-one pass (`walk_hulls`; Sinha and Zoltners 1979). `refine` spends the slack that the walk leaves by the best
-combination of up to four changes, and starts anew from `band_starts` where the relaxation rounds a long step badly.
-Problems of few layers go through a dynamic program (`solve_core`). HIGGS (Malinovskii et al., NAACL 2025) shows that
-the loss is close to linear in per-layer errors, which makes the sum of errors the right objective. LQ-LoRA (Guo et
-al., ICLR 2024) hands the same problem to an integer programming solver.
+one pass (`walk_hulls`; Sinha and Zoltners 1979). Where the relaxation rounds a long step badly, `refine` starts anew
+from `band_starts`; where all layers together have few choices, a dynamic program follows (`solve_core`). HIGGS
+(Malinovskii et al., NAACL 2025) shows that the loss is close to linear in per-layer errors, which makes the sum of
+errors the right objective. LQ-LoRA (Guo et al., ICLR 2024) hands the same problem to an integer programming solver.
 
 What each part is worth, as the worst excess error over the best that is known: 144 layers x 432 choices of
-NormalFloat, 50 budgets: 3.7 % for the walk alone, 3.7 % with combinations of changes and no band starts, .08 % with
-both, where the dynamic program leaves .5 % in eight times the time. 24 layers x 60 choices of two sizes, 30 budgets:
-62 % for the walk, 16 % with combinations and band starts, .3 % with the dynamic program (`python -m
-benchmarks.allocation` compares with a wide beam).
+NormalFloat, 50 budgets: 3.7 % for the walk alone, .08 % with band starts (50 ms), .5 % with the dynamic program in
+their place (0.4 s). 28 layers x 4 choices, 30 budgets: 7 % for the walk, 6 % with band starts, 0 with the dynamic
+program. 24 layers x 60 choices of two sizes: 62 %, 16 %, .3 % (`python -m benchmarks.allocation` compares with a wide
+beam).
 """
 
 from __future__ import annotations
@@ -361,13 +360,11 @@ def _walk_bands(bands: Bands, upper: Bool, open_: Bool, slack: float) -> Int:
     return bands.path[np.arange(upper.size), index]
 
 
-CANDIDATES = 32  # choices kept in each half: 32 singles, 496 pairs
-_STARTS = 2  # starts of `bands` that are refined
-_CHUNK = 16  # budgets handled together: keeps the working set inside the cache
+_STARTS = 2  # best starts of `bands` whose own error is looked at
 
 
 def refine(stairs: Staircase, walk: Walk, budgets: Float, tolerance: float) -> tuple[Int, Bool]:
-    """Improve the walk of each budget; never makes one worse.
+    """Improve the walk of each budget from `band_starts`; never makes one worse.
 
     Args:
         stairs: staircases of N layers, P positions.
@@ -380,97 +377,20 @@ def refine(stairs: Staircase, walk: Walk, budgets: Float, tolerance: float) -> t
         `tolerance`.
     """
     layers = np.arange(stairs.cost.shape[0])
-    # Two ways of halving: changes that the first keeps on one side meet on two sides in the second.
-    even, pairs = layers % 2 == 0, (layers // 2) % 2 == 0
     position = walk.position.copy()
     error = stairs.err[layers, position].sum(axis=1)
 
     def unproven() -> Bool:
         return (walk.price > 0) & (error - walk.bound > tolerance * np.abs(error))
 
-    def attempt(rows: Int, starts: Int, price: Float, left: Bool) -> None:
-        for chunk in range(0, rows.size, _CHUNK):
-            part = slice(chunk, chunk + _CHUNK)
-            new = _meet(stairs, starts[part], budgets[rows[part]], price[part], left)
-            value = stairs.err[layers, new].sum(axis=1)
-            fits = stairs.cost[layers, new].sum(axis=1) <= budgets[rows[part]]
-            # One by one: a budget may have several starts.
-            for b, found, total in zip(rows[part][fits], new[fits], value[fits], strict=True):
-                if total < error[b]:
-                    position[b], error[b] = found, total
-
-    rows = np.flatnonzero(unproven())
-    attempt(rows, position[rows], walk.price[rows], even)
-    rows = np.flatnonzero(unproven())
-    if rows.size:
-        bands = find_bands(stairs, walk.path, walk.slope)
-        found = [band_starts(bands, float(budgets[b]), float(walk.price[b]), _STARTS) for b in rows]
-        owner = np.repeat(rows, [len(price) for _, price in found])
-        starts, price = (np.concatenate(part) for part in zip(*found, strict=True))
-        attempt(owner, starts, price, pairs)
+    bands = find_bands(stairs, walk.path, walk.slope)
+    for b in np.flatnonzero(unproven()):
+        starts, _ = band_starts(bands, float(budgets[b]), float(walk.price[b]), _STARTS)
+        for start in starts:
+            total = stairs.err[layers, start].sum()
+            if stairs.cost[layers, start].sum() <= budgets[b] and total < error[b]:
+                position[b], error[b] = start, total
     return position, unproven()
-
-
-def _meet(stairs: Staircase, position: Int, budgets: Float, price: Float, left: Bool) -> Int:
-    slack = budgets - stairs.cost[np.arange(left.size), position].sum(axis=1)
-    halves = [_changes(stairs, position, price, np.flatnonzero(side)) for side in (left, ~left)]
-    (d_cost, d_err, d_moves), (x_cost, x_err, x_moves) = halves
-    order = np.argsort(d_cost, axis=1, kind="stable")
-    d_cost = np.take_along_axis(d_cost, order, axis=1)
-    d_err = np.take_along_axis(d_err, order, axis=1)
-    lowest = np.minimum.accumulate(d_err, axis=1)
-    out = position.copy()
-    for b in range(position.shape[0]):
-        reach = np.searchsorted(d_cost[b], slack[b] - x_cost[b], side="right")
-        total = np.where(reach > 0, x_err[b] + lowest[b, reach - 1], np.inf)
-        x = int(np.argmin(total))
-        if total[x] == np.inf:
-            continue
-        d = int(np.argmax(d_err[b] == lowest[b, reach[x] - 1]))
-        for moves, chosen in ((d_moves, int(order[b, d])), (x_moves, x)):
-            layers, columns = moves
-            for candidate in _PAIRS[chosen]:
-                if candidate < CANDIDATES:
-                    out[b, layers[b, candidate]] = columns[b, candidate]
-    return out
-
-
-# Combination i changes the two candidates _PAIRS[i]; the index CANDIDATES stands for "no change".
-_FIRST, _SECOND = np.triu_indices(CANDIDATES + 1, k=1)
-_PAIRS = np.concatenate([np.stack([_FIRST, _SECOND], axis=1), [[CANDIDATES, CANDIDATES]]])
-
-
-def _changes(stairs: Staircase, position: Int, price: Float, half: Int) -> tuple[Float, Float, tuple[Int, Int]]:
-    """Cost and error change (B, Q) of every combination of at most two of the best changes in the layers
-    `half`.
-    """
-    B, T = position.shape[0], CANDIDATES
-    # One column more than the candidates: index T is "no change".
-    cost, err = np.full((B, T + 1), np.inf), np.full((B, T + 1), np.inf)
-    cost[:, T], err[:, T] = 0.0, 0.0
-    layers, columns = np.full((B, T + 1), -1), np.zeros((B, T + 1), dtype=np.int64)
-    if half.size:
-        P = stairs.cost.shape[1]
-        c, e = stairs.cost[half], stairs.err[half]
-        now = position[:, half]
-        own = np.arange(half.size)
-        level = e[None] + price[:, None, None] * c[None]
-        level -= (e[own, now] + price[:, None] * c[own, now])[:, :, None]
-        np.put_along_axis(level, now[:, :, None], np.inf, axis=2)
-        flat = level.reshape(B, -1)
-        k = min(T, flat.shape[1])
-        best = np.argpartition(flat, k - 1, axis=1)[:, :k]
-        at, column = best // P, best % P
-        mine = np.take_along_axis(now, at, axis=1)
-        real = np.isfinite(np.take_along_axis(flat, best, axis=1))
-        cost[:, :k] = np.where(real, c[at, column] - c[at, mine], np.inf)
-        err[:, :k] = np.where(real, e[at, column] - e[at, mine], np.inf)
-        layers[:, :k], columns[:, :k] = half[at], column
-    # A layer cannot change twice; the last combination, (T, T), is to change nothing.
-    first, second = _PAIRS[:, 0], _PAIRS[:, 1]
-    both = cost[:, first] + cost[:, second], err[:, first] + err[:, second]
-    clash = (layers[:, first] == layers[:, second]) & (first != second)
-    return np.where(clash, np.inf, both[0]), np.where(clash, np.inf, both[1]), (layers, columns)
 
 
 _WORK = 32768  # partial configurations kept in all layers together: about 30 ms
@@ -545,9 +465,9 @@ def _thin(spent: Float, rho: Float, gap: float, beam: int) -> Int:
     return order[np.concatenate([[True], np.diff(slice_[order]) > 0])]
 
 
-# Up to so many layers the dynamic program of `core` still has room to better what `bands` found; beyond, a beam of
-# affordable size finds less than that.
-_CORE_LAYERS = 64
+# Up to so many choices of all layers together (staircases) the dynamic program has room to better what bands found;
+# beyond, a beam of affordable size finds less than that.
+_CORE_CHOICES = 8192
 
 
 def within(budget: Float | float, cost: ArrayLike) -> Float:
@@ -614,7 +534,7 @@ def allocate(
         )
     walk = walk_hulls(stairs, limits)
     position, unproven = refine(stairs, walk, limits, tolerance)
-    if errors.shape[0] <= _CORE_LAYERS:
+    if stairs.cost.size <= _CORE_CHOICES:
         for b in np.flatnonzero(unproven):
             position[b] = solve_core(stairs, position[b], float(limits[b]), float(walk.price[b]), tolerance)
     return stairs.index[np.arange(errors.shape[0]), position]
