@@ -32,7 +32,7 @@ from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Store
 from pipeline.workers.pool import open_pool
 from pipeline.workers.worker import WorkerPool
-from tasks.evaluate import SHARD, evaluate_shard, shard_bounds
+from tasks.evaluate_shard import SHARD, evaluate_shard, shard_bounds
 from tasks.select import select_budgets
 
 SHARD_SIZE = 2
@@ -47,11 +47,13 @@ def shard_calls(run: Run) -> list[dict[str, Any]]:
     """The calls that evaluate CoA-LoRA on the set of a run which is made here."""
     settings = run.settings
     graph = Graph(run)
-    calibrated, trained = graph.calibrated, graph.trained
-    common = {**calibrated.inputs(), "adapter": settings.adapter, "runtime": settings.runtime, "seed": settings.seed}
-    common["state"] = trained.states["coa"][-1]
+    common: dict[str, Any] = {"model": graph.model, "state": graph.trained.states["coa"][-1]}
     selection = run.run(
-        select_budgets, **common, configurations=trained.sets[-1], batch_size=32, budgets=settings.evaluation.budgets
+        select_budgets,
+        **common,
+        configurations=graph.trained.sets[-1],
+        batch_size=32,
+        budgets=settings.evaluation.budgets,
     )
     common |= {"selection": selection, "method": "coa", "batch_size": settings.evaluation.batch_size}
     return [{**common, "start": start, "stop": stop} for start, stop in shard_bounds(selection, SHARD_SIZE)]

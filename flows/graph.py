@@ -23,18 +23,21 @@ from coalora.calibrate.costs import budget_name
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import harness_version
 from flows.run import Run
-from pipeline.inputs.resident import release_models
+from pipeline.inputs.adapted import ModelInputs, release_models
 from pipeline.orchestration.progress import get_logger
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
 from pipeline.store.store import Artifact
 from pipeline.tracking.values import scrub
-from tasks.base import prepare_base, prepare_benchmark
+from tasks.base import prepare_base
+from tasks.benchmark import prepare_benchmark
+from tasks.bundle import make_bundle
 from tasks.calibrate import calibrate
 from tasks.cost import apply_cost
-from tasks.evaluate import evaluate_method, evaluate_shard, shard_bounds
-from tasks.export import export_budget, make_bundle
+from tasks.evaluate import evaluate_method
+from tasks.evaluate_shard import evaluate_shard, shard_bounds
+from tasks.export import export_budget
 from tasks.given_set import given_set
 from tasks.harness import evaluate_harness, include_digest
 from tasks.initial_set import initial_set
@@ -149,11 +152,11 @@ class Graph:
         self.run, self.watcher = run, watcher
         vars(self).update(known)
 
-    @property
-    def _common(self) -> dict[str, Any]:
-        """Inputs of every stage that loads an adapted model."""
+    @cached_property
+    def model(self) -> ModelInputs:
+        """What every stage that loads an adapted model reads."""
         s = self.run.settings
-        return {**self.calibrated.inputs(), "adapter": s.adapter, "runtime": s.runtime, "seed": s.seed}
+        return ModelInputs(**self.calibrated.inputs(), adapter=s.adapter, runtime=s.runtime, seed=s.seed)
 
     @cached_property
     def calibrated(self) -> Calibrated:
@@ -202,7 +205,7 @@ class Graph:
                 sets.append(
                     run.run(
                         search_round,
-                        **self._common,
+                        model=self.model,
                         configurations=sets[-1],
                         state=states[-1],
                         # Each round stands for itself: asking for more of them keeps those that are done.
@@ -227,7 +230,7 @@ class Graph:
         s = self.run.settings
         state = self.run.run(
             train_round,
-            **self._common,
+            model=self.model,
             configurations=configurations,
             previous=before[-1] if before else None,
             method=method,
@@ -246,20 +249,22 @@ class Graph:
         state = trained.states["coa"][-1]
         selection = run.run(
             select_budgets,
-            **self._common,
+            model=self.model,
             configurations=trained.sets[-1],
             state=state,
             batch_size=s.search.batch_size,
             budgets=s.evaluation.budgets,
         )
-        asked = {**self._common, "selection": selection, "batch_size": s.evaluation.batch_size}
+        asked = {"model": self.model, "selection": selection, "batch_size": s.evaluation.batch_size}
         bounds = shard_bounds(selection, s.evaluation.shard_size)
         scores = {}
         try:
             with run.workers() as pool:
+                if pool is not None or s.evaluation.workers > 1:
+                    release_models()  # of this thread: workers load their own
                 for method, states in trained.states.items():
-                    model = {**asked, "state": states[-1], "method": method}
-                    calls = [{**model, "start": start, "stop": stop} for start, stop in bounds]
+                    adapted = {**asked, "state": states[-1], "method": method}
+                    calls = [{**adapted, "start": start, "stop": stop} for start, stop in bounds]
                     shards = run.run_many(evaluate_shard, calls, workers=s.evaluation.workers, pool=pool)
                     scores[method] = run.run(
                         evaluate_method,
@@ -269,7 +274,6 @@ class Graph:
                         shards=shards,
                     )
                 harness = self._harness({**asked, "state": state, "method": "coa"}, pool)
-                release_models()  # of this process: a reference's training loads its own
                 references = {m: self._reference(m, asked, pool) for m in s.baselines.per_budget}
         finally:
             release_models()
@@ -303,7 +307,7 @@ class Graph:
         """Adapter and packed base for each budget, the bundle, the result and its report."""
         run, s, trained, evaluated = self.run, self.run.settings, self.trained, self.evaluated
         selection = evaluated.selection
-        bundle = run.run(make_bundle, **self._common, selection=selection, state=trained.states["coa"][-1])
+        bundle = run.run(make_bundle, model=self.model, selection=selection, state=trained.states["coa"][-1])
         common = {
             **self.calibrated.inputs(),
             "selection": selection,

@@ -1,4 +1,4 @@
-"""Stages `base` and `benchmark`: the base model (found, or pre-trained) and the tokenized data."""
+"""Stage `base`: the base model, found or pre-trained."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 import torch
 
-from coalora.data import build
 from coalora.errors import CoaloraError
 from coalora.files import write_json
 from coalora.models.files import model_folder
 from coalora.models.pretrain import pretrain
-from pipeline.inputs.corpus import documents, examples
+from pipeline.inputs.corpus import documents
 from pipeline.inputs.fingerprint import model_digest
-from pipeline.inputs.loaders import MODEL, REFERENCE, BaseModel
+from pipeline.inputs.loaders import MODEL, REFERENCE
 from pipeline.orchestration.progress import Progress
 from pipeline.settings.sections import BenchmarkSettings, ModelSettings, RuntimeSettings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 
 @stage("base", tags=("gpu",))
@@ -51,7 +51,7 @@ def prepare_base(
 
     def train(folder: Path) -> dict[str, Scalar]:
         if model.pretrain is None or corpus is None:
-            raise CoaloraError("pre-training needs model.pretrain and a text benchmark")
+            raise CoaloraError("Pre-training lacks model.pretrain, or a benchmark of text")
         (folder / MODEL).mkdir()
         records = pretrain(
             documents(corpus)["train"],
@@ -64,49 +64,4 @@ def prepare_base(
         write_json(folder / "history.json", records)
         return {"name": "pretrained-llama", "loss": records[-1]["loss"]}
 
-    return Store().put("base", refer if model.pretrain is None else train)
-
-
-@stage("benchmark")
-def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: str | None) -> Artifact:
-    """The benchmark, split and tokenized. `content` is the digest of its local files."""
-    tokenizer = BaseModel(base).tokenizer()
-    limits = {
-        "train": benchmark.n_train,
-        "search": benchmark.n_search,
-        "validation": benchmark.n_validation,
-    }
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        if benchmark.task == "language-modeling":
-            made = build.language_modeling(
-                benchmark.name,
-                tokenizer,
-                documents(benchmark),
-                max_length=benchmark.max_length,
-                limits=limits,
-            )
-        else:
-            parts = examples(benchmark)
-            if parts["train"] is None or parts["validation"] is None:
-                raise CoaloraError("classification needs training and validation examples", got=benchmark.name)
-            made = build.classification(
-                benchmark.name,
-                tokenizer,
-                parts["train"],
-                parts["validation"],
-                search=parts["search"],
-                n_search=benchmark.n_search,
-                max_length=benchmark.max_length,
-                num_labels=benchmark.num_labels,
-                limits=limits,
-                seed=benchmark.split_seed,
-            )
-        made.save(folder)
-        return {
-            "n_train": len(made.train),
-            "n_search": len(made.search),
-            "n_validation": len(made.validation),
-        }
-
-    return Store().put("benchmark", write)
+    return current_store().put("base", refer if model.pretrain is None else train)

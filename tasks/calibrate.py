@@ -13,7 +13,8 @@ from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmar
 from pipeline.orchestration.progress import Progress
 from pipeline.settings.sections import ChoiceSettings, RuntimeSettings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 
 @stage("calibrate", tags=("gpu",))
@@ -49,4 +50,4 @@ def calibrate(
         low, high = tables.bits_range()
         return {"n_layers": len(layers), "n_weights": tables.n_weights, "min_bits": low, "max_bits": high}
 
-    return Store().put("calibration", write)
+    return current_store().put("calibration", write)

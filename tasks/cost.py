@@ -10,7 +10,8 @@ from pipeline.inputs.costs import priced_tables
 from pipeline.inputs.loaders import STATISTICS, TABLES, load_tables
 from pipeline.settings.sections import CostSettings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 
 @stage("cost")
@@ -24,7 +25,7 @@ def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> 
 
     def write(folder: Path) -> dict[str, Scalar]:
         priced.save(folder / TABLES)
-        source = Store().path(tables) / STATISTICS
+        source = current_store().path(tables) / STATISTICS
         try:  # read-only on both sides, and Hessians are large
             os.link(source, folder / STATISTICS)
         except OSError:
@@ -32,4 +33,4 @@ def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> 
         low, high = priced.cost_range()
         return {**tables.meta, "cost": cost.kind, "min_cost": low, "max_cost": high}
 
-    return Store().put("calibration", write)
+    return current_store().put("calibration", write)

@@ -1,9 +1,4 @@
-"""Stages `evaluate-shard` and `evaluate`: validation loss and metrics of one method, for every member and budget.
-
-The distinct configurations among both are cut into shards of `evaluation.shard_size`. Each shard is a stage of its
-own, so that an evaluation that was killed goes on behind its last finished shard; `evaluate` only puts them together.
-A configuration's scores do not depend on what was measured before it: any cut gives the same numbers, bit for bit.
-"""
+"""Stage `evaluate`: the shards of a method put together."""
 
 from __future__ import annotations
 
@@ -12,84 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
-from coalora.evaluate.losses import Score, measure_configurations, score
 from coalora.files import read_json, write_json
-from coalora.recipes import AdapterRecipe
-from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
-from pipeline.inputs.resident import resident_model
-from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import RuntimeSettings
+from pipeline.inputs.loaders import load_set, load_tables
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
+from tasks.evaluate_shard import SHARD, distinct_configurations
 
 SCORES = "scores.json"
-SHARD = "shard.json"
-
-
-def shard_bounds(selection: Artifact, shard_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of the shards of a selection's distinct configurations."""
-    n = int(selection.meta["n_distinct"] or 0)
-    return [(start, min(start + shard_size, n)) for start in range(0, n, shard_size)]
-
-
-def distinct_configurations(selection: Artifact, measured: CalibrationTables) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct configurations (n, N) among members and budgets, and which of them each member and budget has.
-
-    A budget's configuration is often a member as it is: what is equal is measured once.
-    """
-    both = np.concatenate([load_set(selection, measured).configurations, load_selected(selection, measured)])
-    distinct, inverse = np.unique(both, axis=0, return_inverse=True)
-    return distinct, inverse.ravel()
-
-
-@stage("evaluate-shard", tags=("gpu",))
-def evaluate_shard(
-    *,
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
-    selection: Artifact,
-    state: Artifact,
-    method: str,
-    adapter: AdapterRecipe,
-    batch_size: int,
-    start: int,
-    stop: int,
-    runtime: RuntimeSettings,
-    seed: int,
-) -> Artifact:
-    """`shard.json`: scores of the distinct configurations `start` to `stop` of a selection.
-
-    The first shard measures the base in full precision as well.
-    """
-    data, measured = load_benchmark(benchmark), load_tables(tables)
-    rows = distinct_configurations(selection, measured)[0][start:stop]
-    full: Score | None = None
-    with resident_model(
-        data,
-        base=base,
-        benchmark=benchmark,
-        tables=tables,
-        state=state,
-        method=method,
-        adapter=adapter,
-        runtime=runtime,
-        seed=seed,
-    ) as adapted:
-        label = f"evaluating {method}, configurations {start + 1} to {stop} of {selection.meta['n_distinct']}"
-        scores = measure_configurations(adapted, data.validation, rows, batch_size=batch_size, progress=Progress(label))
-        if start == 0:
-            adapted.full_precision()
-            full = score(adapted, data.validation, batch_size=batch_size)
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        content = {"start": start, "scores": [vars(s) for s in scores], "full_precision": full and vars(full)}
-        write_json(folder / SHARD, content)
-        return {"n_configurations": len(rows)}
-
-    return Store().put("scores-shard", write)
 
 
 @stage("evaluate")
@@ -97,7 +23,7 @@ def evaluate_method(*, tables: Artifact, selection: Artifact, method: str, shard
     """`scores.json`: losses and metrics of `members` and `budgets`, and of the base in full precision."""
     measured = load_tables(tables)
     distinct, inverse = distinct_configurations(selection, measured)
-    parts = [read_json(Store().path(shard) / SHARD) for shard in shards]
+    parts = [read_json(current_store().path(shard) / SHARD) for shard in shards]
     content = {"method": method} | merge_shards(parts, inverse, len(load_set(selection, measured)), len(distinct))
 
     def write(folder: Path) -> dict[str, Scalar]:
@@ -105,7 +31,7 @@ def evaluate_method(*, tables: Artifact, selection: Artifact, method: str, shard
         seconds = sum(float(shard.meta.get("seconds") or 0) for shard in shards)
         return {"n_configurations": len(distinct), "shard_seconds": round(seconds, 3)}
 
-    return Store().put("scores", write)
+    return current_store().put("scores", write)
 
 
 def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_distinct: int) -> dict[str, object]:
@@ -122,11 +48,8 @@ def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_d
     rows = [row for part in parts for row in part["scores"]]
     starts = np.cumsum([0] + [len(part["scores"]) for part in parts])
     if len(rows) != n_distinct or [part["start"] for part in parts] != starts[:-1].tolist():
-        raise CoaloraError(
-            "shards cover every configuration once",
-            got=", ".join(f"{part['start']} to {part['start'] + len(part['scores'])}" for part in parts) or "none",
-            expected=f"0 to {n_distinct}",
-        )
+        found = ", ".join(f"{part['start']} to {part['start'] + len(part['scores'])}" for part in parts) or "none"
+        raise CoaloraError(f"Shards {found} do not cover the configurations 0 to {n_distinct} once each")
     full = parts[0]["full_precision"]
     dealt = {"members": inverse[:n_members], "budgets": inverse[n_members:]}
     return {"full_precision": full} | {

@@ -8,13 +8,12 @@ import torch
 
 from coalora.evaluate.harness import run_harness
 from coalora.files import write_json
-from coalora.recipes import AdapterRecipe
+from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.fingerprint import files_digest
-from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
-from pipeline.inputs.resident import resident_model
-from pipeline.settings.sections import RuntimeSettings
+from pipeline.inputs.loaders import load_selected
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 HARNESS = "harness.json"
 
@@ -27,13 +26,10 @@ def include_digest(include: str | None) -> str | None:
 @stage("harness", tags=("gpu",))
 def evaluate_harness(
     *,
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
+    model: ModelInputs,
     selection: Artifact,
     state: Artifact,
     method: str,
-    adapter: AdapterRecipe,
     index: int,
     tasks: list[str],
     include: str | None,
@@ -41,42 +37,29 @@ def evaluate_harness(
     limit: int | None,
     batch_size: int,
     version: str,
-    runtime: RuntimeSettings,
-    seed: int,
 ) -> Artifact:
     """`harness.json`: task -> its numbers, for the budget number `index` of a selection.
 
     Args:
         include_content, version: of the own tasks and of lm-eval, so that another content measures again.
     """
-    data = load_benchmark(benchmark)
-    configuration = load_selected(selection, load_tables(tables))[index]
-    with resident_model(
-        data,
-        base=base,
-        benchmark=benchmark,
-        tables=tables,
-        state=state,
-        method=method,
-        adapter=adapter,
-        runtime=runtime,
-        seed=seed,
-    ) as adapted:
+    configuration = load_selected(selection, model.measured)[index]
+    with model.adapted(method, state) as adapted:
         with torch.no_grad():
             adapted.switch(configuration)
         adapted.peft_model.eval()
         found = run_harness(
             adapted.peft_model,
-            BaseModel(base).tokenizer(),
+            model.source.tokenizer(),
             tasks,
             include=include,
             limit=limit,
             batch_size=batch_size,
-            seed=seed,
+            seed=model.seed,
         )
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_json(folder / HARNESS, found)
         return {"n_tasks": len(tasks)}
 
-    return Store().put("harness", write)
+    return current_store().put("harness", write)

@@ -17,7 +17,8 @@ from coalora.files import digest, read_json, write_json
 from pipeline.inputs.loaders import SET
 from pipeline.orchestration.progress import get_logger
 from pipeline.settings.sections import Settings
-from pipeline.store.store import Artifact, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact
 from pipeline.versioning.git import git_commit
 from tasks.result import RESULT
 
@@ -31,7 +32,7 @@ def version_set(
     """Write a round's set into the checkout and add it to DVC, tagged with run and round; returns its md5."""
     from pipeline.versioning.sets import push_file, version_file, write_set
 
-    payload = read_json(Store().path(configurations) / SET)
+    payload = read_json(current_store().path(configurations) / SET)
     tags: dict[str, str | int] = {"pipeline": pipeline, "run": identity[:8], "round": round_index}
     record = version_file(write_set(pipeline, round_index, payload, Path(root)), Path(root), tags)
     get_logger().info("%s: %s %s", record.path, "added to DVC," if record.added else "in DVC already,", record.md5)
@@ -134,7 +135,7 @@ def register_version(
     from pipeline.report.table import markdown_table
     from pipeline.tracking.registry import register
 
-    content = read_json(Store().path(result) / RESULT)
+    content = read_json(current_store().path(result) / RESULT)
     volume = content["hypervolume"]
     bits = [member["average_bits"] for member in content["members"]]
     tags = {
@@ -153,7 +154,7 @@ def register_version(
         run = _open_run(pipeline, settings, identity)
         made = register(
             run,
-            Store().path(bundle),
+            current_store().path(bundle),
             name,
             hypervolume=volume["values"]["coa"],
             tags=tags,
@@ -171,7 +172,7 @@ def write_run_folder(
     *, folder: str, report: Artifact, bundle: Artifact, exports: dict[str, Artifact], record: dict[str, Any]
 ) -> str:
     """Copy report, bundle and exports under the run's folder, and point `latest` at it."""
-    store, target = Store(), Path(folder)
+    store, target = current_store(), Path(folder)
     store.materialize(report, target / "report")
     store.materialize(bundle, target / "bundle")
     for name, export in exports.items():

@@ -13,15 +13,15 @@ from typing import Any
 from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import measure_configurations
 from coalora.files import write_json
-from coalora.recipes import AdapterRecipe, TrainingRecipe
+from coalora.recipes import TrainingRecipe
 from coalora.train.loop import train
-from pipeline.inputs.adapted import build_adapted
-from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_tables
+from pipeline.inputs.adapted import ModelInputs
+from pipeline.inputs.loaders import load_selected
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import place, tell
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 REFERENCE_SCORE = "score.json"
 
@@ -29,52 +29,38 @@ REFERENCE_SCORE = "score.json"
 @stage("reference", tags=("gpu",))
 def train_reference(
     *,
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
+    model: ModelInputs,
     selection: Artifact,
     index: int,
     method: str,
-    adapter: AdapterRecipe,
     training: TrainingRecipe,
     steps: int,
     batch_size: int,
-    runtime: RuntimeSettings,
-    seed: int,
 ) -> Artifact:
     """`score.json`: validation loss and metric of the adapter for budget number `index` of the selection."""
-    data, measured = load_benchmark(benchmark), load_tables(tables)
-    configuration = load_selected(selection, measured)[index : index + 1]
-    adapted = build_adapted(
-        BaseModel(base),
-        data,
-        tables,
-        method=method,
-        adapter=adapter,
-        runtime=runtime,
-        seed=seed,
-    )
-    if METHODS[method].start == "compensation":
-        adapted.start_from_compensation(configuration[0])
-    bits = measured.average_bits(configuration)
+    configuration = load_selected(selection, model.measured)[index : index + 1]
+    bits = model.measured.average_bits(configuration)
     scratch = place()
-    train(
-        adapted,
-        data.train,
-        configuration,
-        bits,
-        training,
-        steps=steps,
-        total_steps=steps,
-        seed=seed,
-        progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
-        checkpoints=None if scratch is None else scratch.checkpoints(tell),
-    )
-    (found,) = measure_configurations(adapted, data.validation, configuration, batch_size=batch_size)
+    with model.trainable(method, fresh=True) as adapted:
+        if METHODS[method].start == "compensation":
+            adapted.start_from_compensation(configuration[0])
+        train(
+            adapted,
+            model.data.train,
+            configuration,
+            bits,
+            training,
+            steps=steps,
+            total_steps=steps,
+            seed=model.seed,
+            progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
+            checkpoints=None if scratch is None else scratch.checkpoints(tell),
+        )
+        (found,) = measure_configurations(adapted, model.data.validation, configuration, batch_size=batch_size)
     content: dict[str, Any] = {"method": method, "steps": steps, "loss": found.loss, "metric": found.metric}
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_json(folder / REFERENCE_SCORE, content)
         return {"loss": content["loss"], "metric": content["metric"]}
 
-    return Store().put("reference", write)
+    return current_store().put("reference", write)

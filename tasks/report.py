@@ -12,7 +12,8 @@ from pipeline.report.page import write_report
 from pipeline.report.schema import RESULT
 from pipeline.report.table import markdown_table
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 METRICS = "metrics.json"
 
@@ -20,7 +21,7 @@ METRICS = "metrics.json"
 @stage("report")
 def make_report(*, result: Artifact) -> Artifact:
     """`report.html`, `front.png`, `table.md`, `result.json`, `metrics.json`, `front.csv` and `curves.csv`."""
-    content = read_json(Store().path(result) / RESULT)
+    content = read_json(current_store().path(result) / RESULT)
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_report(content, folder)
@@ -45,7 +46,7 @@ def make_report(*, result: Artifact) -> Artifact:
         )
         return {}
 
-    return Store().put("report", write)
+    return current_store().put("report", write)
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pipeline.report.result import RunMeasures, build_result
 from pipeline.report.schema import RESULT
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 from tasks.harness import HARNESS
 from tasks.reference import REFERENCE_SCORE
 
@@ -44,7 +45,7 @@ def assemble(
         references: method -> its score for each asked budget.
         harness: one for each asked budget, where harness tasks are asked for.
     """
-    store, measured, source = Store(), load_tables(tables), BaseModel(base)
+    store, measured, source = current_store(), load_tables(tables), BaseModel(base)
     made = [base, benchmark, tables, *searches, selection, *scores.values()]
     made += [a for found in (*references.values(), harness or [], exports) for a in found]
     vocab_size = getattr(load_config(source.path), "vocab_size", 0)

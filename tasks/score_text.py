@@ -19,7 +19,8 @@ from pipeline.inputs.loaders import BaseModel
 from pipeline.orchestration.progress import Progress
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 from tasks.export import write_export
 
 TEXT = "text.txt"
@@ -38,7 +39,7 @@ def put_text(path: Path) -> Artifact:
         (folder / TEXT).write_text(text, encoding="utf-8", newline="")
         return {"name": path.name}
 
-    return Store().put("text", write)
+    return current_store().put("text", write)
 
 
 @stage("score-text", tags=("gpu",))
@@ -61,7 +62,7 @@ def score_budget(
 
     The text is one document, tokenized without special tokens.
     """
-    content = read_text(Store().path(text) / TEXT)
+    content = read_text(current_store().path(text) / TEXT)
     tokens = BaseModel(base).tokenizer()(content, add_special_tokens=False, verbose=False)["input_ids"]
     with device_model(base, benchmark, tables, bundle, budget, export, runtime, seed) as (model, facts):
         found = score_text(
@@ -88,7 +89,7 @@ def score_budget(
         write_json(folder / TEXT_SCORE, record)
         return {"perplexity": found.perplexity}
 
-    return Store().put("text-score", write)
+    return current_store().put("text-score", write)
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def device_model(
     seed: int,
 ) -> Iterator[tuple[PeftModel, dict[str, Scalar]]]:
     """What a device runs for a budget, exported and loaded again, with its bits, bytes and digest."""
-    configuration = Bundle.load(Store().path(bundle)).select(budget)
+    configuration = Bundle.load(current_store().path(bundle)).select(budget)
     with TemporaryDirectory(prefix="coalora-") as name:
         folder = Path(name)
         facts = write_export(

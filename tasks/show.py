@@ -20,7 +20,8 @@ from pipeline.orchestration.progress import artifact_key
 from pipeline.report.markdown import front_of, result_markdown, round_markdown
 from pipeline.report.schema import Round
 from pipeline.settings.sections import Settings
-from pipeline.store.store import Artifact, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact
 
 
 @task(name="show-round", cache_policy=NO_CACHE)
@@ -34,8 +35,8 @@ def show_round(
     """
     if FlowRunContext.get() is None:
         return None
-    rounds = [_round(a) for a in sets if (Store().path(a) / ROUND).is_file()]
-    members = read_json(Store().path(sets[-1]) / SET)["members"]
+    rounds = [_round(a) for a in sets if (current_store().path(a) / ROUND).is_file()]
+    members = read_json(current_store().path(sets[-1]) / SET)["members"]
     url = mlflow_url(settings, mlflow_run_id) if mlflow_run_id else ""
     text = round_markdown(pipeline, settings, round_index, rounds, members, url)
     key = artifact_key(pipeline, "pareto-front")
@@ -66,7 +67,7 @@ def show_result(
     if FlowRunContext.get() is None:
         return None
     url = mlflow_url(settings, mlflow_run_id)
-    text = result_markdown(pipeline, Store().path(report), folder, mlflow_run_id, url, registered)
+    text = result_markdown(pipeline, current_store().path(report), folder, mlflow_run_id, url, registered)
     create_markdown_artifact(text, key=artifact_key(pipeline, "result"), description=f"{pipeline}: result")
     if url.startswith("http"):
         create_link_artifact(url, "MLflow run", key=artifact_key(pipeline, "mlflow"), description="Curves and files")
@@ -84,5 +85,5 @@ def mlflow_url(settings: Settings, run_id: str) -> str:
 
 
 def _round(configurations: Artifact) -> Round:
-    record = read_json(Store().path(configurations) / ROUND)
+    record = read_json(current_store().path(configurations) / ROUND)
     return Round.model_validate({name: record[name] for name in Round.model_fields})

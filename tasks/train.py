@@ -9,33 +9,28 @@ from typing import Any
 
 from coalora.adapt.methods import METHODS
 from coalora.files import write_json, write_tensors
-from coalora.recipes import AdapterRecipe, TrainingRecipe
+from coalora.recipes import TrainingRecipe
 from coalora.train.loop import train
 from coalora.train.parallel import Parallel, post, spawn
-from pipeline.inputs.adapted import HISTORY, STATE, build_adapted, load_state
-from pipeline.inputs.loaders import BaseModel, load_benchmark, load_set, load_tables
+from pipeline.inputs.adapted import HISTORY, STATE, ModelInputs, load_state, release_models
+from pipeline.inputs.loaders import load_set
 from pipeline.orchestration.progress import Progress
-from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.checkpoints import Place, place, tell
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 
 @stage("train", tags=("gpu",))
 def train_round(
     *,
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
+    model: ModelInputs,
     configurations: Artifact,
     previous: Artifact | None,
     method: str,
-    adapter: AdapterRecipe,
     training: TrainingRecipe,
     rounds: int,
     round_index: int,
-    runtime: RuntimeSettings,
-    seed: int,
 ) -> Artifact:
     """Parameters and optimizer state after this round's steps.
 
@@ -44,7 +39,7 @@ def train_round(
         method: as in `AdaptedModel`; `paper` draws configurations uniformly, as the paper does.
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
     """
-    inputs = (base, benchmark, tables, configurations, previous, method, adapter, training, rounds, round_index)
+    inputs = (model, configurations, previous, method, training, rounds, round_index)
     progress = Progress(f"training {method}, round {round_index}")
 
     def listen(kind: str, content: Any) -> None:
@@ -53,10 +48,11 @@ def train_round(
         else:
             tell(content)
 
-    if runtime.processes > 1:
-        found = dict(spawn(run_steps, runtime.processes, *inputs, runtime, seed, place(), on_message=listen))
+    if model.runtime.processes > 1:
+        release_models()  # each process loads its own
+        found = dict(spawn(run_steps, model.runtime.processes, *inputs, place(), on_message=listen))
     else:
-        found = run_steps(*inputs, runtime, seed, place(), progress)
+        found = run_steps(*inputs, place(), progress)
     step, records = found.pop("step"), found.pop("records")
 
     def write(folder: Path) -> dict[str, Scalar]:
@@ -64,22 +60,17 @@ def train_round(
         write_json(folder / HISTORY, [{**record, "round": round_index} for record in records])
         return {"step": step, "loss": records[-1]["loss"] if records else None}
 
-    return Store().put("training-state", write)
+    return current_store().put("training-state", write)
 
 
 def run_steps(
-    base: Artifact,
-    benchmark: Artifact,
-    tables: Artifact,
+    model: ModelInputs,
     configurations: Artifact,
     previous: Artifact | None,
     method: str,
-    adapter: AdapterRecipe,
     training: TrainingRecipe,
     rounds: int,
     round_index: int,
-    runtime: RuntimeSettings,
-    seed: int,
     scratch: Place | None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -88,29 +79,29 @@ def run_steps(
     Returns:
         The state's tensors by name, and `step` and `records`.
     """
-    data, measured = load_benchmark(benchmark), load_tables(tables)
-    adapted = build_adapted(BaseModel(base), data, tables, method=method, adapter=adapter, runtime=runtime, seed=seed)
-    if not adapted.named_parameters():
-        # A language model without adapter: nothing to learn, and the stage says so by an empty state.
-        return {"step": 0, "records": []}
-    members = load_set(configurations, measured)
-    if own := METHODS[method].sampling:
-        training = replace(training, sampling=own)
-    among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
-    state, records = train(
-        adapted,
-        data.train,
-        members.configurations,
-        measured.average_bits(members.configurations),
-        training,
-        steps=training.initial_steps if round_index == 0 else training.round_steps,
-        seed=seed,
-        total_steps=training.total_steps(rounds),
-        state=None if previous is None else load_state(previous),
-        parallel=among,
-        progress=(progress or _post_progress) if among.rank == 0 else None,
-        checkpoints=None if scratch is None else scratch.checkpoints(tell if progress else _post_words(among.rank)),
-    )
+    with model.trainable(method, fresh=previous is None) as adapted:
+        if not adapted.named_parameters():
+            # A language model without adapter: nothing to learn, and the stage says so by an empty state.
+            return {"step": 0, "records": []}
+        members = load_set(configurations, model.measured)
+        if own := METHODS[method].sampling:
+            training = replace(training, sampling=own)
+        runtime = model.runtime
+        among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
+        state, records = train(
+            adapted,
+            model.data.train,
+            members.configurations,
+            model.measured.average_bits(members.configurations),
+            training,
+            steps=training.initial_steps if round_index == 0 else training.round_steps,
+            seed=model.seed,
+            total_steps=training.total_steps(rounds),
+            state=None if previous is None else load_state(previous),
+            parallel=among,
+            progress=(progress or _post_progress) if among.rank == 0 else None,
+            checkpoints=None if scratch is None else scratch.checkpoints(tell if progress else _post_words(among.rank)),
+        )
     return {**state.tensors, "step": state.step, "records": records}
 
 

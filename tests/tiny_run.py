@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ import pytest
 
 from flows.graph import Calibrated, Evaluated, Exported, Graph, Trained
 from flows.run import Run
+from pipeline.inputs.adapted import ModelInputs
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Stage
@@ -53,6 +54,17 @@ class TinyRun:
     trained: Trained
     evaluated: Evaluated
     exported: Exported
+
+    @property
+    def model(self) -> ModelInputs:
+        return self.model_with()
+
+    def model_with(self, **runtime: Any) -> ModelInputs:
+        """The inputs of the run's model, with another runtime."""
+        s = self.settings
+        return ModelInputs(
+            **self.calibrated.inputs(), adapter=s.adapter, runtime=replace(s.runtime, **runtime), seed=s.seed
+        )
 
 
 @contextmanager

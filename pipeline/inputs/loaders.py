@@ -1,4 +1,4 @@
-"""What stages read: the base model, the benchmark, calibration tables and configuration sets behind artifacts.
+"""Loaders of what stages read: base model, benchmark, calibration tables and configuration sets behind artifacts.
 
 Apart from the stages that make them: editing how something is made does not touch the keys of those that read it.
 """
@@ -22,7 +22,8 @@ from coalora.models.loading import load_model, load_tokenizer
 from coalora.quant.scheme import InputStatistics
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.settings.sections import RuntimeSettings
-from pipeline.store.store import Artifact, Scalar, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
 
 REFERENCE = "reference.json"
 MODEL = "model"
@@ -41,7 +42,7 @@ class BaseModel:
 
     @property
     def _reference(self) -> dict | None:
-        file = Store().path(self.artifact) / REFERENCE
+        file = current_store().path(self.artifact) / REFERENCE
         return read_json(file) if file.is_file() else None
 
     @property
@@ -53,13 +54,12 @@ class BaseModel:
         """
         reference = self._reference
         if reference is None:
-            return Store().path(self.artifact) / MODEL
+            return current_store().path(self.artifact) / MODEL
         path = Path(str(self.artifact.meta["path"]))
         if not path.is_dir() or model_digest(path) != reference["digest"]:
             raise CoaloraError(
-                "the base model must stay as it was when the run began",
-                got=f"{path} is missing or has changed",
-                remedy="restore it, or start the pipeline again",
+                f"The base model {path} is missing, or has changed since the run began",
+                remedy="Restore it, or start the pipeline again",
             )
         return path
 
@@ -98,16 +98,16 @@ class BaseModel:
 
 
 def load_benchmark(artifact: Artifact) -> Benchmark:
-    return Benchmark.load(Store().path(artifact))
+    return Benchmark.load(current_store().path(artifact))
 
 
 def load_tables(artifact: Artifact) -> CalibrationTables:
-    return CalibrationTables.load(Store().path(artifact) / TABLES)
+    return CalibrationTables.load(current_store().path(artifact) / TABLES)
 
 
 def load_input_statistics(artifact: Artifact, measured: CalibrationTables) -> list[InputStatistics]:
     """Statistics of the layers' inputs from a calibration artifact, in the order of its layers."""
-    return load_statistics(Store().path(artifact) / STATISTICS, measured.layers)
+    return load_statistics(current_store().path(artifact) / STATISTICS, measured.layers)
 
 
 def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[str, Scalar]) -> Artifact:
@@ -115,13 +115,13 @@ def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[s
         write_json(folder / SET, members.to_dict(measured))
         return {"n_members": len(members), **meta}
 
-    return Store().put("configuration-set", write)
+    return current_store().put("configuration-set", write)
 
 
 def load_set(artifact: Artifact, measured: CalibrationTables) -> ConfigurationSet:
-    return ConfigurationSet.from_dict(read_json(Store().path(artifact) / SET), measured)
+    return ConfigurationSet.from_dict(read_json(current_store().path(artifact) / SET), measured)
 
 
 def load_selected(artifact: Artifact, measured: CalibrationTables) -> np.ndarray:
     """Configurations (n_budgets, N) of a selection, in the order of its budgets."""
-    return ConfigurationSet.from_dict(read_json(Store().path(artifact) / SELECTED), measured).configurations
+    return ConfigurationSet.from_dict(read_json(current_store().path(artifact) / SELECTED), measured).configurations

@@ -1,4 +1,4 @@
-"""Where a stage that was killed goes on from: scratch under its cache key, gone when the stage is done.
+"""Scratch of a stage under its cache key, from which a killed one goes on; gone when the stage is done.
 
 `<COALORA_HOME>/checkpoints/<stage>-<key>/` belongs to the stage call of that key: the same settings, inputs and code.
 How often it is written is a setting of the run (`stages.checkpoint_seconds`), no input of a stage: it changes no key.

@@ -19,6 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -88,7 +89,7 @@ def function_source_digest(function: Callable[..., Any], packages: Sequence[str]
     except TypeError:
         file = None
     if file is None or not Path(file).is_file():
-        raise CoaloraError("a stage is defined in a source file", got=repr(function))
+        raise CoaloraError(f"Stage function {function!r} has no source file", remedy="Define it in a module")
     return source_digest(Path(file), packages)
 
 
@@ -96,8 +97,8 @@ def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any
     """`<stage>-<sha256>` of the stage's name, code, package versions and inputs.
 
     Args:
-        inputs: by argument: pydantic models, recipes, `Artifact` (digest and kind count, not `meta`), str, int, finite
-            float, bool, None, and lists and str-keyed dicts of these.
+        inputs: by argument: pydantic models, dataclasses, `Artifact` (digest and kind count, not `meta`), str, int,
+            finite float, bool, None, and lists and str-keyed dicts of these.
         source: digest of the code; `function_source_digest(function)` by default.
 
     Raises:
@@ -127,6 +128,9 @@ def artifacts_in(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Artifact]]:
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 yield from walk(f"{where}[{key!r}]", item)
+        elif is_dataclass(value):
+            for field in fields(value):
+                yield from walk(f"{where}.{field.name}", getattr(value, field.name))
 
     for name, value in inputs.items():
         yield from walk(name, value)
@@ -143,6 +147,8 @@ def _canonical(value: Any, where: str) -> Any:
         if nested is not None:  # its `meta` would get into the key, and its bytes past the check
             raise TypeError(f"input {nested[0]!r}: an Artifact is an argument of its own, not a settings field")
         return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _canonical(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)}
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -153,7 +159,7 @@ def _canonical(value: Any, where: str) -> Any:
         return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise TypeError(
         f"input {where!r} of type {type(value).__name__} ({value!r:.80}) cannot be part of a cache key; "
-        "expected a pydantic model, Recipe, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
+        "expected a pydantic model, dataclass, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
     )
 
 
@@ -191,11 +197,11 @@ def _start(module: str | Path) -> tuple[Path, str, Path]:
     if isinstance(module, str):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
-            raise CoaloraError("the stage's module can be imported", got=module)
+            raise CoaloraError(f"There is no module {module!r} to digest")
         module = Path(spec.origin)
     file = module.resolve()
     if not file.is_file():
-        raise CoaloraError("the stage's module is a file", got=str(module))
+        raise CoaloraError(f"There is no module file {module}")
     parts = [] if file.name == "__init__.py" else [file.stem]
     folder = file.parent
     while (folder / "__init__.py").is_file():

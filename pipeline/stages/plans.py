@@ -1,4 +1,4 @@
-"""What a runner finds out before a call: its key, the record that answers it, or else the key's lock.
+"""Plan of a stage call: its key, the record that answers it, or else the key's lock.
 
 Looked for on this machine, then in the shared store; and once more when the lock is held, since another run may have
 finished the result meanwhile.
@@ -18,6 +18,7 @@ from pipeline.stages.checkpoints import discard
 from pipeline.stages.keys import artifacts_in
 from pipeline.stages.records import Plan, recorded_artifact, write_record
 from pipeline.stages.stage import Pool, Stage
+from pipeline.stages.verified import problems
 from pipeline.store.artifacts import Artifact
 from pipeline.store.locks import Lock, wait_for
 from pipeline.store.store import Store
@@ -76,17 +77,17 @@ class Planner:
         damaged = False
         recorded = recorded_artifact(self.results, key)
         if recorded is not None:
-            problems = self.store.problems(recorded)
-            if not problems:
+            found = problems(self.store, recorded)
+            if not found:
                 return recorded, False
-            get_logger().warning("%s: stored result is rebuilt: %s", self.stage.name, "; ".join(problems))
+            get_logger().warning("%s: stored result is rebuilt: %s", self.stage.name, "; ".join(found))
             damaged = True
         shared = self.store.shared
-        found = shared.record(key) if shared is not None else None
-        if found is None or found == recorded or found.of_this_machine or self.store.problems(found):
+        known = shared.record(key) if shared is not None else None
+        if known is None or known == recorded or known.of_this_machine or problems(self.store, known):
             return None, damaged
-        write_record(self.results, key, found)
-        return found, damaged
+        write_record(self.results, key, known)
+        return known, damaged
 
     def _claim(self, key: str, before_waiting: Callable[[], None]) -> Lock:
         """The lock of a key, after waiting for whoever has it."""
@@ -103,9 +104,8 @@ class Planner:
 
     def _require_inputs(self, call: Mapping[str, Any]) -> None:
         for name, artifact in artifacts_in(call):
-            if problems := self.store.problems(artifact):
+            if found := problems(self.store, artifact):
                 raise CoaloraError(
-                    f"artifacts that stage {self.stage.name!r} reads are whole in the store",
-                    got=f"{name}: {'; '.join(problems)}",
-                    remedy="run the pipeline again from the start, which rebuilds them, or with --refresh",
+                    f"Stage {self.stage.name!r} cannot read its input {name}: {'; '.join(found)}",
+                    remedy="Run the pipeline again from the start, which rebuilds it, or with --refresh",
                 )

@@ -1,4 +1,4 @@
-"""Notes of the runners about a call: the plan, the record of its artifact, its name in the UI."""
+"""Notes of a runner about a call: its plan, the record of its artifact, its name in the UI."""
 
 from __future__ import annotations
 

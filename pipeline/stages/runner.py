@@ -1,10 +1,10 @@
-"""Runs the stages of the pipeline, cached: inside a Prefect flow, or without any server.
+"""Runners of the pipeline's cached stages: inside a Prefect flow, or without any server.
 
 A stage's result record (the small `Artifact`, as JSON) lies at the stage's key in Prefect's local result
 storage. `PrefectRunner` lets Prefect read and write the records; `DirectRunner` does it through
 `prefect.results.ResultStore`, without the API: what a flow has computed is reused by `dvc repro`, and the
 other way round. A cache hit of Prefect's does not look at the files that the record refers to, so that both
-hash the stored files before they trust a record, and rebuild what is damaged.
+look at the stored files before they trust a record (`pipeline.stages.verified`), and rebuild what is damaged.
 
 A runner computes a key while it holds the key's lock (`pipeline.store.locks`), and looks again once it has it: of two
 runs that need a result at once one computes it, and the other waits and takes it. With a shared store
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar, cast
 
@@ -39,6 +39,7 @@ from pipeline.stages.plans import Planner
 from pipeline.stages.records import Plan, StageRecord, run_name, write_record
 from pipeline.stages.stage import Call, Pool, Stage, current_call, stage
 from pipeline.store.artifacts import Artifact
+from pipeline.store.current import using
 from pipeline.store.store import Store
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class Runner(ABC):
         """
         plan = self._plan(stage, inputs, refresh)
         try:
-            with _calling(plan):
+            with self._calling(plan):
                 record = self._record(plan, self._execute(plan))
             self.history.append(record)
             return record.artifact
@@ -140,7 +141,7 @@ class Runner(ABC):
                     if len(pending) == workers:
                         finish()
                     plan = self._plan(stage, inputs, refresh, pool, before_waiting=finish_all)
-                    with _calling(plan):  # what is submitted runs in a copy of this context
+                    with self._calling(plan):  # what is submitted runs in a copy of this context
                         submitted = submit(plan)
                     submitted.add_done_callback(tell(index))
                     pending[index] = plan, submitted
@@ -189,6 +190,16 @@ class Runner(ABC):
         get_logger().info("%s: %s %s (%.1f s)", plan.stage.name, how, artifact.digest[:12], record.seconds)
         return record
 
+    @contextmanager
+    def _calling(self, plan: Plan) -> Iterator[None]:
+        """The block is the call of a plan: its function reads and writes this runner's store."""
+        token = current_call.set(Call(plan.key, plan.executions, plan.pool))
+        try:
+            with using(self.store):
+                yield
+        finally:
+            current_call.reset(token)
+
     @abstractmethod
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         """Run a task for its effect outside (tracking, versioning, a report): never cached, idempotent by itself."""
@@ -211,7 +222,9 @@ class PrefectRunner(Runner):
 
     def _result_store(self, stage: Stage) -> ResultStore:
         if FlowRunContext.get() is None:
-            raise CoaloraError("PrefectRunner runs inside a flow", remedy="call it in a @flow, or use DirectRunner")
+            raise CoaloraError(
+                "PrefectRunner was called outside of a flow", remedy="Call it in a @flow, or use DirectRunner"
+            )
         task = stage.task
         # `_sync`: inside a running event loop the call would return a coroutine instead.
         return cast(ResultStore, get_result_store().update_for_task(task, _sync=True))  # type: ignore[call-arg]
@@ -232,17 +245,23 @@ class PrefectRunner(Runner):
 
     def _task(self, plan: Plan) -> Task[..., Artifact]:
         # A verified record goes through Prefect as well, so that the run page shows the stage as cached.
+        reused, tags = plan.reuse is not None, plan.stage.task.tags
         return plan.stage.task.with_options(
             cache_policy=replace(plan.stage.policy, key=plan.key),
             refresh_cache=plan.reuse is None,
             task_run_name=run_name(plan.stage.name, plan.call),
-            tags=tags_of_call(plan.stage.task.tags, plan.call, reused=plan.reuse is not None, elsewhere=plan.elsewhere),
+            tags=tags_of_call(tags, _flat(plan.call), reused=reused, elsewhere=plan.elsewhere),
             **self.task_options,
         )
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        with database_faults():
+        with database_faults(), using(self.store):
             return task.with_options(task_run_name=run_name(task.name, inputs))(**inputs)
+
+
+def _flat(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call with those of a `model` among them beside the others."""
+    return {**(vars(call["model"]) if is_dataclass(call.get("model")) else {}), **call}
 
 
 class DirectRunner(Runner):
@@ -272,14 +291,5 @@ class DirectRunner(Runner):
             yield lambda plan: pool.submit(copy_context().run, self._execute, plan)
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
-        with database_faults():
+        with database_faults(), using(self.store):
             return task.fn(**inputs)
-
-
-@contextmanager
-def _calling(plan: Plan) -> Iterator[None]:
-    token = current_call.set(Call(plan.key, plan.executions, plan.pool))
-    try:
-        yield
-    finally:
-        current_call.reset(token)

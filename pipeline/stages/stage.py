@@ -84,16 +84,15 @@ class Stage:
         timeout_seconds: float | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
-            raise CoaloraError("a stage's name is lower case letters, digits and single dashes", got=name)
+            raise CoaloraError(f"Stage name {name!r} holds more than lower case letters, digits and single dashes")
         self.name = name
         self.fn = fn
         self.signature = inspect.signature(fn)
         for parameter in self.signature.parameters.values():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in _RESERVED:
                 raise CoaloraError(
-                    "a stage takes named keyword-only arguments",
-                    got=f"{name}({parameter})",
-                    expected=f"`*` before it, and none of {sorted(_RESERVED)}",
+                    f"Argument {name}({parameter}) of a stage is not keyword-only, or has a reserved name",
+                    remedy=f"Put `*` before it, and use none of {sorted(_RESERVED)}",
                 )
         self.source = function_source_digest(fn)
         self.policy = StageKeyPolicy(owner=self)

@@ -158,7 +158,7 @@ class Store:
         A copy here that is damaged goes where the shared store has a whole one. Asking counts as use: what was used
         lately is not pruned.
         """
-        self._touch(artifact)
+        self.touch(artifact)
         found = self.verify(artifact)
         if not found or (shared := self.shared) is None or shared.manifest(artifact) is None:
             return found
@@ -234,7 +234,7 @@ class Store:
         folders = sorted(self._scratch.glob("download-*"))
         return [(folder, FileLock(self.root / "locks" / f"{folder.name}.lock")) for folder in folders]
 
-    def _touch(self, artifact: Artifact) -> None:
+    def touch(self, artifact: Artifact) -> None:
         # Under the lock of `remove`: what is touched first stays, what is removed first is missing.
         with suppress(OSError):
             if self.place(artifact).is_dir():

@@ -32,7 +32,8 @@ from pipeline.report.rounds import round_figure, round_rows, rounds_figure
 from pipeline.report.schema import RESULT
 from pipeline.report.style import figure_png
 from pipeline.settings.sections import Settings
-from pipeline.store.store import Artifact, Store
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact
 from pipeline.tracking.runs import TrackedRun, open_tracker
 from pipeline.tracking.server import default_place, patiently
 from pipeline.versioning.git import git_commit
@@ -146,7 +147,7 @@ def _round_run(parent: TrackedRun, round_index: int) -> TrackedRun:
 
 def _log_set(parent: TrackedRun, child: TrackedRun, configurations: Artifact, tables: Artifact) -> None:
     """File and table, and, once the search has measured the set, picture and the search's numbers."""
-    folder = Store().path(configurations)
+    folder = current_store().path(configurations)
     measured = load_tables(tables)
     members = load_set(configurations, measured)
     child.log_artifact(folder / SET, "configurations")
@@ -168,7 +169,7 @@ def _log_set(parent: TrackedRun, child: TrackedRun, configurations: Artifact, ta
 
 def _log_training(run: TrackedRun, method: str, state: Artifact) -> None:
     """Loss and learning rate by step; charts of one quantity stand beside each other, a chart for each method."""
-    file = Store().path(state) / HISTORY
+    file = current_store().path(state) / HISTORY
     rows = read_json(file) if file.is_file() else []
     points = [{"step": row["step"], f"loss/{method}": row["loss"], f"lr/{method}": row["lr"]} for row in rows]
     run.log_history(points, "train/")
@@ -176,7 +177,7 @@ def _log_training(run: TrackedRun, method: str, state: Artifact) -> None:
 
 def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
     """What the report says: hypervolumes, numbers by budget and method, seconds by stage, figures, files."""
-    folder = Store().path(report)
+    folder = current_store().path(report)
     result = read_json(folder / RESULT)
     metric = result["benchmark"]["metric"]
     for method in result["arms"]:
@@ -187,7 +188,7 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
             summary[f"loss/{at}/{method}"] = row["loss"][method]
         run.log_metrics(summary)
     run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})
-    run.log_artifact(Store().path(tables) / TABLES, "calibration")
+    run.log_artifact(current_store().path(tables) / TABLES, "calibration")
     for name in ("report.html", "table.md", RESULT):
         run.log_artifact(folder / name, "report")
     run.log_artifact(folder / "front.png", "figures")

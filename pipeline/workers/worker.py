@@ -2,7 +2,7 @@
 
 A runner calls the stage's function through a pool (`pipeline.stages.stage.Call.pool`); locks, records, Prefect's task
 runs and their concurrency limits stay with the runner, so that a worker needs the code and the store and no Prefect
-server. Each worker takes one call at a time and keeps its model loaded for the next (`pipeline.inputs.resident`).
+server. Each worker takes one call at a time and keeps its model loaded for the next (`pipeline.inputs.adapted`).
 
 Dask and Ray are used as they are, and not through prefect-dask and prefect-ray: `dvc repro` runs the same stages
 without Prefect, and a task run of theirs would need the server's address on every worker.
@@ -23,11 +23,12 @@ from pipeline.environment import STORE_VARIABLE
 from pipeline.stages.checkpoints import checkpoint_every, checkpoint_seconds
 from pipeline.stages.keys import artifacts_in
 from pipeline.stages.stage import Stage
+from pipeline.stages.verified import problems
 from pipeline.store.artifacts import Artifact
+from pipeline.store.current import current_store
 from pipeline.store.store import Store
 
 # Of this worker:
-_verified: set[str] = set()  # digests that it has read whole
 _last_stage: list[str] = []
 
 
@@ -59,16 +60,14 @@ def work(
         )
     store = Store()
     for name, artifact in artifacts_in(inputs):
-        if artifact.digest not in _verified:
-            if problems := store.problems(artifact):
-                raise CoaloraError(
-                    f"a worker cannot read the run's {name} ({problems[0]})",
-                    remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
-                )
-            _verified.add(artifact.digest)
+        if found := problems(store, artifact):
+            raise CoaloraError(
+                f"a worker cannot read the run's {name} ({found[0]})",
+                remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
+            )
     import torch
 
-    from pipeline.inputs.resident import release_models
+    from pipeline.inputs.adapted import release_models
 
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -107,9 +106,9 @@ class WorkerPool(ABC):
         names = (STORE_VARIABLE,) if self.address else (STORE_VARIABLE, "COALORA_HOME")
         environment = {name: os.environ[name] for name in names if name in os.environ}
         made = self._call(stage, key, inputs, environment, self.threads, checkpoint_seconds())
-        if problems := Store().problems(made):
+        if found := current_store().problems(made):
             raise CoaloraError(
-                f"what a worker has made cannot be read here ({problems[0]})",
+                f"what a worker has made cannot be read here ({found[0]})",
                 remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
             )
         return made

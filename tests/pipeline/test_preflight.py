@@ -260,7 +260,9 @@ def test_a_runner_without_its_extra_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, runner: str, package: str
 ) -> None:
     original = importlib.util.find_spec
-    monkeypatch.setattr("pipeline.workers.pool.find_spec", lambda name, *a: None if name == package else original(name, *a))
+    monkeypatch.setattr(
+        "pipeline.workers.pool.find_spec", lambda name, *a: None if name == package else original(name, *a)
+    )
     assert f"pip install 'coalora[{runner}]'" in refused(tiny(f"evaluation.runner={runner}"))
     preflight(tiny("evaluation.runner=processes"))
 

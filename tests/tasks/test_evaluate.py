@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-import pipeline.inputs.resident
-import tasks.evaluate
+import pipeline.inputs.adapted
+import tasks.evaluate_shard
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import score
 from coalora.files import read_json
 from flows.graph import Evaluated, Graph
 from flows.run import Run
-from pipeline.inputs.adapted import build_adapted
-from pipeline.inputs.loaders import BaseModel, load_benchmark, load_selected, load_set, load_tables
+from pipeline.inputs.adapted import ModelInputs, parameters
+from pipeline.inputs.loaders import load_selected, load_set
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Store
-from tasks.evaluate import SCORES, merge_shards, shard_bounds
+from tasks.evaluate import SCORES, merge_shards
+from tasks.evaluate_shard import shard_bounds
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 METHODS = ("coa", "none", "shared", "paper")  # in the order in which they are evaluated
@@ -58,12 +59,9 @@ def test_any_cut_gives_the_same_bytes(run: TinyRun, shard_size: int, workers: in
 
 
 def test_scores_are_those_of_each_configuration_alone(run: TinyRun) -> None:
-    parts = run.calibrated
-    data, tables = load_benchmark(parts.benchmark), load_tables(parts.tables)
-    adapted = build_adapted(
-        BaseModel(parts.base), data, parts.tables, method="coa", adapter=run.settings.adapter,
-        runtime=run.settings.runtime, seed=run.settings.seed, state=run.trained.states["coa"][-1],
-    )  # fmt: skip
+    data, tables = run.model.data, run.model.measured
+    adapted = run.model.build("coa", start=False)
+    adapted.load_state_dict(parameters(run.trained.states["coa"][-1]))
     found = read_json(Store().path(run.evaluated.scores["coa"]) / SCORES)
     rows = {
         "members": load_set(run.evaluated.selection, tables).configurations,
@@ -85,7 +83,7 @@ def test_an_evaluation_that_broke_off_goes_on_with_what_is_missing(
 ) -> None:
     n_shards = len(shard_bounds(run.evaluated.selection, 1))
     assert n_shards > 3
-    original = tasks.evaluate.measure_configurations
+    original = tasks.evaluate_shard.measure_configurations
     measured: list[str] = []
 
     def measure(adapted: Any, split: Any, rows: np.ndarray, *, batch_size: int, progress: Any) -> Any:
@@ -94,7 +92,7 @@ def test_an_evaluation_that_broke_off_goes_on_with_what_is_missing(
             raise RuntimeError("out of memory")
         return original(adapted, split, rows, batch_size=batch_size, progress=progress)
 
-    monkeypatch.setattr(tasks.evaluate, "measure_configurations", measure)
+    monkeypatch.setattr(tasks.evaluate_shard, "measure_configurations", measure)
     first = DirectRunner()
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(run, first, shard_size=1, workers=workers)
@@ -111,14 +109,17 @@ def test_an_evaluation_that_broke_off_goes_on_with_what_is_missing(
 def test_a_model_is_loaded_once_for_all_shards_of_a_method(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
-    def build(*args: Any, method: str, **options: Any) -> Any:
-        loaded.append(method)
-        return build_adapted(*args, method=method, **options)  # type: ignore[arg-type]
+    original = ModelInputs.build
 
-    monkeypatch.setattr("pipeline.inputs.resident.build_adapted", build)
+    def build(self: ModelInputs, method: str, **options: Any) -> Any:
+        loaded.append(method)
+        return original(self, method, **options)
+
+    monkeypatch.setattr(ModelInputs, "build", build)
     evaluate(run, DirectRunner(), shard_size=1)
-    assert loaded == list(METHODS)
-    assert not pipeline.inputs.resident._held  # and forgotten afterwards
+    alone = [method for method in run.settings.baselines.per_budget for _ in run.settings.evaluation.budgets]
+    assert loaded == [*METHODS, *alone]  # the choice for the budgets shares that of `coa`
+    assert not pipeline.inputs.adapted._held  # and forgotten afterwards
 
 
 def test_progress_tells_every_configuration_of_the_whole(run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +139,7 @@ def test_shards_that_do_not_cover_every_configuration_once_are_refused(kept: lis
     ]
     inverse = np.array([0, 2, 1, 1])
     assert merge_shards(shards[::-1], inverse, 3, 3)["budgets"] == {"loss": [1.0], "metrics": {"accuracy": [0.5]}}
-    with pytest.raises(CoaloraError, match="shards cover every configuration once"):
+    with pytest.raises(CoaloraError, match="do not cover the configurations 0 to 3 once each"):
         merge_shards([shards[i] for i in kept], inverse, 3, 3)
 
 

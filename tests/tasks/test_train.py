@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.inputs.adapted import load_state
+from pipeline.inputs.adapted import load_state, release_models
 from pipeline.store.store import Artifact
+from tasks.search import search_round
 from tasks.train import train_round
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -24,16 +25,13 @@ def run() -> Iterator[TinyRun]:
 def trained(run: TinyRun, *, processes: int, method: str = "coa", previous: Artifact | None = None) -> Artifact:
     s = run.settings
     return train_round.fn(
-        **run.calibrated.inputs(),
+        model=run.model_with(processes=processes, process_configurations="same"),
         configurations=run.trained.sets[0],
         previous=previous,
         method=method,
-        adapter=s.adapter,
         training=s.training,
         rounds=s.search.rounds,
         round_index=0 if previous is None else 1,
-        runtime=replace(s.runtime, processes=processes, process_configurations="same"),
-        seed=s.seed,
     )
 
 
@@ -52,3 +50,19 @@ def test_nothing_to_train_is_an_empty_state(run: TinyRun) -> None:
     artifact = trained(run, processes=1, method="none")
     assert artifact.meta["step"] == 0
     assert load_state(artifact).tensors == {}
+
+
+def test_a_stage_that_loads_its_model_gives_the_bytes_of_one_that_finds_it_loaded(run: TinyRun) -> None:
+    """The tiny run's stages took the model over from each other."""
+    s = run.settings
+    sets, states = run.trained.sets, run.trained.states["coa"]
+    search = replace(s.search, rounds=0)
+    release_models()
+    found = search_round.fn(model=run.model, configurations=sets[0], state=states[0], search=search, round_index=1)
+    assert found.digest == sets[1].digest
+    release_models()
+    trained = train_round.fn(
+        model=run.model, configurations=sets[1], previous=states[0], method="coa", training=s.training,
+        rounds=s.search.rounds, round_index=1,
+    )  # fmt: skip
+    assert trained.digest == states[1].digest

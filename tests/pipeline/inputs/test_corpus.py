@@ -92,7 +92,7 @@ def test_files_of_their_own_are_not_split_off(tmp_path: Path) -> None:
 
 
 def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="a text file must exist") as caught:
+    with pytest.raises(CoaloraError, match=r"the text file .* does not exist") as caught:
         documents(text(files={"train": str(tmp_path / "none.txt")}))
     assert "none.txt" in str(caught.value)
 
@@ -151,16 +151,13 @@ def test_a_stream_is_read_as_far_as_its_blocks_need(hub: Callable[..., Any], max
 
 def test_a_missing_text_column_is_named_with_those_that_are_there(hub: Callable[..., Any]) -> None:
     hub(train=[{"body": "x", "url": "u"}], validation=[])
-    with pytest.raises(CoaloraError, match="named columns") as caught:
+    with pytest.raises(CoaloraError, match=r"no column text\. Set benchmark\.text_columns .*some of body, url"):
         documents(text(hub={"path": "p"}))
-    assert caught.value.got == "no text"
-    assert caught.value.expected == "some of body, url"
-    assert "benchmark.text_columns" in str(caught.value.remedy)
 
 
 def test_a_missing_label_column_is_named(hub: Callable[..., Any]) -> None:
     hub(train=[{"text": "x", "y": 1}], validation=[])
-    with pytest.raises(CoaloraError, match="no label; expected: some of text, y"):
+    with pytest.raises(CoaloraError, match=r"no column label.*some of text, y"):
         examples(classes(hub={"path": "p"}))
 
 
@@ -168,13 +165,13 @@ def test_a_missing_label_column_is_named(hub: Callable[..., Any]) -> None:
 def test_a_column_without_texts_is_refused(hub: Callable[..., Any], value: object) -> None:
     hub(train=[{"text": value, "body": "x", "label": 0}], validation=[])
     for read in (lambda: documents(text(hub={"path": "p"})), lambda: examples(classes(hub={"path": "p"}))):
-        with pytest.raises(CoaloraError, match=r"a text column holds texts; got: text: .*; expected: some of body"):
+        with pytest.raises(CoaloraError, match=r"Column .text. holds no texts, but .*some of body"):
             read()
 
 
 def test_a_split_without_labels_is_refused(hub: Callable[..., Any]) -> None:
     hub(train=[{"text": "x", "label": 0}], validation=[{"text": "x", "label": -1}])
-    with pytest.raises(CoaloraError, match="labels are class indices; got: glue validation: -1"):
+    with pytest.raises(CoaloraError, match="-1 among the labels of glue validation"):
         examples(classes(hub={"path": "glue"}))
 
 
@@ -189,9 +186,10 @@ def test_a_split_without_labels_is_refused(hub: Callable[..., Any]) -> None:
 )
 def test_an_unreachable_hub_is_bad_input_with_a_way_out(hub: Callable[..., Any], error: Exception) -> None:
     hub(train=error)
-    with pytest.raises(CoaloraError, match="reachable on the hub") as caught:
+    with pytest.raises(CoaloraError, match="cannot be read from the hub") as caught:
         documents(text(hub={"path": "p", "name": "en"}))
-    assert str(caught.value.got).startswith("p en train: " + (str(error).splitlines() or ["OSError"])[0])
+    assert "Data set p en train" in str(caught.value)
+    assert (str(error).splitlines() or ["OSError"])[0] in str(caught.value)
     assert "benchmark.files" in str(caught.value.remedy)
 
 
@@ -216,5 +214,5 @@ def test_a_single_label_reads_values(tmp_path: Path) -> None:
     found = examples(classes(files=files, num_labels=1))["train"]
     assert found is not None
     assert found.labels == [0.25, 5.0]
-    with pytest.raises(CoaloraError, match=r"class indices; got: train\.csv: 0\.25"):
+    with pytest.raises(CoaloraError, match=r"0\.25 among the labels of train\.csv"):
         examples(classes(files=files, num_labels=2))

@@ -131,9 +131,8 @@ def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, mon
     monkeypatch.setenv("COALORA_HOME", str(run.home))
     s = run.settings
     inputs = {
-        **run.calibrated.inputs(), "configurations": run.trained.sets[0], "state": run.trained.states["coa"][0],
-        "adapter": s.adapter, "search": replace(s.search, rounds=0), "round_index": 1,
-        "runtime": s.runtime, "seed": s.seed,
+        "model": run.model, "configurations": run.trained.sets[0], "state": run.trained.states["coa"][0],
+        "search": replace(s.search, rounds=0), "round_index": 1,
     }  # fmt: skip
     original, measured = coalora.evaluate.losses.measure_configurations, []
 
@@ -160,6 +159,7 @@ PROGRAM = """
 import os, sys
 import flows
 from coalora.files import read_json
+from pipeline.inputs.adapted import ModelInputs
 from pipeline.stages.checkpoints import checkpoint_every
 from pipeline.stages.runner import DirectRunner
 from coalora.recipes import AdapterRecipe, TrainingRecipe
@@ -173,12 +173,14 @@ logging.getLogger("coalora").addHandler(logging.StreamHandler(sys.stdout))
 if __name__ == "__main__":
     given = read_json(__import__("pathlib").Path(sys.argv[1]))
     artifacts = {k: Artifact.model_validate(v) for k, v in given["artifacts"].items()}
+    configurations = artifacts.pop("configurations")
+    adapter, runtime = AdapterRecipe.from_dict(given["adapter"]), RuntimeSettings.from_dict(given["runtime"])
+    model = ModelInputs(**artifacts, adapter=adapter, runtime=runtime, seed=0)
     # Prefect's flow runs take a termination signal so.
     with capture_sigterm(), checkpoint_every(0.001):
         found = DirectRunner().run(
-            train_round, **artifacts, previous=None, method="coa", adapter=AdapterRecipe.from_dict(given["adapter"]),
+            train_round, model=model, configurations=configurations, previous=None, method="coa",
             training=TrainingRecipe.from_dict(given["training"]), rounds=0, round_index=0,
-            runtime=RuntimeSettings.from_dict(given["runtime"]), seed=0,
         )
     print("DIGEST", found.digest, flush=True)
 """

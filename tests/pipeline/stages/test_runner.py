@@ -29,7 +29,7 @@ class Settings(BaseModel):
 def first(*, settings: Settings, repeat: int = 1) -> Artifact:
     CALLS.append("first")
     if settings.text == "bad":
-        raise CoaloraError("the text is good", got=settings.text, remedy="write another")
+        raise CoaloraError(f"The text is {settings.text}", remedy="Write another")
     if settings.text == "interrupt":
         raise KeyboardInterrupt
 
@@ -161,8 +161,8 @@ def test_errors_of_the_function_arrive_unchanged_and_leave_no_record(execute: Ca
         for _ in range(2):
             with pytest.raises(CoaloraError) as caught:
                 runner.run(first, settings=Settings(text="bad"))
-            assert str(caught.value) == "the text is good; got: bad; remedy: write another"
-            assert caught.value.remedy == "write another"
+            assert str(caught.value) == "The text is bad. Write another."
+            assert caught.value.remedy == "Write another"
         with pytest.raises(TypeError, match="returns an Artifact, not int"):
             runner.run(wrong_return, n=1)
         assert runner.history == []
@@ -238,5 +238,5 @@ def test_prefect_shows_cached_stages_and_retries_failed_ones(prefect_server: Non
 
 
 def test_prefect_runner_outside_a_flow_is_an_error() -> None:
-    with pytest.raises(CoaloraError, match="inside a flow"):
+    with pytest.raises(CoaloraError, match="outside a flow"):
         PrefectRunner().run(first, settings=Settings())

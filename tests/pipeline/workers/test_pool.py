@@ -80,7 +80,7 @@ def _what_a_stage_raises_arrives_unchanged_and_what_was_finished_is_kept(pool: W
     calls = [{"n": n, "traces": str(traces)} for n in (20, 13, 21, 22, 23)]
     with pytest.raises(CoaloraError) as caught:
         DirectRunner().run_many(on_worker, calls, workers=2, pool=pool)
-    assert str(caught.value) == "the number is lucky; got: 13; remedy: take another"
+    assert str(caught.value) == "Number 13 is unlucky. Take another."
     runner = DirectRunner()
     runner.run_many(on_worker, [calls[0]], workers=2, pool=pool)
     assert runner.history[0].cached

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.errors import CoaloraError
-from pipeline.inputs.resident import hold
+from pipeline.inputs.adapted import hold
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Store
 
@@ -22,7 +22,7 @@ class Model:
 @stage("on-worker")
 def on_worker(*, n: int, traces: str, table: Artifact | None = None) -> Artifact:
     if n == 13:
-        raise CoaloraError("the number is lucky", got=n, remedy="take another")
+        raise CoaloraError(f"Number {n} is unlucky", remedy="Take another")
     if n == 99:
         os._exit(9)
     with hold("model", lambda: Model(traces)):  # type: ignore[arg-type, return-value]

@@ -1,4 +1,4 @@
-"""A worker keeps one model between shards, and no load happens while anything is measured."""
+"""A thread keeps one model between stages, and no load happens while anything is measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.inputs.resident import LoadGuard, hold, release_models
+from pipeline.inputs.adapted import LoadGuard, hold, release_models
 
 
 class Model:
@@ -60,6 +60,14 @@ def test_another_model_drops_the_first_before_it_is_built() -> None:
     built: list[str] = []
     use("a", built)
     assert built == ["a"]
+
+
+def test_another_state_of_a_model_is_put_in_and_the_same_one_is_not() -> None:
+    put: list[str] = []
+    for state in ("1", "1", "2", None, "2"):
+        with hold("a", Model, state, lambda model, state=state: put.append(str(state))):  # type: ignore[arg-type, misc]
+            pass
+    assert put == ["1", "2", "None", "2"]  # after the caller's own parameters nobody knows which they are
 
 
 def test_threads_have_models_of_their_own_which_go_with_them() -> None:

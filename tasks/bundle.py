@@ -1,0 +1,47 @@
+"""Stage `bundle`: what adapts to any budget, without the base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coalora.configurations import ConfigurationSet
+from coalora.export.bundle import Bundle
+from coalora.files import read_json
+from pipeline.inputs.adapted import ModelInputs, parameters
+from pipeline.inputs.loaders import SELECTED, load_set
+from pipeline.stages.runner import stage
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
+
+
+@stage("bundle")
+def make_bundle(
+    *,
+    model: ModelInputs,
+    selection: Artifact,
+    state: Artifact,
+) -> Artifact:
+    """Shared pair, theta, head, compensation, tables and final set, without the base model."""
+    measured, data = model.measured, model.data
+    # What was measured for the asked budgets answers other budgets as well as a member does.
+    members, chosen = load_set(selection, measured), read_json(current_store().path(selection) / SELECTED)
+    merged = members.merge(ConfigurationSet.from_dict(chosen, measured)).distinct().sorted(measured)
+    recipe, factors = model.adapter.resolved(data.task), None
+    if recipe.compensation_rank:
+        with model.adapted("coa", state) as adapted:
+            factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
+    bundle = Bundle(
+        measured,
+        merged,
+        parameters(state),
+        recipe,
+        data.task,
+        base_model=model.source.name,
+        compensation=factors,
+    )
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        bundle.save(folder)
+        return {"n_members": len(bundle.members)}
+
+    return current_store().put("bundle", write)

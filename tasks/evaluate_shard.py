@@ -1,0 +1,73 @@
+"""Stage `evaluate-shard`: validation loss and metrics of one method, for some of the members and budgets.
+
+The distinct configurations among both are cut into shards of `evaluation.shard_size`. Each shard is a stage of its
+own, so that an evaluation that was killed goes on behind its last finished shard; `evaluate` only puts them together.
+A configuration's scores do not depend on what was measured before it: any cut gives the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from coalora.calibrate.tables import CalibrationTables
+from coalora.evaluate.losses import Score, measure_configurations, score
+from coalora.files import write_json
+from pipeline.inputs.adapted import ModelInputs
+from pipeline.inputs.loaders import load_selected, load_set
+from pipeline.orchestration.progress import Progress
+from pipeline.stages.runner import stage
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
+
+SHARD = "shard.json"
+
+
+def shard_bounds(selection: Artifact, shard_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the shards of a selection's distinct configurations."""
+    n = int(selection.meta["n_distinct"] or 0)
+    return [(start, min(start + shard_size, n)) for start in range(0, n, shard_size)]
+
+
+def distinct_configurations(selection: Artifact, measured: CalibrationTables) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct configurations (n, N) among members and budgets, and which of them each member and budget has.
+
+    A budget's configuration is often a member as it is: what is equal is measured once.
+    """
+    both = np.concatenate([load_set(selection, measured).configurations, load_selected(selection, measured)])
+    distinct, inverse = np.unique(both, axis=0, return_inverse=True)
+    return distinct, inverse.ravel()
+
+
+@stage("evaluate-shard", tags=("gpu",))
+def evaluate_shard(
+    *,
+    model: ModelInputs,
+    selection: Artifact,
+    state: Artifact,
+    method: str,
+    batch_size: int,
+    start: int,
+    stop: int,
+) -> Artifact:
+    """`shard.json`: scores of the distinct configurations `start` to `stop` of a selection.
+
+    The first shard measures the base in full precision as well.
+    """
+    rows = distinct_configurations(selection, model.measured)[0][start:stop]
+    split = model.data.validation
+    full: Score | None = None
+    with model.adapted(method, state) as adapted:
+        label = f"evaluating {method}, configurations {start + 1} to {stop} of {selection.meta['n_distinct']}"
+        scores = measure_configurations(adapted, split, rows, batch_size=batch_size, progress=Progress(label))
+        if start == 0:
+            adapted.full_precision()
+            full = score(adapted, split, batch_size=batch_size)
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        content = {"start": start, "scores": [vars(s) for s in scores], "full_precision": full and vars(full)}
+        write_json(folder / SHARD, content)
+        return {"n_configurations": len(rows)}
+
+    return current_store().put("scores-shard", write)
