@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 PIP := python -m pip install --disable-pip-version-check --quiet
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo up down status test test-e2e test-gptq test-lowest lint bench lock clean help
 
@@ -51,7 +51,7 @@ test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against 
 test-lowest:     ## run the library's tests on the lowest versions that the wheel admits (an environment of 6 GB)
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/$(PIP) --requirement requirements-lowest.lock
-	$(VENV)-lowest/bin/python -m pytest tests/coalora -m 'not oracles' --numprocesses 2 --dist loadfile
+	$(VENV)-lowest/bin/python -m pytest tests/coalora -m 'not oracles' --ignore tests/coalora/test_cli.py --numprocesses 2 --dist loadfile
 
 bench: $(READY) $(VENV)/oracles/.ready   ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
 	for name in switch step memory evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

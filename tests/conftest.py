@@ -27,3 +27,12 @@ def s3() -> "Iterator[FaultProxy]":
 
     with s3_server() as backend, fault_proxy(backend) as proxy:
         yield proxy
+
+
+_LONG_FIRST = ("e2e", "infra", "flows", "pipeline", "tasks", "coalora")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin the longest files first; xdist's own order, by the number of tests, would leave them to the end."""
+    folders = {item: next((p for p in item.path.parts if p in _LONG_FIRST), _LONG_FIRST[-1]) for item in items}
+    items.sort(key=lambda item: _LONG_FIRST.index(folders[item]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -85,7 +86,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, HFValidationError) as error:
         raise _not_found(name_or_path, error) from error
     except ValueError as error:
         raise _no_such_architecture(name_or_path, task, error) from error
@@ -115,7 +116,7 @@ def load_config(
         return AutoConfig.from_pretrained(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise _not_found(name_or_path, error) from error
     except ValueError as error:
         raise _no_such_architecture(name_or_path, "either task", error) from error
@@ -133,12 +134,14 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise _not_found(name_or_path, error) from error
-    # transformers makes up a tokenizer of special tokens alone where a folder has none: every text would be unknown.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    except (TypeError, ImportError):  # of transformers 4 where a folder has no tokenizer
+        tokenizer = None
+    # transformers 5 makes up a tokenizer of special tokens alone there: every text would be unknown.
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise CoaloraError(
-            f"{name_or_path} has no tokenizer (a vocabulary of {len(tokenizer)} special tokens)",
+            f"{name_or_path} has no tokenizer",
             remedy="Save the tokenizer to the model's folder with tokenizer.save_pretrained",
         )
     if tokenizer.pad_token is None:

@@ -160,7 +160,7 @@ def train(
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, "enable")({"use_reentrant": False})
     adapted.peft_model.train()
     try:
         for step in range(start, span[1]):
@@ -206,7 +206,7 @@ def train(
     finally:
         optimizer.zero_grad(set_to_none=True)
         if recipe.gradient_checkpointing:
-            model.activation_checkpointing_disable()
+            _checkpointing(model, "disable")()
         adapted.peft_model.eval()
     adapted.refresh()
     return TrainingState(span[1], _tensors(parameters, optimizer) | _write_estimates(sampler)), records
@@ -273,3 +273,8 @@ def _schedule(step: int, warmup_steps: int, total_steps: int) -> float:
         return (step + 1) / warmup_steps
     span = max(total_steps - warmup_steps, 1)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup_steps) / span))
+
+
+def _checkpointing(model: PreTrainedModel, verb: str) -> Callable[..., None]:
+    # transformers 5 has renamed these methods, and warns of the old names.
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
