@@ -18,6 +18,13 @@ from coalora.train.parallel import Parallel, spawn
 BITS = np.array([2.1, 3.1, 4.1, 8.1])
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide GPUs here and, by the environment, in the processes that are started: two would be needed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def small_training(
     configurations: str, batch_size: int, sampling: str, steps: int, parallel: bool
 ) -> dict[str, object]:
