@@ -47,7 +47,7 @@ def run(name: Name, file: File = Path(DEFAULT_FILE), changes: Changes = [], refr
     A second run does no work; a run that was killed goes on behind its last finished stage.
     """
     settings = _settings(name, file, changes)
-    from flows.pipeline import run_pipeline
+    from flows.main import run_pipeline
 
     run_pipeline(name, settings, refresh)
 

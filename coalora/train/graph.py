@@ -8,11 +8,12 @@ the sums and products that make the factors, clipping, and AdamW; a few dozen la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.errors import CoaloraError
@@ -63,7 +64,13 @@ class GraphedGradients:
             if occurs:
                 raise CoaloraError(problem, remedy="Train without a graph")
         self._adapted, self._objective, self._capture = adapted, objective, capture
-        self._heads = [p for name, p in adapted.named_parameters().items() if name.startswith("head.")]
+        heads = {id(p) for name, p in adapted.named_parameters().items() if name.startswith("head.")}
+        self._heads = [
+            (module, name, parameter)
+            for module in adapted.peft_model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in heads
+        ]
         self._recorded: dict[Any, _Recorded] = {}
 
     def __call__(self, batch: dict[str, Tensor], teacher: TeacherOutput | None) -> Losses:
@@ -79,7 +86,7 @@ class GraphedGradients:
         trained = [(f, g) for f, g in zip(factors, gradients, strict=False) if f.requires_grad and g is not None]
         if trained:
             torch.autograd.backward([f for f, _ in trained], [g for _, g in trained])
-        for parameter, gradient in zip(self._heads, gradients[len(factors) :], strict=True):
+        for (_, _, parameter), gradient in zip(self._heads, gradients[len(factors) :], strict=True):
             parameter.grad = gradient
         return losses
 
@@ -88,10 +95,26 @@ class GraphedGradients:
         batch = dict(zip(names, given, strict=False))
         rest = given[len(names) :]
         teacher = TeacherOutput(rest[0], tuple(rest[1:])) if rest else None
-        with torch.enable_grad(), self._adapted.terms.using(factors):
+        with torch.enable_grad(), self._adapted.terms.using(factors), self._leaves() as leaves:
             loss, task_loss = step_loss(self._adapted, batch, self._objective, teacher)
-            gradients = torch.autograd.grad(loss, [*factors, *self._heads], allow_unused=True)
+            gradients = torch.autograd.grad(loss, [*factors, *leaves], allow_unused=True)
         return (loss.detach(), task_loss.detach()), gradients
+
+    @contextmanager
+    def _leaves(self) -> Iterator[list[nn.Parameter]]:
+        """The heads' parameters, replaced by leaves of the same memory.
+
+        The node that accumulates a parameter's gradient stays on the stream that first used it, as long as any result
+        of that use lives: a capture would wait for that stream, which CUDA forbids.
+        """
+        leaves = [nn.Parameter(parameter.detach()) for _, _, parameter in self._heads]
+        try:
+            for (module, name, _), leaf in zip(self._heads, leaves, strict=True):
+                module.register_parameter(name, leaf)
+            yield leaves
+        finally:
+            for module, name, parameter in self._heads:
+                module.register_parameter(name, parameter)
 
 
 class _Recorded:

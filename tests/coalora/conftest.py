@@ -284,7 +284,7 @@ def make_adapted(tables_for: Callable[..., CalibrationTables]) -> Callable[..., 
         )
         generator = torch.Generator().manual_seed(99)
         for parameter in adapted.named_parameters().values():
-            parameter.data += perturb * torch.randn(parameter.shape, generator=generator)
+            parameter.data += perturb * torch.randn(parameter.shape, generator=generator).to(parameter)
         return adapted
 
     return make

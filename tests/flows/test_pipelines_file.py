@@ -12,7 +12,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
-from flows.pipeline import pipeline
+from flows.main import pipeline
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings, read_pipelines
 from pipeline.settings.sections import Settings
@@ -66,7 +66,7 @@ def test_a_deployment_runs_the_definition_of_its_name(name: str) -> None:
     assert deployment["parameters"]["settings"] is CONTENT["definitions"]["pipelines"][name]
     assert deployment["work_pool"] is CONTENT["definitions"]["work_pool"]
     assert deployment["description"]
-    assert deployment["entrypoint"] == "flows/pipeline.py:pipeline"
+    assert deployment["entrypoint"] == "flows/main.py:pipeline"
     # Nothing starts by itself, and no pipeline twice at a time.
     assert [(schedule["active"], len(schedule["cron"].split())) for schedule in deployment["schedules"]] == [(False, 5)]
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
@@ -102,7 +102,7 @@ def test_a_deployment_builds(name: str) -> None:
     )  # fmt: skip
     assert isinstance(built, RunnerDeployment)  # and no coroutine
     assert (built.name, built.flow_name, built.enforce_parameter_schema) == (name, "pipeline", True)
-    assert str(built.entrypoint).endswith("flows/pipeline.py:pipeline")
+    assert str(built.entrypoint).endswith("flows/main.py:pipeline")
 
 
 @pytest.mark.parametrize("name", NAMES)
