@@ -29,7 +29,7 @@ from flows.graph import Graph
 from flows.run import Run
 from pipeline.settings.definitions import load_settings
 from pipeline.stages.runner import DirectRunner
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from pipeline.workers.pool import open_pool
 from pipeline.workers.worker import WorkerPool
 from tasks.evaluate_shard import SHARD, evaluate_shard, shard_bounds
@@ -66,7 +66,7 @@ def evaluate(runner: DirectRunner, calls: list[dict[str, Any]], pool: WorkerPool
     shards = runner.run_many(evaluate_shard, calls, workers=pool.workers, pool=pool, refresh=True)
     elapsed = time.perf_counter() - started
     busiest = max(after - before.get(process, 0.0) for process, after in processor_seconds().items())
-    return elapsed, busiest, [read_json(Store().path(shard) / SHARD) for shard in shards]
+    return elapsed, busiest, [read_json(default_store().path(shard) / SHARD) for shard in shards]
 
 
 def side_by_side(calls: list[dict[str, Any]], pools: list[WorkerPool]) -> float:

@@ -19,7 +19,7 @@ from pipeline.inputs.loaders import BaseModel
 from pipeline.settings.definitions import validate_settings
 from pipeline.settings.sections import RuntimeSettings, Settings
 from pipeline.stages.runner import DirectRunner
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 from tasks.export import write_export
 from tasks.score_text import TEXT_SCORE, put_text, score_budget
 
@@ -62,7 +62,7 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
     settings, artifacts = read_run(folder)
     _require_stored(artifacts)
     started = time.perf_counter()
-    configuration = Bundle.load(Store().path(artifacts["bundle"])).select(budget)
+    configuration = Bundle.load(default_store().path(artifacts["bundle"])).select(budget)
     chosen = time.perf_counter()
     formats = list(dict.fromkeys([*settings.export.formats, "packed"]))
     with whole_or_nothing(out) as part:
@@ -148,14 +148,14 @@ def _check(budgets: Sequence[float], max_length: int, stride: int, artifacts: di
         raise CoaloraError(
             f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
         )
-    bundle = Bundle.load(Store().path(artifacts["bundle"]))
+    bundle = Bundle.load(default_store().path(artifacts["bundle"]))
     for budget in budgets:
         bundle.select(budget)
 
 
 def _require_stored(artifacts: dict[str, Artifact]) -> None:
     for name, artifact in artifacts.items():
-        if problems := Store().problems(artifact):
+        if problems := default_store().problems(artifact):
             raise CoaloraError(
                 f"the run's {name} is not in the store ({problems[0]})",
                 remedy="Call this where the pipeline ran (or set COALORA_HOME), or run the pipeline again",

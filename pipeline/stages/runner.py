@@ -40,7 +40,7 @@ from pipeline.stages.records import Plan, StageRecord, run_name, write_record
 from pipeline.stages.stage import Call, Pool, Stage, current_call, stage
 from pipeline.store.artifacts import Artifact
 from pipeline.store.current import using
-from pipeline.store.store import Store
+from pipeline.store.store import Store, default_store
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Runner(ABC):
     """Runs stages with caching; `history` lists what was done, in the order of the calls.
 
     Args:
-        store: where the artifacts' files are; `Store()` by default.
+        store: where the artifacts' files are; `default_store()` by default.
         retries: how often Prefect runs a failed stage again; None leaves it to the stage.
         timeout_seconds: Prefect's limit for one stage; None leaves it to the stage.
     """
@@ -71,7 +71,7 @@ class Runner(ABC):
         retries: int | None = None,
         timeout_seconds: float | None = None,
     ) -> None:
-        self.store = store if store is not None else Store()
+        self.store = store if store is not None else default_store()
         self.history: list[StageRecord] = []
         limits = {"retries": retries, "timeout_seconds": timeout_seconds}
         self.task_options: dict[str, Any] = {k: v for k, v in limits.items() if v is not None}

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from pipeline.store.store import Store
+from pipeline.store.store import Store, default_store
 
 _current: ContextVar[Store | None] = ContextVar("coalora_store", default=None)
 
 
 def current_store() -> Store:
     """The store of the runner whose call this is, else the environment's."""
-    return _current.get() or Store()
+    return _current.get() or default_store()
 
 
 @contextmanager

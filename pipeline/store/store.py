@@ -53,16 +53,12 @@ class Store:
     """Artifacts below one home folder; safe for several processes at a time.
 
     Args:
-        root: home folder; without it everything comes from the environment, as in `default_store`.
+        root: home folder; `default_store` takes the environment's.
         shared_url: `s3://bucket/prefix` of the shared store that this one is a cache of; none by default.
         read_only: nothing is written to the shared store.
     """
 
-    def __init__(
-        self, root: str | Path | None = None, *, shared_url: str | None = None, read_only: bool = False
-    ) -> None:
-        if root is None:
-            root, shared_url, read_only = _from_environment()
+    def __init__(self, root: str | Path, *, shared_url: str | None = None, read_only: bool = False) -> None:
         self.root = Path(root).expanduser().resolve()
         self.folder = self.root / "store"
         self.shared_url, self.read_only = shared_url, read_only
@@ -318,15 +314,10 @@ def default_store() -> Store:
     Raises:
         CoaloraError: COALORA_STORE_READ_ONLY is neither 0 nor 1.
     """
-    root, shared_url, read_only = _from_environment()
-    return Store(root, shared_url=shared_url, read_only=read_only)
-
-
-def _from_environment() -> tuple[Path, str | None, bool]:
     read_only = os.environ.get(READ_ONLY_VARIABLE) or "0"
     if read_only not in ("0", "1"):
         raise CoaloraError(f"{READ_ONLY_VARIABLE} is {read_only[:80]!r}", remedy="Set it to 1 or 0")
-    return coalora_home(), os.environ.get(STORE_VARIABLE) or None, read_only == "1"
+    return Store(coalora_home(), shared_url=os.environ.get(STORE_VARIABLE) or None, read_only=read_only == "1")
 
 
 def _copy(source: Path, target: Path, entry: FileEntry, artifact: Artifact) -> None:

@@ -26,7 +26,7 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.verified import problems
 from pipeline.store.artifacts import Artifact
 from pipeline.store.current import current_store
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 
 # Of this worker:
 _last_stage: list[str] = []
@@ -58,7 +58,7 @@ def work(
             f"Python {sys.version.split()[0]} in {os.getcwd()})",
             remedy="Give the workers this checkout and its environment, and start them again",
         )
-    store = Store()
+    store = default_store()
     for name, artifact in artifacts_in(inputs):
         if found := problems(store, artifact):
             raise CoaloraError(

@@ -11,7 +11,7 @@ from prefect import flow
 from pipeline.orchestration.progress import Progress
 from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.runner import PrefectRunner, stage
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 
 
 @stage("hold", tags=("gpu",))
@@ -23,7 +23,7 @@ def hold(*, runtime: RuntimeSettings) -> Artifact:
     def write(folder: Path) -> None:
         (folder / "held").write_text(runtime.device)
 
-    return Store().put("held", write)
+    return default_store().put("held", write)
 
 
 @flow(flow_run_name="holding")

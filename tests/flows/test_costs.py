@@ -20,7 +20,7 @@ from pipeline.report.schema import RESULT
 from pipeline.report.table import markdown_table
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from tests.tiny_run import CHANGES, _Plain, at_home
 
 RULES = (
@@ -69,7 +69,7 @@ def test_tables_carry_the_cost_and_keep_the_statistics(finished: LatencyRun) -> 
     with at_home(finished.home):
         tables = load_tables(finished.calibrated.tables)
         assert len(load_input_statistics(finished.calibrated.tables, tables)) == 14
-        assert Store().verify(finished.calibrated.tables) == []
+        assert default_store().verify(finished.calibrated.tables) == []
     assert tables.cost_kind == "latency"
     # Two blocks of three nf layers, one in 16 bits and three MLPs.
     assert tables.cost_range() == (2 * (3 * 25 + 15 + 3 * 10), 2 * (3 * 40 + 15 + 3 * 20))
@@ -78,10 +78,10 @@ def test_tables_carry_the_cost_and_keep_the_statistics(finished: LatencyRun) -> 
 
 def test_budgets_sets_bundle_and_result_are_in_microseconds(finished: LatencyRun) -> None:
     with at_home(finished.home):
-        result: dict[str, Any] = read_json(Store().path(finished.exported.result) / RESULT)
-        bundle = Bundle.load(Store().path(finished.exported.bundle))
-        record = read_json(Store().path(finished.trained.sets[1]) / "round.json")
-        base = load_base(Store().path(finished.exported.exports[0]) / "base")
+        result: dict[str, Any] = read_json(default_store().path(finished.exported.result) / RESULT)
+        bundle = Bundle.load(default_store().path(finished.exported.bundle))
+        record = read_json(default_store().path(finished.trained.sets[1]) / "round.json")
+        base = load_base(default_store().path(finished.exported.exports[0]) / "base")
     assert result["cost"]["unit"] == "µs"
     for budget, row in zip(BUDGETS, result["budgets"], strict=True):
         assert row["budget"] == budget

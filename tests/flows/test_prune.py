@@ -18,7 +18,7 @@ from coalora.cli import main
 from pipeline.stages.runner import DirectRunner, stage
 from pipeline.store.prune import find_garbage, remove
 from pipeline.store.roots import Journal, Roots
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 from pipeline.versioning.sets import write_set
 from tests.commands import refused
 from tests.pipeline.store.stores import ROOT
@@ -28,7 +28,7 @@ DAY = 24 * 3600.0
 
 @stage("pruned-text")
 def text(*, n: int) -> Artifact:
-    return Store().put("text", lambda folder: (folder / "a.txt").write_text(f"{n}" * 1000) and None)
+    return default_store().put("text", lambda folder: (folder / "a.txt").write_text(f"{n}" * 1000) and None)
 
 
 @stage("pruned-set")
@@ -36,7 +36,7 @@ def a_set(*, n: int) -> Artifact:
     def build(folder: Path) -> None:
         (folder / "configurations.json").write_text(json.dumps({"n": n}))
 
-    return Store().put("configuration-set", build)
+    return default_store().put("configuration-set", build)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Home:
             os.utime(path, (then, then))
 
     def has(self, name: str) -> bool:
-        return Store().place(self.made[name]).is_dir()
+        return default_store().place(self.made[name]).is_dir()
 
     def prune(self, *options: str) -> int:
         return main(["prune", "--root", str(self.root), *options])
@@ -143,7 +143,7 @@ def test_what_was_made_or_used_lately_stays(home: Home) -> None:
 def test_what_is_used_between_the_list_and_the_removal_stays(home: Home) -> None:
     home.journal("aaaa", 1)
     home.age()
-    store = Store()
+    store = default_store()
     found = find_garbage(store, Roots(), home.home / "results", older_than=DAY)
     assert DirectRunner().run(text, n=1) == home.made["1"]
     gone = {item.kind: remove(store, item, older_than=DAY) for item in found}
@@ -179,7 +179,7 @@ def test_a_run_folder_a_copy_and_a_set_under_dvc_each_keep_what_they_name(home: 
     home.made["set"] = DirectRunner().run(a_set, n=1)
     home.made["other set"] = DirectRunner().run(a_set, n=2)
     run_folder(home, "bbbb", home.made["1"])  # a run of which only the record is left
-    Store().materialize(home.made["2"], home.root / "outputs" / "export")
+    default_store().materialize(home.made["2"], home.root / "outputs" / "export")
     file = write_set("demo", 0, {"n": 1}, home.root)
     import hashlib
 

@@ -16,12 +16,12 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.errors import CoaloraError
 from pipeline.stages.runner import DirectRunner, stage
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 
 
 @stage("filling")
 def filling(*, n_bytes: int) -> Artifact:
-    return Store().put("bytes", lambda folder: (folder / "a.bin").write_bytes(os.urandom(n_bytes)) and None)
+    return default_store().put("bytes", lambda folder: (folder / "a.bin").write_bytes(os.urandom(n_bytes)) and None)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up_in_mid_write_loses_nothing_and_serves_again_when_t
     runner = DirectRunner()
     assert runner.run(filling, n_bytes=200_000) == kept
     assert runner.history[0].cached
-    assert Store().verify(DirectRunner().run(filling, n_bytes=100_000)) == []
+    assert default_store().verify(DirectRunner().run(filling, n_bytes=100_000)) == []
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_a_full_disk_is_said_whoever_meets_it(home: Path, error: Exception) -> N
         raise error
 
     with pytest.raises(CoaloraError, match=r"The disk of .* is full.*goes on behind its last"):
-        Store().put("text", build)
+        default_store().put("text", build)
     assert not list((home / "store" / ".tmp").iterdir())
     with pytest.raises(RuntimeError, match="another"):
-        Store().put("text", lambda folder: (_ for _ in ()).throw(RuntimeError("another error")))
+        default_store().put("text", lambda folder: (_ for _ in ()).throw(RuntimeError("another error")))
 
 
 def test_a_record_that_finds_no_room_leaves_the_old_one_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_files_of_others_without_permission_are_not_blamed_on_the_store(home: Pa
         raise PermissionError(errno.EACCES, "Permission denied", "/etc/other")
 
     with pytest.raises(PermissionError, match="/etc/other"):
-        Store().put("text", build)
+        default_store().put("text", build)
 
 
 @task(cache_policy=NO_CACHE)

@@ -20,7 +20,7 @@ from flows.run import Run
 from pipeline.inputs.adapted import ModelInputs, parameters
 from pipeline.inputs.loaders import load_selected, load_set
 from pipeline.stages.runner import DirectRunner
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from tasks.evaluate import SCORES, merge_shards
 from tasks.evaluate_shard import shard_bounds
 from tests.tiny_run import TinyRun, at_home, tiny_run
@@ -62,7 +62,7 @@ def test_scores_are_those_of_each_configuration_alone(run: TinyRun) -> None:
     data, tables = run.model.data, run.model.measured
     adapted = run.model.build("coa", start=False)
     adapted.load_state_dict(parameters(run.trained.states["coa"][-1]))
-    found = read_json(Store().path(run.evaluated.scores["coa"]) / SCORES)
+    found = read_json(default_store().path(run.evaluated.scores["coa"]) / SCORES)
     rows = {
         "members": load_set(run.evaluated.selection, tables).configurations,
         "budgets": load_selected(run.evaluated.selection, tables),

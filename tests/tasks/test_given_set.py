@@ -20,7 +20,7 @@ from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import DirectRunner
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from tasks.given_set import given_set
 from tests.tiny_run import CHANGES, TinyRun, at_home, tiny_run
 
@@ -37,7 +37,7 @@ def run() -> Iterator[TinyRun]:
 @pytest.fixture
 def content(run: TinyRun) -> dict[str, Any]:
     """The set of round 1, with losses."""
-    found: dict[str, Any] = json.loads((Store().path(run.trained.sets[1]) / "configurations.json").read_text())
+    found: dict[str, Any] = json.loads((default_store().path(run.trained.sets[1]) / "configurations.json").read_text())
     assert any(member["loss"] is not None for member in found["members"])
     return found
 

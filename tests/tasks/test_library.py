@@ -13,7 +13,7 @@ from coalora.export.bundle import Bundle
 from coalora.model import CoaLoraModel
 from pipeline.inputs.adapted import parameters
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_tables
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 
@@ -46,7 +46,7 @@ def test_fit_is_the_pipelines_training_and_search_bit_for_bit(run: TinyRun) -> N
     state = parameters(run.trained.states["coa"][-1])
     assert model.adapted.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.adapted.state_dict().items())
-    theirs = Bundle.load(Store().path(run.exported.bundle))
+    theirs = Bundle.load(default_store().path(run.exported.bundle))
     np.testing.assert_array_equal(model.members.configurations, theirs.members.configurations)
     np.testing.assert_array_equal(model.members.losses, theirs.members.losses)
     for budget in s.evaluation.budgets:

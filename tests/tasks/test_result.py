@@ -18,7 +18,7 @@ import pytest
 from coalora.configurations import ConfigurationSet
 from coalora.quant.space import ChoiceSpace
 from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from tasks.report import headline
 from tasks.result import assemble
 from tests.tiny_run import TinyRun, at_home, tiny_run
@@ -35,12 +35,12 @@ def run() -> Iterator[TinyRun]:
 
 @pytest.fixture(scope="module")
 def result(run: TinyRun) -> dict[str, Any]:
-    return json.loads((Store().path(run.exported.result) / "result.json").read_text())
+    return json.loads((default_store().path(run.exported.result) / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def scores(run: TinyRun) -> dict[str, Any]:
-    store = Store()
+    store = default_store()
     return {m: json.loads((store.path(a) / "scores.json").read_text()) for m, a in run.evaluated.scores.items()}
 
 
@@ -83,7 +83,7 @@ def test_a_budgets_row_is_its_configuration_and_its_files(
     for i, (row, export) in enumerate(zip(result["budgets"], run.exported.exports, strict=True)):
         assert row["average_bits"] == pytest.approx(tables.average_bits(chosen[i]))
         assert row["average_bits"] <= row["budget"] + 1e-9
-        folder = Store().path(export)
+        folder = default_store().path(export)
         base = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
         adapter = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         assert (row["base_bytes"], row["adapter_bytes"], row["total_bytes"]) == (base, adapter, base + adapter)
@@ -119,7 +119,7 @@ def test_hypervolumes_are_the_area_that_members_dominate(run: TinyRun, result: d
 
 
 def test_each_budget_shows_what_an_adapter_for_it_alone_reaches(run: TinyRun, result: dict[str, Any]) -> None:
-    store = Store()
+    store = default_store()
     assert set(result["references"]) == {"qlora", "lq-lora"}
     assert {arm["n_steps"] for arm in result["references"].values()} == {2}
     for method, made in run.evaluated.references.items():
@@ -193,7 +193,7 @@ def test_a_positive_gap_is_worse_whichever_way_the_metric_goes(
 
 
 def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str, Any]) -> None:
-    folder: Path = Store().path(run.exported.report)
+    folder: Path = default_store().path(run.exported.report)
     assert json.loads((folder / "result.json").read_text()) == result
     assert json.loads((folder / "metrics.json").read_text()) == headline(result)
     front = list(csv.DictReader(io.StringIO((folder / "front.csv").read_text())))

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
 from pipeline.stages.runner import DirectRunner, PrefectRunner, Runner, stage
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 from tests.pipeline.stages.engine_runs import directly, in_flow, writer
 
 pytestmark = pytest.mark.usefixtures("own_results")
@@ -37,14 +37,14 @@ def first(*, settings: Settings, repeat: int = 1) -> Artifact:
         (folder / "a.txt").write_text(settings.text * repeat)
         return {"score": 0.5, "text": settings.text, "count": repeat, "best": True, "none": None}
 
-    return Store().put("text", build)
+    return default_store().put("text", build)
 
 
 @stage("second")
 def second(*, table: Artifact, more: list[Artifact] | None = None) -> Artifact:
     CALLS.append("second")
-    text = (Store().path(table) / "a.txt").read_text()
-    return Store().put("length", writer(str(len(text))))
+    text = (default_store().path(table) / "a.txt").read_text()
+    return default_store().put("length", writer(str(len(text))))
 
 
 @stage("flaky", retries=1)
@@ -52,7 +52,7 @@ def flaky(*, n: int) -> Artifact:
     CALLS.append("flaky")
     if CALLS.count("flaky") == 1:
         raise RuntimeError("first try")
-    return Store().put("text", writer(str(n)))
+    return default_store().put("text", writer(str(n)))
 
 
 @stage("wrong-return")
@@ -70,7 +70,7 @@ def flags(runner: Runner) -> list[tuple[str, bool, bool]]:
 
 
 def damage(artifact: Artifact) -> None:
-    file = next(path for path in Store().path(artifact).iterdir() if path.suffix == ".txt")
+    file = next(path for path in default_store().path(artifact).iterdir() if path.suffix == ".txt")
     file.chmod(0o644)
     file.write_text("damaged")
 
@@ -112,7 +112,7 @@ def test_the_second_run_does_no_work_and_keeps_every_fact(execute: Callable) -> 
 @pytest.mark.parametrize("how", ["altered", "deleted", "extra"])
 def test_damaged_results_are_named_rebuilt_and_recorded_anew(how: str, caplog: pytest.LogCaptureFixture) -> None:
     artifact = DirectRunner().run(first, settings=Settings())
-    file = Store().path(artifact) / "a.txt"
+    file = default_store().path(artifact) / "a.txt"
     if how == "altered":
         damage(artifact)
     elif how == "deleted":
@@ -125,7 +125,7 @@ def test_damaged_results_are_named_rebuilt_and_recorded_anew(how: str, caplog: p
     assert ("b.txt: extra" if how == "extra" else "a.txt: ") in caplog.text
     assert content(runner.run(first, settings=Settings())) == content(artifact)
     assert flags(runner) == [("first", False, True), ("first", True, False)]
-    assert Store().verify(artifact) == []
+    assert default_store().verify(artifact) == []
 
 
 def test_damaged_results_are_rebuilt_in_a_flow(prefect_server: None) -> None:
@@ -134,7 +134,7 @@ def test_damaged_results_are_rebuilt_in_a_flow(prefect_server: None) -> None:
         damage(artifact)
         assert content(runner.run(first, settings=Settings())) == content(artifact)
         assert content(runner.run(first, settings=Settings())) == content(artifact)
-        assert Store().verify(artifact) == []
+        assert default_store().verify(artifact) == []
         return flags(runner)
 
     assert in_flow(body) == [("first", False, False), ("first", False, True), ("first", True, False)]

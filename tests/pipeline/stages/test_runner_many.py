@@ -11,7 +11,7 @@ import pytest
 
 from coalora.errors import CoaloraError
 from pipeline.stages.runner import Runner, stage
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 from tests.pipeline.stages.engine_runs import writer
 
 pytestmark = pytest.mark.usefixtures("own_results")
@@ -33,7 +33,7 @@ def part(*, n: int, fail: bool = False, at_least: int = 1) -> Artifact:
         CALLS.append(f"part {n}")
     if fail:
         raise CoaloraError(f"Part {n} failed")
-    return Store().put("text", writer(f"part {n}"))
+    return default_store().put("text", writer(f"part {n}"))
 
 
 @stage("patient")
@@ -45,7 +45,7 @@ def patient(*, n: int) -> Artifact:
             raise TimeoutError("number 4 was never begun")
         time.sleep(0.01)
     CALLS.append(f"patient {n}")
-    return Store().put("text", writer(f"patient {n}"))
+    return default_store().put("text", writer(f"patient {n}"))
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_many_calls_come_back_in_their_order_and_never_more_at_a_time_than_worke
         runner.run(part, **calls[2])
         AT_WORK[1] = 0
         found = runner.run_many(part, calls, workers=workers)
-        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"part {n}" for n in range(6)]
+        assert [(default_store().path(a) / "a.txt").read_text() for a in found] == [f"part {n}" for n in range(6)]
         assert [record.cached for record in runner.history[1:]] == [n == 2 for n in range(6)]
         assert runner.run_many(part, calls, workers=workers) == found
         assert all(record.cached for record in runner.history[7:])
@@ -77,7 +77,7 @@ def test_many_calls_come_back_in_their_order_and_never_more_at_a_time_than_worke
 def test_a_long_call_keeps_no_other_worker_waiting(execute: Callable) -> None:
     def body(runner: Runner) -> None:
         found = runner.run_many(patient, [{"n": n} for n in range(5)], workers=2)
-        assert [(Store().path(a) / "a.txt").read_text() for a in found] == [f"patient {n}" for n in range(5)]
+        assert [(default_store().path(a) / "a.txt").read_text() for a in found] == [f"patient {n}" for n in range(5)]
 
     execute(body)
 

@@ -18,7 +18,7 @@ from pipeline.environment import set_defaults
 set_defaults()
 import pipeline.store.shared
 from pipeline.stages.runner import DirectRunner, stage
-from pipeline.store.store import Store
+from pipeline.store.store import Store, default_store
 if "TTL" in os.environ:
     pipeline.store.shared.SharedStore.__init__.__kwdefaults__["ttl"] = float(os.environ["TTL"])
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -32,14 +32,14 @@ def traced(*, n: int):
     print("begun", flush=True)
     while not (traces / "go").exists():
         time.sleep(0.02)
-    return Store().put("text", lambda folder: (folder / "a.txt").write_text("n" * n) and None)
+    return default_store().put("text", lambda folder: (folder / "a.txt").write_text("n" * n) and None)
 
 runner = DirectRunner()
 print("ready", flush=True)
 while not (traces / f"start-{sys.argv[1]}").exists():
     time.sleep(0.02)
 made = runner.run(traced, n=1)
-print("done", made.digest, runner.history[0].cached, (Store().path(made) / "a.txt").read_text(), flush=True)
+print("done", made.digest, runner.history[0].cached, (default_store().path(made) / "a.txt").read_text(), flush=True)
 """
 
 

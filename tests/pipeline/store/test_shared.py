@@ -19,7 +19,7 @@ from pipeline.s3.errors import StorageError
 from pipeline.stages.runner import DirectRunner, stage
 from pipeline.store.lease import Lease
 from pipeline.store.shared import SharedStore, manifest_name, object_name, record_name
-from pipeline.store.store import Artifact, Store, default_store
+from pipeline.store.store import Artifact, default_store
 from tests.pipeline.store.stores import Traced, until
 from tests.s3_server import FaultProxy, set_credentials
 
@@ -37,20 +37,22 @@ def text(*, n: int) -> Artifact:
         (folder / "sub" / "a.txt").write_text("n" * n)
         (folder / "b.txt").write_text("b")
 
-    return Store().put("text", build)
+    return default_store().put("text", build)
 
 
 @stage("shared-reader")
 def reader(*, table: Artifact) -> Artifact:
     CALLS.append("reader")
-    found = (Store().path(table) / "sub" / "a.txt").read_text()
-    return Store().put("length", lambda folder: (folder / "n.txt").write_text(str(len(found))) and None)
+    found = (default_store().path(table) / "sub" / "a.txt").read_text()
+    return default_store().put("length", lambda folder: (folder / "n.txt").write_text(str(len(found))) and None)
 
 
 @stage("shared-place")
 def of_this_machine(*, n: int) -> Artifact:
     CALLS.append("place")
-    return Store().put("base", lambda folder: (folder / "a").write_text(str(n)) and {"path": "/on/this/machine"})
+    return default_store().put(
+        "base", lambda folder: (folder / "a").write_text(str(n)) and {"path": "/on/this/machine"}
+    )
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def server(proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def shared(server: dict[str, str]) -> SharedStore:
     CALLS.clear()
-    found = Store().shared
+    found = default_store().shared
     assert found is not None
     return found
 
@@ -121,10 +123,10 @@ def test_a_fresh_machine_finds_what_another_finished_and_downloads_only_what_it_
         assert second.run(reader, table=made) == length
         assert ran(second) == [("shared-text", True), ("shared-reader", True)]
         assert not list(home.glob("store/*/*"))  # nothing was read, nothing was downloaded
-        assert (Store().path(length) / "n.txt").read_text() == "5"
-        assert Store().verify(length) == []
+        assert (default_store().path(length) / "n.txt").read_text() == "5"
+        assert default_store().verify(length) == []
         assert len(list(home.glob("store/??/*"))) == 1
-        assert (Store().materialize(made, home / "copy") / "sub" / "a.txt").read_text() == "nnnnn"
+        assert (default_store().materialize(made, home / "copy") / "sub" / "a.txt").read_text() == "nnnnn"
     assert CALLS == ["text", "reader"]
 
 
@@ -134,7 +136,7 @@ def test_a_stage_that_runs_gets_its_inputs_from_the_shared_store(shared: SharedS
     with machine("b"):
         runner = DirectRunner()
         length = runner.run(reader, table=runner.run(text, n=4))
-        assert (Store().path(length) / "n.txt").read_text() == "4"
+        assert (default_store().path(length) / "n.txt").read_text() == "4"
     with machine("a"):
         assert DirectRunner().run(reader, table=made) == length
     assert CALLS == ["text", "reader"]
@@ -169,12 +171,12 @@ def test_a_reference_to_a_place_on_one_machine_is_made_on_each(shared: SharedSto
 def test_a_damaged_copy_here_is_replaced_by_the_shared_one(shared: SharedStore, machine: type) -> None:
     with machine("a"):
         made = DirectRunner().run(text, n=2)
-        file = Store().path(made) / "b.txt"
+        file = default_store().path(made) / "b.txt"
         file.chmod(0o644)
         file.write_text("altered")
         assert DirectRunner().run(text, n=2) == made
-        assert (Store().path(made) / "b.txt").read_text() == "b"
-        assert Store().verify(made) == []
+        assert (default_store().path(made) / "b.txt").read_text() == "b"
+        assert default_store().verify(made) == []
     assert CALLS == ["text"]
 
 
@@ -184,7 +186,7 @@ def test_a_damaged_shared_file_is_noticed_and_never_kept(shared: SharedStore, ma
     shared.location.put_bytes(object_name(sha("b")), b"B")
     with machine("b") as home:
         with pytest.raises(StorageError, match="not what its manifest says"):
-            Store().path(made)
+            default_store().path(made)
         assert not list(home.glob("store/??/*"))
 
 
@@ -251,7 +253,7 @@ def test_a_read_only_store_is_read_and_never_written(
         runner = DirectRunner()
         runner.run(reader, table=runner.run(text, n=6))
         assert ran(runner) == [("shared-text", True), ("shared-reader", False)]
-        assert Store().verify(made) == []
+        assert default_store().verify(made) == []
         assert proxy.puts() == []
     assert CALLS == ["text", "reader"]
     monkeypatch.setenv("COALORA_STORE_READ_ONLY", "yes")
@@ -296,7 +298,7 @@ def test_a_hostile_manifest_with_the_right_digest_writes_nothing(
         shared.location.put_bytes(f"objects/{row['sha256'][:2]}/{row['sha256']}".replace("/../", "/"), b"x")
     with machine("b") as home:
         with pytest.raises(CoaloraError, match="neither on this machine nor in"):
-            Store().path(Artifact(kind="text", digest=digest, nbytes=1))
+            default_store().path(Artifact(kind="text", digest=digest, nbytes=1))
         assert not list(home.glob("store/??/*"))
     assert not [p for p in tmp_path.rglob("*") if "evil" in p.name]
     assert not Path("/tmp/evil").exists()
@@ -308,7 +310,7 @@ def test_an_object_that_is_larger_than_stated_is_not_kept(shared: SharedStore, m
     shared.location.put_bytes(object_name(sha("b")), b"b" * 10_000_000)
     with machine("b") as home:
         with pytest.raises(StorageError, match="not what its manifest says"):
-            Store().path(made)
+            default_store().path(made)
         assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file() and p.suffix != ".lock") < 1_000_000
 
 
@@ -319,7 +321,7 @@ def test_a_download_that_was_killed_leaves_nothing_that_looks_whole(shared: Shar
         work = home / "store" / ".tmp" / f"download-{made.digest}"
         work.mkdir(parents=True)
         (work / "b.txt").write_text("half")
-        assert (Store().path(made) / "b.txt").read_text() == "b"
+        assert (default_store().path(made) / "b.txt").read_text() == "b"
         assert not work.exists()
 
 
@@ -327,7 +329,7 @@ def test_a_download_that_was_killed_leaves_nothing_that_looks_whole(shared: Shar
 def test_an_address_that_is_none_is_said_without_secrets(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COALORA_STORE", url)
     with pytest.raises(CoaloraError, match=r"COALORA_STORE.*s3://BUCKET/PREFIX") as caught:
-        Store().path(Artifact(kind="a", digest="0" * 64, nbytes=0))
+        default_store().path(Artifact(kind="a", digest="0" * 64, nbytes=0))
     assert "secret" not in str(caught.value)
 
 

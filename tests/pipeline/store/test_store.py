@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coalora.errors import CoaloraError
-from pipeline.store.store import MANIFEST, MARKER, Artifact, Store
+from pipeline.store.store import MANIFEST, MARKER, Artifact, Store, default_store
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -78,9 +78,9 @@ def test_files_lie_under_their_digest_and_are_read_only(store: Store, artifact: 
 def test_default_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COALORA_HOME", raising=False)
-    assert Store().root == tmp_path / ".coalora"
+    assert default_store().root == tmp_path / ".coalora"
     monkeypatch.setenv("COALORA_HOME", str(tmp_path / "elsewhere"))
-    assert Store().root == tmp_path / "elsewhere"
+    assert default_store().root == tmp_path / "elsewhere"
 
 
 def _alter(folder: Path) -> None:
@@ -194,7 +194,7 @@ def test_what_cannot_be_kept_is_refused(store: Store, build: Callable, said: str
 _KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline.store.store import Store
+from pipeline.store.store import Store, default_store
 def build(folder: Path) -> None:
     (folder / "half.bin").write_bytes(b"x" * 1000)
     os._exit(9)
@@ -235,7 +235,7 @@ def test_a_build_of_more_than_a_day_that_still_runs_is_not_swept(store: Store) -
 _RACER = """
 import sys, time
 from pathlib import Path
-from pipeline.store.store import Store
+from pipeline.store.store import Store, default_store
 def build(folder: Path) -> None:
     (folder / "a.txt").write_text("same")
     (Path(sys.argv[1]) / sys.argv[2]).touch()

@@ -13,7 +13,7 @@ import pytest
 
 from coalora.cli import main
 from coalora.errors import CoaloraError
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from pipeline.versioning.restoring import from_dvc, from_mlflow
 from pipeline.versioning.sets import version_file, write_set
 from tasks.publish import track_round
@@ -141,7 +141,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, str, str,
 
 def set_bytes(run: TinyRun, index: int) -> bytes:
     with at_home(run.home):
-        return (Store().path(run.trained.sets[index]) / "configurations.json").read_bytes()
+        return (default_store().path(run.trained.sets[index]) / "configurations.json").read_bytes()
 
 
 def test_an_mlflow_run_gives_the_sets_that_it_logged(logged: tuple[TinyRun, str, str, str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from flows.graph import Graph
 from flows.run import Run
 from pipeline.stages.runner import DirectRunner
 from pipeline.stages.stage import Stage
-from pipeline.store.store import Store
+from pipeline.store.store import default_store
 from pipeline.workers.pool import check_runner, open_pool
 from pipeline.workers.worker import WorkerPool, work
 from tests.pipeline.store.stores import ROOT
@@ -65,7 +65,7 @@ def _calls_come_back_in_order_from_two_workers_that_load_once(pool: WorkerPool, 
     runner = DirectRunner()
     calls = [{"n": n, "traces": str(traces)} for n in range(6)]
     made = runner.run_many(on_worker, calls, workers=2, pool=pool)
-    assert [(Store().path(a) / "n.txt").read_text() for a in made] == list("012345")
+    assert [(default_store().path(a) / "n.txt").read_text() for a in made] == list("012345")
     processes = {a.meta["process"] for a in made}
     assert len(processes) == 2
     assert os.getpid() not in processes
@@ -73,7 +73,7 @@ def _calls_come_back_in_order_from_two_workers_that_load_once(pool: WorkerPool, 
     assert [record.cached for record in runner.history] == [False] * 6
     assert runner.run_many(on_worker, calls, workers=2, pool=pool) == made  # from the records
     assert [record.cached for record in runner.history[6:]] == [True] * 6
-    assert not list((Store().root / "locks").iterdir())
+    assert not list((default_store().root / "locks").iterdir())
 
 
 def _what_a_stage_raises_arrives_unchanged_and_what_was_finished_is_kept(pool: WorkerPool, traces: Path) -> None:
@@ -98,7 +98,7 @@ def _an_evaluation_gives_the_bytes_of_threads(
     trained = replace(run.trained, states={m: run.trained.states[m] for m in ("coa", "none")})
     runner = DirectRunner()
     with at_home(run.home):
-        runner.store = Store()
+        runner.store = default_store()
         found = Graph(Run("tiny", settings, runner), calibrated=run.calibrated, trained=trained).evaluated
     assert [found.scores[m].digest for m in trained.states] == [run.evaluated.scores[m].digest for m in trained.states]
     alone = [[a.digest for a in made.references["lq-lora"]] for made in (found, run.evaluated)]
@@ -159,7 +159,7 @@ def test_a_worker_with_other_code_or_packages_is_refused(tmp_path: Path) -> None
 
 
 def test_a_worker_that_cannot_read_an_input_says_what_to_set(tmp_path: Path) -> None:
-    table = Store().put("text", lambda folder: (folder / "a").write_text("a") and None)
+    table = default_store().put("text", lambda folder: (folder / "a").write_text("a") and None)
     gone = table.model_copy(update={"digest": "0" * 64})
     inputs = {"n": 1, "traces": str(tmp_path), "table": gone}
     with pytest.raises(CoaloraError, match=r"cannot read the run's table .*not in the store.*COALORA_STORE"):

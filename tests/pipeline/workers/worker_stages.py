@@ -10,7 +10,7 @@ from typing import Any
 from coalora.errors import CoaloraError
 from pipeline.inputs.adapted import hold
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import Artifact, default_store
 
 
 class Model:
@@ -32,4 +32,4 @@ def on_worker(*, n: int, traces: str, table: Artifact | None = None) -> Artifact
         (folder / "n.txt").write_text(str(n))
         return {"process": os.getpid()}
 
-    return Store().put("text", build)
+    return default_store().put("text", build)
