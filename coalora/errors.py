@@ -17,18 +17,15 @@ class CoaloraError(ValueError):
         layer 'fc' has no weight. Leave it out of target_modules.
     """
 
-    def __init__(self, problem: str, *, remedy: str | None = None, got: object = None, expected: object = None) -> None:
-        self.problem, self.remedy, self.got, self.expected = problem, remedy, got, expected
-        parts = [problem]
-        parts += [f"got: {got}"] if got is not None else []
-        parts += [f"expected: {expected}"] if expected is not None else []
-        sentences = ["; ".join(parts), *([remedy] if remedy else [])]
+    def __init__(self, problem: str, *, remedy: str | None = None) -> None:
+        self.problem, self.remedy = problem, remedy
+        sentences = [problem, *([remedy] if remedy else [])]
         super().__init__(" ".join(s if s.endswith((".", "?", "!")) else f"{s}." for s in sentences))
 
     def __reduce__(self) -> tuple[object, ...]:
         # The default rebuilds an exception from its rendered text alone and would lose the parts.
-        return _rebuild, (type(self), self.problem, self.remedy, self.got, self.expected)
+        return _rebuild, (type(self), self.problem, self.remedy)
 
 
-def _rebuild(cls: type[CoaloraError], problem: str, remedy: str | None, got: object, expected: object) -> CoaloraError:
-    return cls(problem, remedy=remedy, got=got, expected=expected)
+def _rebuild(cls: type[CoaloraError], problem: str, remedy: str | None) -> CoaloraError:
+    return cls(problem, remedy=remedy)

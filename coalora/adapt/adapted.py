@@ -163,18 +163,15 @@ class AdaptedModel:
         own = self.named_parameters()
         if unlike := sorted(state.keys() ^ own.keys()):
             raise CoaloraError(
-                "a state holds exactly the parameters that the method trains",
-                got=f"{len(state)} parameters, {len(unlike)} of them unmatched ({', '.join(unlike[:4])})",
-                expected=f"the {len(own)} of method {self.method!r}",
-                remedy="load the state into the method, the base model and the adapter sizes that it was trained with",
+                f"the state's {len(state)} parameters are not the {len(own)} of method {self.method!r}: "
+                f"{len(unlike)} have no counterpart ({', '.join(unlike[:4])})",
+                remedy="Load the state into the method, the base model and the adapter sizes that it was trained with",
             )
         for name, parameter in own.items():
             if state[name].shape != parameter.shape:  # copy_ would broadcast
                 raise CoaloraError(
-                    f"a state's tensors have the shapes of the model ({name})",
-                    got=tuple(state[name].shape),
-                    expected=tuple(parameter.shape),
-                    remedy="use the adapter sizes that the state was trained with",
+                    f"the state's {name} has shape {tuple(state[name].shape)}, the model's {tuple(parameter.shape)}",
+                    remedy="Use the adapter sizes that the state was trained with",
                 )
         with torch.no_grad():
             for name, parameter in own.items():
@@ -232,9 +229,8 @@ class AdaptedModel:
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:
     if statistics is None:
         raise CoaloraError(
-            "compensation is weighted by the statistics of the layers' inputs",
-            got="none",
-            remedy="give the statistics that calibration collected",
+            "the compensation has no statistics of the layers' inputs to weigh errors by",
+            remedy="Give the statistics that calibration collected",
         )
     return statistics
 

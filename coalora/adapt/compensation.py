@@ -53,9 +53,8 @@ def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple
     """
     if not 1 <= r <= min(residual.shape):
         raise CoaloraError(
-            "a compensation's rank lies between 1 and the smaller side of its layer",
-            got=f"rank {r} for a layer of shape {tuple(residual.shape)}",
-            remedy="lower adapter.compensation_rank",
+            f"a layer of shape {tuple(residual.shape)} has no compensation of rank {r}",
+            remedy=f"Set compensation_rank between 1 and {min(residual.shape)}",
         )
     E = residual.double()
     H = statistics.hessian

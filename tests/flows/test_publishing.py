@@ -23,7 +23,7 @@ class _Away:
     def call(self, task: Any, **inputs: Any) -> None:
         self.called.append(task.name)
         if task.name.startswith("track"):
-            raise CoaloraError("the MLflow server answers", got="nothing", remedy="start it")
+            raise CoaloraError("the MLflow server does not answer", remedy="Start it")
 
 
 def test_the_run_goes_on_and_says_what_is_not_logged_yet(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,9 @@ class Masters:
         checkpoint: Path | str | None = None,
     ) -> None:
         if mode not in get_args(MasterMode):
-            raise CoaloraError("masters live in a known place", got=mode, expected=" or ".join(get_args(MasterMode)))
+            raise CoaloraError(
+                f"{mode!r} is no place for masters", remedy=f"Choose {' or '.join(get_args(MasterMode))}"
+            )
         self.mode = mode
         self.device = device
         self._layers = list(layers)
@@ -88,9 +90,8 @@ def _mapped(layers: Sequence[TargetLayer], weights: Sequence[Tensor], checkpoint
     """The layers' tensors inside the checkpoint's files, as mapped memory, found by name and checked by value."""
     if checkpoint is None:
         raise CoaloraError(
-            "memory-mapped masters are read from the checkpoint of the model",
-            got="no checkpoint",
-            remedy="pass checkpoint=<folder with *.safetensors>, or keep the masters on the cpu",
+            "memory-mapped masters have no checkpoint to be read from",
+            remedy="Pass checkpoint=<folder with *.safetensors>, or keep the masters on the cpu",
         )
     path = Path(checkpoint)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
@@ -108,10 +109,9 @@ def _mapped(layers: Sequence[TargetLayer], weights: Sequence[Tensor], checkpoint
         )
         if tensor is None or not same:
             raise CoaloraError(
-                "memory-mapped masters are the numbers that the model was loaded with",
-                got=f"{layer.name}.weight {'with other numbers' if tensor is not None else 'missing'} in {path}",
-                expected=f"one of the {len(found)} tensors of {len(files)} safetensors files",
-                remedy="name the checkpoint that the model was loaded from, or keep the masters on the cpu",
+                f"{layer.name}.weight {'has other numbers' if tensor is not None else 'is missing'} in {path} "
+                f"({len(found)} tensors in {len(files)} safetensors files)",
+                remedy="Name the checkpoint that the model was loaded from, or keep the masters on the cpu",
             )
         stored.append(tensor)
     return stored

@@ -84,13 +84,12 @@ class QuantizedBase:
     ) -> None:
         if space.needs_statistics and statistics is None:
             raise CoaloraError(
-                "a calibrated scheme quantizes with the statistics of the layers' inputs",
-                got=f"scheme {space.scheme_name!r} without statistics",
-                remedy="collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
+                f"scheme {space.scheme_name!r} has no statistics of the layers' inputs to quantize with",
+                remedy="Collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
             )
         if weights not in get_args(WeightMode):
             raise CoaloraError(
-                "weights are held in a known way", got=weights, expected=" or ".join(get_args(WeightMode))
+                f"{weights!r} is no way to hold weights", remedy=f"Choose {' or '.join(get_args(WeightMode))}"
             )
         self._statistics = list(statistics) if statistics is not None else [None] * len(layers)
         self.layers = list(layers)
@@ -355,14 +354,12 @@ def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int
     array = np.asarray(configuration)
     if array.shape != (n_layers,) or not np.issubdtype(array.dtype, np.integer):
         raise CoaloraError(
-            "a configuration holds one choice index for every target layer",
-            got=f"shape {array.shape}, dtype {array.dtype}",
-            expected=f"integers of shape ({n_layers},)",
+            f"a configuration of shape {array.shape} and dtype {array.dtype} does not fit {n_layers} target layers",
+            remedy=f"Give integers of shape ({n_layers},): the index of a choice for each layer",
         )
     if array.min() < 0 or array.max() >= n_choices:
         raise CoaloraError(
-            "a configuration's choice indices lie inside the choice space",
-            got=f"{array.min()} to {array.max()}",
-            expected=f"0 to {n_choices - 1}",
+            f"the configuration's choices {array.min()} to {array.max()} are not all in the choice space",
+            remedy=f"Give indices from 0 to {n_choices - 1}",
         )
     return array.astype(np.int64)

@@ -80,7 +80,7 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(tiny_llama, small_space,
     for checkpoint, message in (
         (None, "no checkpoint"),
         (tmp_path / "nowhere", "missing"),
-        (save(tiny_llama(seed=9), tmp_path), "with other numbers"),
+        (save(tiny_llama(seed=9), tmp_path), "has other numbers"),
     ):
         with pytest.raises(CoaloraError, match=message):
             QuantizedBase(model, layers, small_space, master="mmap", checkpoint=checkpoint)
