@@ -19,11 +19,11 @@ from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
 from coalora.files import digest, file_sha256
 from coalora.models.loading import load_model, load_tokenizer
-from coalora.models.pretrain import pretrain
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, PretrainRecipe, Teacher
+from coalora.train.pretrain import pretrain
 
 CACHE = Path(__file__).parent / ".cache"
 # NF choices of a layer, by name. One for each bit-width: what a device's kernels offer, and what an adapter meets

@@ -24,12 +24,12 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.harness import harness_version
 from flows.run import Run
 from pipeline.inputs.adapted import ModelInputs, release_models
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
+from pipeline.scrub import scrub
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
 from pipeline.store.store import Artifact
-from pipeline.tracking.values import scrub
 from tasks.base import prepare_base
 from tasks.benchmark import prepare_benchmark
 from tasks.bundle import make_bundle

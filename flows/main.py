@@ -17,9 +17,9 @@ from prefect.runtime import deployment
 from pydantic import Field
 
 from flows.graph import STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
-from pipeline.orchestration.progress import get_logger
 from pipeline.orchestration.server import check_deployment, check_server
 from pipeline.preflight import preflight
+from pipeline.progress import get_logger
 from pipeline.settings.definitions import change_settings, check_name
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import PrefectRunner
@@ -83,8 +83,8 @@ def show(published: Published, settings: Settings) -> None:
     from coalora.files import read_json
     from pipeline.report.page import ReportFiles
     from pipeline.report.terminal import print_result
+    from pipeline.scrub import scrub_text
     from pipeline.tracking.server import default_place
-    from pipeline.tracking.values import scrub_text
 
     folder = Path(published.folder)
     console = Console()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from coalora.errors import CoaloraError
 from pipeline.environment import STORE_VARIABLE
+from pipeline.prune.garbage import Garbage, find_garbage, find_shared_garbage, remove, remove_shared
+from pipeline.prune.roots import Roots, roots_of
 from pipeline.settings.sections import StorageSettings
-from pipeline.store.prune import Garbage, find_garbage, find_shared_garbage, remove, remove_shared
-from pipeline.store.roots import Roots, roots_of
 from pipeline.store.store import Store, default_store
 
 _MOST = 50  # pieces that are shown one by one

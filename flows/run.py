@@ -17,11 +17,11 @@ from coalora.models.loading import resolved
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.fingerprint import files_digest, model_digest
 from pipeline.inputs.sets import read_set_file
+from pipeline.prune.roots import Journal
 from pipeline.settings.sections import Settings
 from pipeline.stages.checkpoints import checkpoint_every
 from pipeline.stages.runner import Runner, Stage
 from pipeline.stages.stage import Pool
-from pipeline.store.roots import Journal
 from pipeline.store.store import Artifact
 from pipeline.workers.pool import open_pool
 from pipeline.workers.worker import WorkerPool

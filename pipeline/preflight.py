@@ -16,8 +16,8 @@ from coalora.evaluate.harness import check_tasks
 from coalora.method.initial import given_set
 from coalora.models.files import model_files
 from coalora.models.loading import load_config, meta_model
-from coalora.models.pretrain import llama_config
 from coalora.models.targets import TargetLayer, find_target_layers
+from coalora.train.pretrain import llama_config
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.costs import priced_tables

@@ -9,11 +9,11 @@ import torch
 from coalora.errors import CoaloraError
 from coalora.files import write_json
 from coalora.models.files import model_folder
-from coalora.models.pretrain import pretrain
+from coalora.train.pretrain import pretrain
 from pipeline.inputs.corpus import documents
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.inputs.loaders import MODEL, REFERENCE
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.settings.sections import BenchmarkSettings, ModelSettings, RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

@@ -10,7 +10,7 @@ from coalora.models.targets import find_target_layers
 from coalora.recipes import CalibrationRecipe
 from pipeline.inputs.choices import choices_of
 from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.settings.sections import ChoiceSettings, RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

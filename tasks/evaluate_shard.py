@@ -16,7 +16,7 @@ from coalora.evaluate.losses import Score, measure_configurations, score
 from coalora.files import write_json
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import load_selected, load_set
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store
 from pipeline.store.store import Artifact, Scalar

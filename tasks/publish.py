@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from coalora.files import digest, read_json, write_json
 from pipeline.inputs.loaders import SET
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
 from pipeline.settings.sections import Settings
 from pipeline.store.current import current_store
 from pipeline.store.store import Artifact

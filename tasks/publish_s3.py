@@ -9,9 +9,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from coalora.errors import CoaloraError
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
+from pipeline.scrub import one_line
 from pipeline.settings.sections import StorageSettings, TrackingSettings
-from pipeline.tracking.values import one_line
 
 if TYPE_CHECKING:
     from pipeline.store.publish import Publication

@@ -17,7 +17,7 @@ from coalora.recipes import TrainingRecipe
 from coalora.train.loop import train
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import load_selected
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.stages.checkpoints import place, tell
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

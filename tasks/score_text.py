@@ -16,7 +16,7 @@ from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.files import write_json
 from pipeline.inputs.loaders import BaseModel
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

@@ -10,7 +10,7 @@ from coalora.method import search as method
 from coalora.recipes import SearchRecipe
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import ROUND, SET, load_set
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

@@ -9,7 +9,7 @@ from coalora.files import write_json
 from coalora.method import selection as method
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import SELECTED, SET, load_set
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 from coalora.calibrate.costs import UNITS
 from coalora.files import read_json
 from pipeline.inputs.loaders import ROUND, SET
-from pipeline.orchestration.progress import artifact_key
+from pipeline.progress import artifact_key
 from pipeline.report.markdown import front_of, result_markdown, round_markdown
 from pipeline.report.schema import Round
 from pipeline.settings.sections import Settings

@@ -14,7 +14,7 @@ from coalora.train.loop import train
 from coalora.train.parallel import Parallel, post, spawn
 from pipeline.inputs.adapted import HISTORY, STATE, ModelInputs, load_state, release_models
 from pipeline.inputs.loaders import load_set
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Place, place, tell
 from pipeline.stages.runner import stage
 from pipeline.store.current import current_store

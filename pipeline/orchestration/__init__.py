@@ -1,1 +1,1 @@
-"""Progress, GPU tags, and checks of the Prefect server."""
+"""GPU tags, and checks of the Prefect server."""

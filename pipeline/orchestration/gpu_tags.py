@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipeline.orchestration.progress import LoggerLike, format_seconds, get_logger
+from pipeline.progress import LoggerLike, format_seconds, get_logger
 
 GPU = "gpu"
 _FIRST_LOOK = 10.0  # seconds after which a task that has not begun is looked after

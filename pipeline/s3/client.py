@@ -32,7 +32,7 @@ from s3transfer.subscribers import BaseSubscriber
 
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256, json_bytes
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.s3.errors import ABSENT, DENIED, StorageDamaged, StorageError, error_code, translated
 from pipeline.settings.sections import BUCKET, StorageSettings
 

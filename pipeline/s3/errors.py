@@ -12,7 +12,7 @@ from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
 
 from coalora.errors import CoaloraError
-from pipeline.tracking.values import scrub_text
+from pipeline.scrub import scrub_text
 
 
 class StorageError(CoaloraError):

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from coalora.errors import CoaloraError
+from pipeline.scrub import scrub_text
 from pipeline.settings.sections import Settings
-from pipeline.tracking.values import scrub_text
 
 DEFAULT_FILE = "pipelines.yaml"
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from coalora.files import read_json, replace_file
 from coalora.train.checkpoint import Checkpoints
 from pipeline.environment import coalora_home
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
 
 DEFAULT_SECONDS = 60.0
 _STALE_SECONDS = 30 * 24 * 3600.0

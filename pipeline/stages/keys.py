@@ -43,7 +43,10 @@ EXCLUDED = (
     "pipeline.environment",
     "pipeline.faults",
     "pipeline.orchestration*",
+    "pipeline.progress",
+    "pipeline.prune*",
     "pipeline.s3*",
+    "pipeline.scrub",
     "pipeline.settings.sections*",  # fields and checks alone; their values are inputs of the stages
     "pipeline.stages*",
     "pipeline.store*",

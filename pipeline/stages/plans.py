@@ -13,7 +13,7 @@ from typing import Any
 from prefect.results import ResultStore
 
 from coalora.errors import CoaloraError
-from pipeline.orchestration.progress import format_seconds, get_logger
+from pipeline.progress import format_seconds, get_logger
 from pipeline.stages.checkpoints import discard
 from pipeline.stages.keys import artifacts_in
 from pipeline.stages.records import Plan, recorded_artifact, write_record

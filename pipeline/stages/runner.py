@@ -34,7 +34,7 @@ from prefect.settings import get_current_settings
 from coalora.errors import CoaloraError
 from pipeline.faults import database_faults
 from pipeline.orchestration.gpu_tags import tags_of_call, waiting_logged
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
 from pipeline.stages.plans import Planner
 from pipeline.stages.records import Plan, StageRecord, run_name, write_record
 from pipeline.stages.stage import Call, Pool, Stage, current_call, stage

@@ -17,7 +17,7 @@ import threading
 import uuid
 from contextlib import suppress
 
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
 from pipeline.s3.client import S3Location, S3Object
 from pipeline.s3.errors import StorageError
 from pipeline.store.locks import describe, this_process

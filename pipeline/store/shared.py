@@ -11,7 +11,7 @@ Objects never change, a manifest is written after its objects and a record after
 is ever seen. A file that artifacts, runs or budgets have in common is kept, and sent, once. `COALORA_STORE` names the
 store of a machine, whose disk is then a cache of it; a run may be published there or at any other prefix.
 Whoever may write to the bucket decides what its readers compute with; where on their disks it lands and how much comes
-is checked here (`pipeline.store.artifacts.Manifest`). `pipeline.store.prune` removes what nothing refers to.
+is checked here (`pipeline.store.artifacts.Manifest`). `pipeline.prune.garbage` removes what nothing refers to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from coalora.errors import CoaloraError
 from coalora.files import json_bytes
 from pipeline.environment import STORE_VARIABLE
-from pipeline.orchestration.progress import get_logger
+from pipeline.progress import get_logger
 from pipeline.s3.client import S3Address, S3Location, Transfer
 from pipeline.s3.errors import StorageDamaged, StorageError
 from pipeline.settings.sections import StorageSettings

@@ -25,8 +25,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from coalora.errors import CoaloraError
+from pipeline.scrub import scrub, scrub_text
 from pipeline.tracking.server import default_place
-from pipeline.tracking.values import flatten, scrub, scrub_text
+from pipeline.tracking.values import flatten
 
 IDENTITY_TAG = "coalora.identity"
 LOGGED_TAG = "coalora.logged"  # {part: first digits of its digest}

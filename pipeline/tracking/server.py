@@ -20,8 +20,8 @@ from typing import TypeVar
 from coalora.errors import CoaloraError
 from pipeline.environment import coalora_home
 from pipeline.faults import LOCKED
-from pipeline.orchestration.progress import get_logger
-from pipeline.tracking.values import scrub_text
+from pipeline.progress import get_logger
+from pipeline.scrub import scrub_text
 
 T = TypeVar("T")
 AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coalora.errors import CoaloraError
-from pipeline.orchestration.progress import format_seconds, get_logger
-from pipeline.tracking.values import one_line, scrub_text
+from pipeline.progress import format_seconds, get_logger
+from pipeline.scrub import one_line, scrub_text
 
 LOCK_TIMEOUT_SECONDS = 600.0
 _T = TypeVar("_T")

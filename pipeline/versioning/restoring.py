@@ -22,7 +22,7 @@ from coalora.configurations import SET_FORMAT
 from coalora.errors import CoaloraError
 from coalora.files import replace_file
 from pipeline.inputs.loaders import SET
-from pipeline.tracking.values import one_line, scrub_text
+from pipeline.scrub import one_line, scrub_text
 from pipeline.versioning.repository import initialised, with_remotes
 from pipeline.versioning.sets import FOLDER
 

@@ -32,11 +32,11 @@ from transformers import (
 from coalora.adapt.adapted import AdaptedModel
 from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
 from coalora.data.benchmark import Split, pad
-from coalora.models.pretrain import train_tokenizer
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe
+from coalora.train.pretrain import train_tokenizer
 from tests.coalora.oracles import Oracle, oracle_process
 
 # Matrices of 36 x 52 gain nothing from threads and lose much on a machine that is busy.

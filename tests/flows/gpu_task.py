@@ -8,7 +8,7 @@ from pathlib import Path  # isort: skip
 
 from prefect import flow
 
-from pipeline.orchestration.progress import Progress
+from pipeline.progress import Progress
 from pipeline.settings.sections import RuntimeSettings
 from pipeline.stages.runner import PrefectRunner, stage
 from pipeline.store.store import Artifact, default_store

@@ -15,9 +15,9 @@ import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.cli import main
+from pipeline.prune.garbage import find_garbage, remove
+from pipeline.prune.roots import Journal, Roots
 from pipeline.stages.runner import DirectRunner, stage
-from pipeline.store.prune import find_garbage, remove
-from pipeline.store.roots import Journal, Roots
 from pipeline.store.store import Artifact, default_store
 from pipeline.versioning.sets import write_set
 from tests.commands import refused
@@ -155,7 +155,7 @@ def test_a_run_under_way_keeps_what_it_lists_however_old(home: Home) -> None:
     journal = home.journal("aaaa", 1)
     home.age()
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom pipeline.store.roots import Journal\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pipeline.prune.roots import Journal\n"
         "with Journal(Path(sys.argv[1])).in_use():\n    print('used', flush=True)\n    time.sleep(60)\n"
     )
     run = subprocess.Popen(

@@ -9,10 +9,10 @@ import pytest
 
 from coalora.cli import main
 from coalora.errors import CoaloraError
+from pipeline.prune.garbage import Garbage, find_shared_garbage, remove_shared
+from pipeline.prune.roots import Roots, Used
 from pipeline.s3.client import S3Location
-from pipeline.store.prune import Garbage, find_shared_garbage, remove_shared
 from pipeline.store.publish import publish, retrieve, withdraw
-from pipeline.store.roots import Roots, Used
 from pipeline.store.shared import SharedStore
 from pipeline.store.store import Store
 from tests.commands import refused

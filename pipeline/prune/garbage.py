@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.inputs.loaders import SET
+from pipeline.prune.roots import Journal, Roots, Used, set_md5
 from pipeline.s3.client import S3Object
 from pipeline.stages.checkpoints import checkpoints_folder
 from pipeline.store.artifacts import Manifest, artifact_folder, files_below
 from pipeline.store.locks import FileLock
 from pipeline.store.publish import published_names, read_run
-from pipeline.store.roots import Journal, Roots, Used, set_md5
 from pipeline.store.shared import ARTIFACTS, LOCKS, OBJECTS, RECORDS, SharedStore, object_name, parse_record
 from pipeline.store.store import Store
 

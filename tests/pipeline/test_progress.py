@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.orchestration.progress import Progress, get_logger
+from pipeline.progress import Progress, get_logger
 
 
 def test_progress_logs_first_last_and_few_lines_in_between(

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256
-from coalora.models.pretrain import llama_config, pretrain, train_tokenizer
 from coalora.recipes import PretrainRecipe
+from coalora.train.pretrain import llama_config, pretrain, train_tokenizer
 
 RECIPE = PretrainRecipe(
     hidden_size=32,

@@ -27,6 +27,7 @@ from coalora.errors import CoaloraError
 from coalora.files import json_bytes, read_json
 from pipeline.environment import coalora_home
 from pipeline.faults import disk_faults
+from pipeline.scrub import scrub_text
 from pipeline.store.artifacts import MARKER, Artifact
 from pipeline.store.locks import is_held
 
@@ -220,7 +221,6 @@ def _mlflow(uri: str, found: Roots) -> None:
     from mlflow.exceptions import MlflowException
 
     from pipeline.tracking.runs import IDENTITY_TAG
-    from pipeline.tracking.values import scrub_text
 
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
