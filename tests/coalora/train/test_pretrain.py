@@ -91,7 +91,7 @@ def test_a_width_that_heads_cannot_share_is_refused() -> None:
 
 
 def test_too_little_text_and_a_diverging_run_are_refused_before_anything_is_saved(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="at least one block"):
+    with pytest.raises(CoaloraError, match="make no block of 17 tokens"):
         pretrain(["short"], RECIPE, tmp_path / "a", seed=0, device=CPU)
     with pytest.raises(CoaloraError, match=r"ended with a loss of .*Lower model.pretrain.lr"):
         pretrain(TEXTS, dataclasses.replace(RECIPE, lr=1e30, steps=3), tmp_path / "a", seed=0, device=CPU)
