@@ -25,9 +25,12 @@ FOLDER = Path(sys.prefix) / "oracles"
 @contextmanager
 def oracle_process() -> Iterator[Oracle]:
     """A function `oracle(function, *arguments)` that calls one of this module in a process which finds the packages."""
-    find = {"initializer": sys.path.insert, "initargs": (0, str(FOLDER))}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **find) as process:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_find_packages) as process:
         yield lambda function, *arguments: process.submit(function, *arguments).result()
+
+
+def _find_packages() -> None:
+    sys.path.insert(0, str(FOLDER))
 
 
 def nf4_table() -> np.ndarray:

@@ -126,7 +126,7 @@ def test_one_configuration_lists_every_layers_choice(tables: CalibrationTables) 
     content = configuration_dict(configuration, tables)
     assert list(content["layers"]) == [layer.name for layer in tables.layers]
     assert [tables.space.index(choice) for choice in content["layers"].values()] == configuration.tolist()
-    with pytest.raises(CoaloraError, match="one choice index for every target layer"):
+    with pytest.raises(CoaloraError, match="does not fit 14 target layers"):
         configuration_dict(configuration[:-1], tables)
 
 
