@@ -146,13 +146,13 @@ def upload(
     from coalora.files import read_json
     from pipeline.s3.client import S3Location
     from pipeline.store.publish import publish
-    from tasks.publish_s3 import tag_address, words
+    from pipeline.tracking.registry import tag_address
 
     location = S3Location.of(storage)
     if expire_uploads:
         print(location.expire_uploads())
     found = publish(run, location)
-    print(f"{found.address}: {words(found)}")
+    print(f"{found.address}: {found.summary}")
     run_id = read_json(run / "run.json").get("mlflow_run_id")
     for version in tag_address(settings.tracking, run_id, found.address) if run_id else []:
         print(f"registered model {version}: tagged with this address")

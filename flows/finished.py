@@ -12,16 +12,15 @@ from pydantic import ValidationError
 from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
-from coalora.export.bundle import Bundle
 from coalora.files import read_json, whole_or_nothing, write_json
 from coalora.models.loading import load_config, resolved
-from pipeline.inputs.loaders import BaseModel
+from pipeline.inputs.exports import ExportInputs
+from pipeline.inputs.loaders import BaseModel, put_text
 from pipeline.settings.definitions import validate_settings
 from pipeline.settings.sections import RuntimeSettings, Settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact, default_store
-from tasks.export import write_export
-from tasks.score_text import TEXT_SCORE, put_text, score_budget
+from tasks.score_text import TEXT_SCORE, score_budget
 
 ARTIFACTS = ("base", "benchmark", "tables", "bundle")
 COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tokens")
@@ -62,18 +61,11 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
     settings, artifacts = read_run(folder)
     _require_stored(artifacts)
     started = time.perf_counter()
-    configuration = Bundle.load(default_store().path(artifacts["bundle"])).select(budget)
+    export = _export(settings, artifacts)
+    configuration = export.loaded.select(budget)
     chosen = time.perf_counter()
-    formats = list(dict.fromkeys([*settings.export.formats, "packed"]))
     with whole_or_nothing(out) as part:
-        facts = write_export(
-            part,
-            configuration,
-            **artifacts,
-            export=settings.export.model_copy(update={"formats": formats}),
-            runtime=_runtime(settings),
-            seed=settings.seed,
-        )
+        facts = export.write(part, configuration, list(dict.fromkeys([*settings.export.formats, "packed"])))
     unit = UNITS[settings.cost.kind].unit
     cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {unit}, "
     return (
@@ -109,20 +101,19 @@ def score_run(
         )
     max_length = max_length or settings.benchmark.max_length + 1
     stride = stride or max_length - 1
-    _check(budgets, max_length, stride, artifacts)
-    inputs: dict[str, Any] = {**artifacts, "max_length": max_length, "stride": stride}
+    export = _export(settings, artifacts)
+    _check(budgets, max_length, stride, export, artifacts)
     runner, rows = DirectRunner(), []
     for path, text in {path: put_text(path) for path in texts}.items():
         for budget in budgets:
             found = runner.run(
                 score_budget,
-                **inputs,
-                batch_size=settings.evaluation.batch_size,
-                export=settings.export,
-                runtime=_runtime(settings),
-                seed=settings.seed,
+                export=export,
                 text=text,
                 budget=budget,
+                max_length=max_length,
+                stride=stride,
+                batch_size=settings.evaluation.batch_size,
             )
             rows.append({"text": str(path), **read_json(runner.store.path(found) / TEXT_SCORE)})
     if json is not None:
@@ -139,18 +130,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def _check(budgets: Sequence[float], max_length: int, stride: int, artifacts: dict[str, Artifact]) -> None:
+def _check(
+    budgets: Sequence[float], max_length: int, stride: int, export: ExportInputs, artifacts: dict[str, Artifact]
+) -> None:
     """Whatever can be told before a model is loaded."""
     windows(2, max_length, stride)
     _require_stored(artifacts)
-    limit = getattr(load_config(BaseModel(artifacts["base"]).path), "max_position_embeddings", None)
+    limit = getattr(load_config(BaseModel(export.base).path), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise CoaloraError(
             f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
         )
-    bundle = Bundle.load(default_store().path(artifacts["bundle"]))
     for budget in budgets:
-        bundle.select(budget)
+        export.loaded.select(budget)
 
 
 def _require_stored(artifacts: dict[str, Artifact]) -> None:
@@ -162,6 +154,7 @@ def _require_stored(artifacts: dict[str, Artifact]) -> None:
             )
 
 
-def _runtime(settings: Settings) -> RuntimeSettings:
+def _export(settings: Settings, artifacts: dict[str, Artifact]) -> ExportInputs:
     """The number type is the run's, the device this machine's."""
-    return resolved(RuntimeSettings(dtype=settings.runtime.dtype))
+    runtime = resolved(RuntimeSettings(dtype=settings.runtime.dtype))
+    return ExportInputs(**artifacts, settings=settings.export, runtime=runtime, seed=settings.seed)

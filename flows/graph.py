@@ -24,6 +24,7 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.harness import harness_version
 from flows.run import Run
 from pipeline.inputs.adapted import ModelInputs, release_models
+from pipeline.inputs.exports import ExportInputs
 from pipeline.progress import get_logger
 from pipeline.scrub import scrub
 from pipeline.settings.sections import Settings
@@ -41,23 +42,22 @@ from tasks.export import export_budget
 from tasks.given_set import given_set
 from tasks.harness import evaluate_harness, include_digest
 from tasks.initial_set import initial_set
-from tasks.publish import (
-    register_version,
-    remove_stale,
-    track_round,
-    track_run,
-    track_training,
-    version_set,
-    write_run_folder,
-)
 from tasks.publish_s3 import publish_run
 from tasks.reference import train_reference
+from tasks.register import register_version
+from tasks.remove_stale import remove_stale
 from tasks.report import make_report
 from tasks.result import assemble
 from tasks.search import search_round
 from tasks.select import select_budgets
-from tasks.show import show_result, show_round
+from tasks.show_result import show_result
+from tasks.show_round import show_round
+from tasks.track_round import track_round
+from tasks.track_run import track_run
+from tasks.track_training import track_training
 from tasks.train import train_round
+from tasks.version_set import version_set
+from tasks.write_run_folder import write_run_folder
 
 # Part -> its cached stages. Registration acts on other systems: its tasks are never cached.
 PARTS: dict[str, tuple[Stage, ...]] = {
@@ -308,15 +308,12 @@ class Graph:
         run, s, trained, evaluated = self.run, self.run.settings, self.trained, self.evaluated
         selection = evaluated.selection
         bundle = run.run(make_bundle, model=self.model, selection=selection, state=trained.states["coa"][-1])
-        common = {
-            **self.calibrated.inputs(),
-            "selection": selection,
-            "bundle": bundle,
-            "export": s.export,
-            "runtime": s.runtime,
-            "seed": s.seed,
-        }
-        calls = [{**common, "index": index} for index in range(len(s.evaluation.budgets))]
+        export = ExportInputs(
+            **self.calibrated.inputs(), bundle=bundle, settings=s.export, runtime=s.runtime, seed=s.seed
+        )
+        calls = [
+            {"export": export, "selection": selection, "index": index} for index in range(len(s.evaluation.budgets))
+        ]
         with run.workers() as pool:
             exports = run.run_each(export_budget, calls, pool)
         result = run.run(

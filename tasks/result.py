@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_config
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, BaseModel, load_benchmark, load_selected, load_set, load_tables
-from pipeline.report.result import RunMeasures, build_result
+from pipeline.report.result import RunMeasures, build_result, time_of
 from pipeline.report.schema import RESULT
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import stage
@@ -66,7 +65,7 @@ def assemble(
         },
         harness=[read_json(store.path(a) / HARNESS) for a in harness or []],
         exports=[export.meta for export in exports],
-        seconds=[*_seconds(made), *((f"train {m}", _of(a, "seconds")) for m, of in states.items() for a in of)],
+        seconds=[*map(time_of, made), *((f"train {m}", time_of(a)[1]) for m, of in states.items() for a in of)],
     )
     result = build_result(pipeline, settings, measures)
 
@@ -75,14 +74,3 @@ def assemble(
         return {f"hypervolume_{method}": value for method, value in result["hypervolume"]["values"].items()}
 
     return store.put("result", write)
-
-
-def _seconds(artifacts: list[Artifact]) -> Iterator[tuple[str, float]]:
-    """Stage and wall time of each artifact, that of its shards included."""
-    for artifact in artifacts:
-        stage_name = str(artifact.meta.get("stage", artifact.kind))
-        yield stage_name, sum([_of(artifact, "seconds"), _of(artifact, "shard_seconds")])
-
-
-def _of(artifact: Artifact, name: str) -> float:
-    return float(artifact.meta.get(name) or 0)

@@ -22,7 +22,7 @@ from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Stage
 from pipeline.store.store import Artifact
-from tasks.publish import write_run_folder
+from tasks.write_run_folder import write_run_folder
 
 CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",

@@ -47,6 +47,16 @@ class TextScore:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.nbytes
 
+    def to_dict(self) -> dict[str, float]:
+        """What is reported of it."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.nbytes,
+        }
+
 
 def windows(n_tokens: int, max_length: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, first, end) of each window: it reads tokens begin to end and predicts first to end.

@@ -12,8 +12,9 @@ from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
 from coalora.evaluate.losses import LossMeter
 from coalora.method.search import search_round
+from coalora.method.training import train_round
 from coalora.recipes import SearchRecipe, TrainingRecipe
-from coalora.train.loop import TrainingState, train
+from coalora.train.loop import TrainingState
 
 
 @dataclass
@@ -88,18 +89,17 @@ def fit(
                 progress=progress(f"search, {label}, proposals") if progress else None,
             )
             fitted.searches.append(record)
-        found = fitted.members.configurations
-        fitted.state, records = train(
+        fitted.state, records = train_round(
             adapted,
             train_split,
-            found,
-            tables.average_bits(found),
+            fitted.members,
+            tables,
             training,
-            steps=training.round_steps if round_index else training.initial_steps,
-            total_steps=training.total_steps(search.rounds),
+            round_index=round_index,
+            rounds=search.rounds,
             seed=seed,
             state=fitted.state if round_index else None,
             progress=progress(f"training, {label}") if progress else None,
         )
-        fitted.history += [{**record, "round": round_index} for record in records]
+        fitted.history += records
     return fitted

@@ -16,6 +16,7 @@ from coalora.calibrate.statistics import load_statistics
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Benchmark
+from coalora.data.text import read_text
 from coalora.errors import CoaloraError
 from coalora.files import read_json, write_json
 from coalora.models.loading import load_model, load_tokenizer
@@ -32,6 +33,7 @@ STATISTICS = "statistics.safetensors"
 SET = "configurations.json"
 ROUND = "round.json"  # beside the set that a search round made
 SELECTED = "selected.json"
+TEXT = "text.txt"
 
 
 @dataclass
@@ -125,3 +127,18 @@ def load_set(artifact: Artifact, measured: CalibrationTables) -> ConfigurationSe
 def load_selected(artifact: Artifact, measured: CalibrationTables) -> np.ndarray:
     """Configurations (n_budgets, N) of a selection, in the order of its budgets."""
     return ConfigurationSet.from_dict(read_json(current_store().path(artifact) / SELECTED), measured).configurations
+
+
+def put_text(path: Path) -> Artifact:
+    """A text file in the store, so that what is computed from it goes by its content.
+
+    Raises:
+        CoaloraError: no such file, or not UTF-8.
+    """
+    text = read_text(path)
+
+    def write(folder: Path) -> dict[str, Scalar]:
+        (folder / TEXT).write_text(text, encoding="utf-8", newline="")
+        return {"name": path.name}
+
+    return current_store().put("text", write)

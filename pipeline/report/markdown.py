@@ -94,6 +94,12 @@ def front_of(at: Round) -> list[tuple[float, float]]:
     return sorted(((loss, cost) for loss, cost in at.front), key=lambda point: point[1])
 
 
+def front_rows(at: Round, settings: Settings) -> list[dict[str, float]]:
+    """`front_of` as rows of a table."""
+    label = UNITS[settings.cost.kind].label
+    return [{label: round(cost, 3), "loss": round(loss, 4)} for loss, cost in front_of(at)]
+
+
 def _loss_unit(benchmark: BenchmarkSettings) -> str:
     return loss_unit(benchmark.task, squared=benchmark.num_labels == 1)
 

@@ -18,6 +18,7 @@ from coalora.evaluate.compare import compare, guess_loss, normalization
 from coalora.evaluate.metrics import reported_metrics
 from pipeline.report.schema import as_result
 from pipeline.settings.sections import Settings
+from pipeline.store.artifacts import Artifact
 
 _OF_A_ROUND = ("round", "n_members", "n_candidates", "n_accepted", "hypervolume_before", "hypervolume_after", "front")
 _OF_A_STEP = ("step", "loss", "lr", "round")
@@ -54,6 +55,12 @@ class RunMeasures:
     harness: Sequence[Mapping[str, Any]]
     exports: Sequence[Mapping[str, Any]]
     seconds: Iterable[tuple[str, float]]
+
+
+def time_of(artifact: Artifact) -> tuple[str, float]:
+    """The stage that made an artifact, and its wall time with that of its shards."""
+    seconds = sum(float(artifact.meta.get(name) or 0) for name in ("seconds", "shard_seconds"))
+    return str(artifact.meta.get("stage", artifact.kind)), seconds
 
 
 def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[str, Any]:

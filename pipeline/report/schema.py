@@ -130,6 +130,11 @@ class Round(_Part):
     hypervolume_after: float
     front: list[Point]
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """The part of a search round's record that is reported."""
+        return cls.model_validate({name: record[name] for name in cls.model_fields})
+
 
 class Step(_Part):
     step: Count

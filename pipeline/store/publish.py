@@ -72,6 +72,13 @@ class Publication:
     sent_bytes: int
     changed: bool
 
+    @property
+    def summary(self) -> str:
+        """What was sent, in a few words."""
+        if not self.changed and not self.sent_files:
+            return f"published already, all {self.n_files} files ({self.nbytes:,} bytes) are there"
+        return f"{self.n_files} files, {self.nbytes:,} bytes; sent {self.sent_files} files, {self.sent_bytes:,} bytes"
+
 
 @dataclass(frozen=True)
 class Retrieval:

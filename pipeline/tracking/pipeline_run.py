@@ -9,9 +9,9 @@ from __future__ import annotations
 import getpass
 import logging
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import (
@@ -23,7 +23,7 @@ from mlflow.utils.mlflow_tags import (
 
 from coalora.calibrate.costs import budget_name
 from coalora.data.benchmark import SPLITS, Benchmark
-from coalora.files import read_json
+from coalora.files import digest, read_json
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
 from pipeline.report.curves import curves_figure
@@ -34,9 +34,12 @@ from pipeline.report.style import figure_png
 from pipeline.settings.sections import Settings
 from pipeline.store.current import current_store
 from pipeline.store.store import Artifact
+from pipeline.tracking.registry import REFERENCE
 from pipeline.tracking.runs import TrackedRun, open_tracker
 from pipeline.tracking.server import default_place, patiently
 from pipeline.versioning.git import git_commit
+
+T = TypeVar("T")
 
 INTERVAL = 10.0  # seconds between two readings of the machine's load
 CONTEXTS = {"train": "training", "search": "search", "validation": "evaluation"}
@@ -58,9 +61,23 @@ def open_pipeline_run(pipeline: str, settings: Settings, identity: str) -> Track
     return patiently(call, tracking_uri(settings))
 
 
+def on_run(pipeline: str, settings: Settings, identity: str, use: Callable[[TrackedRun], T]) -> T:
+    """What `use` does with the run, tried again while the tracking server is away for a moment.
+
+    Raises:
+        CoaloraError: as `pipeline.tracking.server.patiently`.
+    """
+    return patiently(lambda: use(open_pipeline_run(pipeline, settings, identity)), tracking_uri(settings))
+
+
 def tracking_uri(settings: Settings) -> str:
     """Where runs of these settings are tracked."""
     return default_place(settings.tracking.tracking_uri).tracking_uri
+
+
+def run_url(settings: Settings, run_id: str) -> str:
+    """Address of a run on the MLflow server, or the command that shows it where there is none."""
+    return open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri).url_hint(run_id)
 
 
 def run_tags(pipeline: str) -> dict[str, str]:
@@ -77,6 +94,27 @@ def run_tags(pipeline: str) -> dict[str, str]:
     if url := _prefect_url():
         tags["prefect_run"] = url
     return tags
+
+
+def version_tags(pipeline: str, result: Mapping[str, Any], benchmark: Artifact, md5: str | None) -> dict[str, str]:
+    """What a registered version was trained and measured on.
+
+    Args:
+        result: content of the run's `result.json`.
+        md5: of the final set in DVC; None where it is not versioned.
+    """
+    volume = result["hypervolume"]
+    bits = [member["average_bits"] for member in result["members"]]
+    tags = {
+        "pipeline": pipeline,
+        REFERENCE: digest([benchmark.digest, volume["ideal"], volume["ref_point"]])[:16],
+        "benchmark": result["benchmark"]["name"],
+        "average_bits_range": f"{min(bits):.3f} to {max(bits):.3f}",
+        "base_model": result["model"]["name"],
+        "base_model_digest": result["model"]["digest"],
+    }
+    tags |= {"dvc_md5": md5} if md5 else {}
+    return tags | ({"git_commit": commit} if (commit := git_commit()) else {})
 
 
 @contextmanager

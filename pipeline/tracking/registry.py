@@ -28,13 +28,16 @@ from packaging.version import Version
 import coalora
 from coalora.errors import CoaloraError
 from coalora.files import digest, file_sha256
-from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun
+from pipeline.scrub import one_line
+from pipeline.settings.sections import TrackingSettings
+from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun, open_tracker
 from pipeline.tracking.values import flatten
 
 CHAMPION = "champion"
 NEWEST = "newest"  # MLflow keeps the word `latest` for itself
 HYPERVOLUME = "hypervolume"
 REFERENCE = "hypervolume_reference"
+ADDRESS = "s3_address"
 DECISION = "coalora.champion_decision"  # set last: a version without it was cut short
 PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors")
 
@@ -137,6 +140,26 @@ def register(
         client.update_model_version(model_name, made.version, description)
     client.set_registered_model_alias(model_name, NEWEST, made.version)
     return _crown(client, model_name, made, created=found is None)
+
+
+def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[str]:
+    """Set the tag `s3_address` of a run and of all versions registered from it; returns these, as `NAME version N`.
+
+    Raises:
+        CoaloraError: MLflow does not know the run, or cannot be reached: the publication itself is whole.
+    """
+    try:
+        client = open_tracker(tracking.experiment, tracking.tracking_uri).client
+        client.set_tag(run_id, ADDRESS, address)
+        versions = client.search_model_versions(f"run_id = '{run_id}'")
+        for version in versions:
+            client.set_model_version_tag(version.name, version.version, ADDRESS, address)
+    except MlflowException as error:
+        raise CoaloraError(
+            f"run {run_id} is not tagged with its address: MLflow refuses, or is away ({one_line(error)[:200]})",
+            remedy=f"Call `coalora upload` where MLflow can be reached; {address} itself is whole",
+        ) from error
+    return sorted(f"{version.name} version {version.version}" for version in versions)
 
 
 def _find(client: MlflowClient, model_name: str, identity: str) -> ModelVersion | None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-import tasks.score_text
 from coalora.cli import main
 from coalora.export.base import load_adapted
+from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel
 from tests.commands import refused
 from tests.tiny_run import TinyRun, at_home, tiny_run
@@ -69,15 +69,15 @@ def test_a_budgets_perplexity_is_that_of_its_export(
 def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(
     run: TinyRun, book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, measured = tasks.score_text.device_model, []
+    original, measured = ExportInputs.device_model, []
 
-    def model(*args: Any) -> Any:
-        measured.append(args[4])
-        if args[4] == 3.0 and measured.count(3.0) == 1:
+    def model(inputs: ExportInputs, budget: float) -> Any:
+        measured.append(budget)
+        if budget == 3.0 and measured.count(3.0) == 1:
             raise RuntimeError("out of memory")
-        return original(*args)
+        return original(inputs, budget)
 
-    monkeypatch.setattr(tasks.score_text, "device_model", model)
+    monkeypatch.setattr(ExportInputs, "device_model", model)
     with pytest.raises(RuntimeError, match="out of memory"):
         score(run, book, "--budget", "2.5", "3", "3.5")
     rows = score(run, book, "--budget", "2.5", "3", "3.5")

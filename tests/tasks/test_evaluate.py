@@ -23,16 +23,9 @@ from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import default_store
 from tasks.evaluate import SCORES, merge_shards
 from tasks.evaluate_shard import shard_bounds
-from tests.tiny_run import TinyRun, at_home, tiny_run
+from tests.tiny_run import TinyRun
 
 METHODS = ("coa", "none", "shared", "paper")  # in the order in which they are evaluated
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[TinyRun]:
-    made = tiny_run()
-    with at_home(made.home):
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,9 @@ from pipeline.settings.sections import Settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import default_store
 from tasks.given_set import given_set
-from tests.tiny_run import CHANGES, TinyRun, at_home, tiny_run
+from tests.tiny_run import CHANGES, TinyRun
 
 FILE = Path(__file__).parents[1] / "flows" / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[TinyRun]:
-    made = tiny_run()
-    with at_home(made.home):
-        yield made
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-import pytest
 import torch
 
 from coalora.config import CoaLoraConfig
@@ -14,14 +11,7 @@ from coalora.model import CoaLoraModel
 from pipeline.inputs.adapted import parameters
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_tables
 from pipeline.store.store import default_store
-from tests.tiny_run import TinyRun, at_home, tiny_run
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[TinyRun]:
-    made = tiny_run()
-    with at_home(made.home):
-        yield made
+from tests.tiny_run import TinyRun
 
 
 def test_fit_is_the_pipelines_training_and_search_bit_for_bit(run: TinyRun) -> None:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 
 from pipeline.inputs.adapted import load_state, release_models
 from pipeline.store.store import Artifact
 from tasks.search import search_round
 from tasks.train import train_round
-from tests.tiny_run import TinyRun, at_home, tiny_run
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[TinyRun]:
-    made = tiny_run()
-    with at_home(made.home):
-        yield made
+from tests.tiny_run import TinyRun
 
 
 def trained(run: TinyRun, *, processes: int, method: str = "coa", previous: Artifact | None = None) -> Artifact:

@@ -16,7 +16,7 @@ from coalora.errors import CoaloraError
 from pipeline.store.store import default_store
 from pipeline.versioning.restoring import from_dvc, from_mlflow
 from pipeline.versioning.sets import version_file, write_set
-from tasks.publish import track_round
+from tasks.track_round import track_round
 from tests.commands import refused
 from tests.tiny_run import TinyRun, at_home, tiny_run
 

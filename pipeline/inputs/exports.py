@@ -1,0 +1,86 @@
+"""Export behind artifacts: what decides the files of a device, and their writing for any configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from coalora.export.base import load_adapted
+from coalora.export.bundle import Bundle
+from coalora.export.formats import ExportSource, write_export
+from coalora.models.loading import load_config
+from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
+from pipeline.settings.sections import ExportSettings, RuntimeSettings
+from pipeline.store.current import current_store
+from pipeline.store.store import Artifact, Scalar
+
+
+@dataclass(frozen=True)
+class ExportInputs:
+    """Inputs that decide an export, but for its configuration; one argument of a stage."""
+
+    base: Artifact
+    benchmark: Artifact
+    tables: Artifact
+    bundle: Artifact
+    settings: ExportSettings
+    runtime: RuntimeSettings
+    seed: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was loaded: other processes load their own."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def loaded(self) -> Bundle:
+        """The bundle."""
+        return Bundle.load(current_store().path(self.bundle))
+
+    def write(self, folder: Path, configuration: np.ndarray, formats: Sequence[str] | None = None) -> dict[str, Scalar]:
+        """Write one configuration (N,) into `folder`; returns its bits, cost, digest and bytes.
+
+        Args:
+            formats: by default those of the settings.
+        """
+        base, data, tables = BaseModel(self.base), load_benchmark(self.benchmark), self.loaded.tables
+        adapted = self.loaded.adapt_to(configuration)
+        source = ExportSource(
+            adapted,
+            tables,
+            data.task,
+            load_model=lambda: base.load(data, self.runtime, seed=self.seed),
+            load_tokenizer=base.tokenizer,
+            load_statistics=lambda: load_input_statistics(self.tables, tables),
+            adapter_dtype=getattr(torch, self.settings.adapter_dtype),
+            rest_dtype=getattr(load_config(base.path), "dtype", None),
+        )
+        write_export(folder, self.settings.formats if formats is None else formats, source)
+        return {
+            "average_bits": adapted.average_bits,
+            "cost": float(tables.costs(configuration)),
+            "digest": adapted.digest,
+            "adapter_bytes": _size(folder / "adapter"),
+            "base_bytes": _size(folder / "base"),
+        }
+
+    @contextmanager
+    def device_model(self, budget: float) -> Iterator[tuple[PeftModel, dict[str, Scalar]]]:
+        """The model that a device runs for a budget, exported and loaded again; and what `write` returned."""
+        with TemporaryDirectory(prefix="coalora-") as name:
+            folder = Path(name)
+            facts = self.write(folder, self.loaded.select(budget), ["peft", "packed"])
+            device, dtype = torch.device(self.runtime.device), getattr(torch, self.runtime.dtype)
+            yield load_adapted(folder / "base", folder / "adapter", device=device, dtype=dtype), facts
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

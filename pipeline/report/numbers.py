@@ -1,0 +1,63 @@
+"""Numbers of a result as files that DVC compares and plots: `metrics.json`, `front.csv` and `curves.csv`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coalora.files import write_json
+
+
+def write_numbers(result: dict[str, Any], folder: Path) -> None:
+    """Write the three files into `folder`."""
+    write_json(folder / "metrics.json", headline(result))
+    metric = result["benchmark"]["metric"]
+    columns = ["average_bits", "nbytes", *(["cost"] if result["cost"]["kind"] == "latency" else [])]
+    _write_csv(
+        folder / "front.csv",
+        [*columns, "method", metric, "loss"],
+        [
+            [*(member[name] for name in columns), method, member["metric"][method], member["loss"][method]]
+            for member in result["members"]
+            for method in result["arms"]
+        ],
+    )
+    _write_csv(
+        folder / "curves.csv",
+        ["step", "method", "loss"],
+        [[row["step"], method, row["loss"]] for method, rows in result["curves"].items() for row in rows],
+    )
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that are compared between runs: hypervolumes, and by budget and method metrics, loss and gap.
+
+    The gap is what is missing to the full-precision base with the Shared-LoRA adapter, in the metric's unit: positive
+    is worse, whichever way the metric goes.
+    """
+    metric = result["benchmark"]["metric"]
+    sign = 1 if result["benchmark"]["higher_is_better"] else -1
+    ceiling = result["full_precision"]["metric"]
+    return {
+        "hypervolume": result["hypervolume"]["values"],
+        "budgets": {
+            f"{row['budget']:g}": {
+                "average_bits": row["average_bits"],
+                **row["metrics"],
+                metric: row["metric"],
+                "loss": row["loss"],
+                "gap": {method: sign * (ceiling - value) for method, value in row["metric"].items()},
+            }
+            for row in result["budgets"]
+        },
+        **({"harness": {f"{row['budget']:g}": row["tasks"] for row in result["harness"]}} if result["harness"] else {}),
+    }
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,61 @@
+"""The report's files hold the numbers of the result."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.report.numbers import headline
+from pipeline.store.store import default_store
+from tests.tiny_run import TinyRun
+
+
+@pytest.fixture(scope="module")
+def result(run: TinyRun) -> dict[str, Any]:
+    return json.loads((default_store().path(run.exported.result) / "result.json").read_text())
+
+
+def test_the_headline_is_the_results_own_numbers(result: dict[str, Any]) -> None:
+    numbers = headline(result)
+    assert numbers["hypervolume"] == result["hypervolume"]["values"]
+    assert list(numbers["budgets"]) == ["2.5", "3"]
+    metric = result["benchmark"]["metric"]
+    assert set(numbers["budgets"]["3"]) == {"average_bits", "loss", metric, "perplexity", "gap"}
+    assert numbers["budgets"]["3"]["perplexity"] == result["budgets"][1]["metrics"]["perplexity"]
+    assert numbers["budgets"]["3"]["loss"] == result["budgets"][1]["loss"]
+    assert numbers["budgets"]["3"][metric] == result["budgets"][1]["metric"]
+
+
+@pytest.mark.parametrize(("higher_is_better", "gaps"), [(True, [0.25, -0.25]), (False, [-0.25, 0.25])])
+def test_a_positive_gap_is_worse_whichever_way_the_metric_goes(
+    result: dict[str, Any], higher_is_better: bool, gaps: list[float]
+) -> None:
+    made = {
+        **result,
+        "benchmark": {**result["benchmark"], "higher_is_better": higher_is_better},
+        "full_precision": {**result["full_precision"], "metric": 1.0},
+        "budgets": [{**result["budgets"][0], "metric": {"shared": 0.75, "coa": 1.25}}],
+    }
+    assert headline(made)["budgets"]["2.5"]["gap"] == {"shared": gaps[0], "coa": gaps[1]}
+
+
+def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str, Any]) -> None:
+    folder: Path = default_store().path(run.exported.report)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert json.loads((folder / "metrics.json").read_text()) == headline(result)
+    front = list(csv.DictReader(io.StringIO((folder / "front.csv").read_text())))
+    assert len(front) == len(result["members"]) * len(result["arms"])
+    for i, row in enumerate(front):
+        member = result["members"][i // len(result["arms"])]
+        assert float(row["average_bits"]) == member["average_bits"]
+        assert int(row["nbytes"]) == member["nbytes"]
+        assert float(row["loss"]) == member["loss"][row["method"]]
+        assert float(row[result["benchmark"]["metric"]]) == member["metric"][row["method"]]
+    curves = list(csv.DictReader(io.StringIO((folder / "curves.csv").read_text())))
+    assert [float(r["loss"]) for r in curves if r["method"] == "coa"] == [r["loss"] for r in result["curves"]["coa"]]
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
