@@ -51,7 +51,10 @@ def prepare_base(
 
     def train(folder: Path) -> dict[str, Scalar]:
         if model.pretrain is None or corpus is None:
-            raise CoaloraError("Pre-training lacks model.pretrain, or a benchmark of text")
+            raise CoaloraError(
+                "there is nothing to pre-train on: model.pretrain or the benchmark's text is missing",
+                remedy="Set model.pretrain with a benchmark of text, or model.name_or_path",
+            )
         (folder / MODEL).mkdir()
         records = pretrain(
             documents(corpus)["train"],

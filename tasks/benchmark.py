@@ -36,7 +36,10 @@ def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: 
         else:
             parts = examples(benchmark)
             if parts["train"] is None or parts["validation"] is None:
-                raise CoaloraError(f"Benchmark {benchmark.name!r} has no training or no validation examples")
+                raise CoaloraError(
+                    f"benchmark {benchmark.name!r} has no training or no validation examples",
+                    remedy="Give it both: benchmark.files, or splits of benchmark.hub",
+                )
             made = build.classification(
                 benchmark.name,
                 tokenizer,

@@ -49,7 +49,10 @@ def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_d
     starts = np.cumsum([0] + [len(part["scores"]) for part in parts])
     if len(rows) != n_distinct or [part["start"] for part in parts] != starts[:-1].tolist():
         found = ", ".join(f"{part['start']} to {part['start'] + len(part['scores'])}" for part in parts) or "none"
-        raise CoaloraError(f"Shards {found} do not cover the configurations 0 to {n_distinct} once each")
+        raise CoaloraError(
+            f"shards {found} do not cover the configurations 0 to {n_distinct} once each",
+            remedy="Evaluate again with --refresh evaluate-shard",
+        )
     full = parts[0]["full_precision"]
     dealt = {"members": inverse[:n_members], "budgets": inverse[n_members:]}
     return {"full_precision": full} | {

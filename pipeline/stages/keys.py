@@ -92,7 +92,7 @@ def function_source_digest(function: Callable[..., Any], packages: Sequence[str]
     except TypeError:
         file = None
     if file is None or not Path(file).is_file():
-        raise CoaloraError(f"Stage function {function!r} has no source file", remedy="Define it in a module")
+        raise CoaloraError(f"stage function {function!r} has no source file", remedy="Define it in a module")
     return source_digest(Path(file), packages)
 
 
@@ -148,7 +148,7 @@ def _canonical(value: Any, where: str) -> Any:
     if isinstance(value, BaseModel):
         nested = next(artifacts_in({f"{where}.{name}": field for name, field in value}), None)
         if nested is not None:  # its `meta` would get into the key, and its bytes past the check
-            raise TypeError(f"input {nested[0]!r}: an Artifact is an argument of its own, not a settings field")
+            raise TypeError(f"input {nested[0]!r}: an Artifact is hidden in a model; make it an argument of its own")
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _canonical(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)}
@@ -162,7 +162,7 @@ def _canonical(value: Any, where: str) -> Any:
         return {key: _canonical(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise TypeError(
         f"input {where!r} of type {type(value).__name__} ({value!r:.80}) cannot be part of a cache key; "
-        "expected a pydantic model, dataclass, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
+        "give a pydantic model, dataclass, Artifact, str, int, finite float, bool, None, list or str-keyed dict"
     )
 
 
@@ -200,11 +200,11 @@ def _start(module: str | Path) -> tuple[Path, str, Path]:
     if isinstance(module, str):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
-            raise CoaloraError(f"There is no module {module!r} to digest")
+            raise CoaloraError(f"there is no module {module!r} to digest", remedy="Correct its name")
         module = Path(spec.origin)
     file = module.resolve()
     if not file.is_file():
-        raise CoaloraError(f"There is no module file {module}")
+        raise CoaloraError(f"there is no module file {module}", remedy="Correct its path")
     parts = [] if file.name == "__init__.py" else [file.stem]
     folder = file.parent
     while (folder / "__init__.py").is_file():

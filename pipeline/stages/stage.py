@@ -84,14 +84,17 @@ class Stage:
         timeout_seconds: float | None = None,
     ) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
-            raise CoaloraError(f"Stage name {name!r} holds more than lower case letters, digits and single dashes")
+            raise CoaloraError(
+                f"stage name {name!r} holds more than lower case letters, digits and single dashes",
+                remedy="Name it such as evaluate-shard",
+            )
         self.name = name
         self.fn = fn
         self.signature = inspect.signature(fn)
         for parameter in self.signature.parameters.values():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in _RESERVED:
                 raise CoaloraError(
-                    f"Argument {name}({parameter}) of a stage is not keyword-only, or has a reserved name",
+                    f"argument {name}({parameter}) of a stage is not keyword-only, or has a reserved name",
                     remedy=f"Put `*` before it, and use none of {sorted(_RESERVED)}",
                 )
         self.source = function_source_digest(fn)
@@ -131,7 +134,7 @@ class Stage:
         with scratch_of(self.key(inputs)):
             result = self.fn(**inputs)
         if not isinstance(result, Artifact):
-            raise TypeError(f"stage {self.name!r} returns an Artifact, not {type(result).__name__}")
+            raise TypeError(f"stage {self.name!r} returned no Artifact, but {type(result).__name__}")
         # Kept with the record, not with the content: a reused result still tells what it cost.
         facts = {"stage": self.name, "seconds": round(time.perf_counter() - started, 3)}
         return result.model_copy(update={"meta": {**result.meta, **facts}})

@@ -206,7 +206,7 @@ def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
     def start(results: str) -> subprocess.Popen[str]:
         environment = os.environ | {
             "COALORA_HOME": str(run.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / results), "PREFECT_HOME": str(tmp_path / "prefect"),
+            "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(tmp_path / results), "PREFECT_HOME": str(tmp_path / "prefect"),
         }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, str(program), str(tmp_path / "given.json")], env=environment, text=True,

@@ -163,7 +163,7 @@ def test_errors_of_the_function_arrive_unchanged_and_leave_no_record(execute: Ca
                 runner.run(first, settings=Settings(text="bad"))
             assert str(caught.value) == "The text is bad. Write another."
             assert caught.value.remedy == "Write another"
-        with pytest.raises(TypeError, match="returns an Artifact, not int"):
+        with pytest.raises(TypeError, match="returned no Artifact, but int"):
             runner.run(wrong_return, n=1)
         assert runner.history == []
 
@@ -238,5 +238,5 @@ def test_prefect_shows_cached_stages_and_retries_failed_ones(prefect_server: Non
 
 
 def test_prefect_runner_outside_a_flow_is_an_error() -> None:
-    with pytest.raises(CoaloraError, match="outside a flow"):
+    with pytest.raises(CoaloraError, match="outside of a flow"):
         PrefectRunner().run(first, settings=Settings())
