@@ -6,6 +6,7 @@ which needs no GPU, and looked through for instructions that round otherwise.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -68,6 +69,8 @@ def test_kernels_compile_for_a_gpu_to_instructions_that_round_like_the_plain_pat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("before 3.3 Triton's compiler takes other arguments")
     kernel = getattr(import_module(f"coalora.quant.{module}.triton"), name)
     signature = {**TABLE, **pointers, **dict.fromkeys(constants, "constexpr")}
     fixed = {(kernel.arg_names.index(key),): value for key, value in constants.items()}

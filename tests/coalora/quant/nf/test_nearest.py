@@ -44,5 +44,5 @@ def test_thresholds_much_closer_than_the_first_grid_are_told_apart() -> None:
     "bad", [[], [0.5, 0.5], [0.5, 0.1], [0.5, 1.0], [0.5, float(np.nextafter(np.float32(0.5), 1))]]
 )
 def test_thresholds_that_no_table_can_hold_are_refused(bad: list[float]) -> None:
-    with pytest.raises(CoaloraError, match="[Tt]hresholds"):
+    with pytest.raises(CoaloraError, match=r"[Tt]hresholds"):
         IntervalTable(np.array(bad, dtype=np.float32), CPU)
