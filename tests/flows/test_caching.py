@@ -58,7 +58,9 @@ def test_editing_a_file_runs_the_stages_that_use_it_again(direct: Checkout) -> N
         source.write_text(original + "# a remark\n")
         assert computed(direct.stage("export")) == []
         source.write_text(original + "\n_EDITED = True\n")
-        assert computed(direct.stage("export")) == ["result", "report"]
+        assert computed(direct.stage("export")) == [
+            "result"
+        ]  # which comes out the same, so that nothing after it has to run
     finally:
         source.write_text(original)
 
