@@ -170,7 +170,7 @@ def test_a_worker_that_cannot_read_an_input_says_what_to_set(tmp_path: Path) -> 
 def test_a_runner_without_its_extra_is_refused_by_name(
     kind: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr("pipeline.workers.pool.find_spec", lambda name: None if name == package else object())
     with pytest.raises(CoaloraError, match=rf"pip install 'coalora\[{kind}\]'"):
         check_runner(kind)  # type: ignore[arg-type]
     with pytest.raises(CoaloraError, match=rf"needs the package {package}"):
