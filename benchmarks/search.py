@@ -68,7 +68,7 @@ def qlogehvi(problem: Problem, C: np.ndarray, Y: np.ndarray, seed: int) -> np.nd
     acquisition = qLogExpectedHypervolumeImprovement(
         model,
         ref_point=reference,
-        partitioning=FastNondominatedPartitioning(reference, scaled),  # type: ignore[arg-type]
+        partitioning=FastNondominatedPartitioning(reference, scaled),
         sampler=SobolQMCNormalSampler(torch.Size([32]), seed=seed),
     )
     bounds = torch.stack([torch.zeros(C.shape[1]), torch.ones(C.shape[1])]).double()
