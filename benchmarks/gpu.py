@@ -343,7 +343,7 @@ def _agree(
 
 def _teacher(run: Run, name: str, adapted: AdaptedModel, inputs: dict[str, Tensor], per_round: int) -> None:
     objective, C = Objective(distillation=0.5), adapted.base.configuration.copy()
-    adapted.base.cache_bytes = 1 << 30
+    adapted.base.cache.limit = 1 << 30
     for how, gradients in (
         ("", eager_gradients(adapted, objective)),
         (", graph", GraphedGradients(adapted, objective, capture=CUDA)),
@@ -380,7 +380,7 @@ def switches(run: Run, name: str, scheme: str) -> None:
         "all in the cache": (1 << 34, weights * (bits / 8 + width) / run.bytes_per_second, 2),
     }
     for what, (cache, limit, within) in limits.items():
-        model.base.cache_bytes = cache
+        model.base.cache.limit = cache
         for member in members:
             model.base.switch(member)
         costs = [

@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks._report import report
 from coalora.adapt.adapted import AdaptedModel
+from coalora.cache import nbytes
 from coalora.models.loading import default_device, default_dtype, load_model
-from coalora.models.switching.quantized import nbytes
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, MasterMode, WeightMode

@@ -54,7 +54,7 @@ def measure(name: str, scheme: str, device: torch.device, rounds: int, cache_mib
     of_step, of_switch = (median(column) for column in zip(*times, strict=True))
     weights = sum(layer.n_weights for layer in model.layers)
     row: dict = {"model": name, "scheme": scheme, "device": device.type}
-    row |= {"cache MiB": cache_mib, "cached MiB": model.base._cached_bytes / 2**20}
+    row |= {"cache MiB": cache_mib, "cached MiB": model.base.cache.nbytes / 2**20}
     row |= {"switch ms": of_switch * 1e3, "step ms": of_step * 1e3, "switch / step": of_switch / of_step, "limit": 0.05}
     if device.type == "cuda":
         bound = weights * (3.25 / 8 + 2) / COPY_BYTES_PER_SECOND

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -12,17 +12,19 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-def total_nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of several tensors together."""
-    return sum(tensor.nbytes for tensor in tensors)
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 class ByteCache(Generic[K, V]):
-    """Values by key, at most `limit` bytes of them.
+    """Values by key, at most `limit` bytes of them; iterates over keys, from the one used longest ago on.
 
     Args:
         limit: bytes; 0 keeps nothing.
         size: bytes of a value.
+        dropped: told the key of each value that `put` did not keep, or did not keep any longer.
 
     Attributes:
         nbytes: bytes of what is kept now.
@@ -33,37 +35,52 @@ class ByteCache(Generic[K, V]):
         >>> cache = ByteCache(limit=8, size=lambda tensor: tensor.nbytes)
         >>> for key in "abc":
         ...     cache.put(key, torch.zeros(1))
-        >>> cache.get("a") is None, cache.get("c") is None, cache.nbytes
-        (True, False, 8)
+        >>> list(cache), cache.get("a") is None, cache.nbytes
+        (['b', 'c'], True, 8)
     """
 
-    def __init__(self, limit: int, size: Callable[[V], int]) -> None:
-        self.limit, self.nbytes, self._size = limit, 0, size
-        self._kept: OrderedDict[K, V] = OrderedDict()
+    def __init__(self, limit: int, size: Callable[[V], int], dropped: Callable[[K], None] | None = None) -> None:
+        self.limit, self.nbytes, self._size, self._dropped = limit, 0, size, dropped
+        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._kept)
+
     def __contains__(self, key: K) -> bool:
         return key in self._kept
 
+    def values(self) -> Iterator[V]:
+        """What is kept now."""
+        return (value for value, _ in self._kept.values())
+
     def get(self, key: K) -> V | None:
         """The value, which counts as used now; None where it is not kept."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
 
     def put(self, key: K, value: V) -> None:
         """Keep a value in place of those used longest ago; one that exceeds the limit alone is not kept."""
-        self.pop(key)
-        if self._size(value) <= self.limit:
-            self._kept[key] = value
-            self.nbytes += self._size(value)
-            while self.nbytes > self.limit:
-                self.pop(next(iter(self._kept)))
+        if key in self._kept:
+            self.pop(key)
+        size = self._size(value)
+        if size <= self.limit:
+            self._kept[key] = value, size
+            self.nbytes += size
+        elif self._dropped is not None:
+            self._dropped(key)
+        while self.nbytes > self.limit:
+            oldest = next(iter(self._kept))
+            self.pop(oldest)
+            if self._dropped is not None:
+                self._dropped(oldest)
 
     def pop(self, key: K) -> V | None:
         """Take a value out; None where it is not kept."""
-        value = self._kept.pop(key, None)
-        self.nbytes -= 0 if value is None else self._size(value)
+        value, size = self._kept.pop(key, (None, 0))
+        self.nbytes -= size
         return value

@@ -88,7 +88,7 @@ class AdaptedModel:
                 self.base.residual,
                 _known(statistics),
                 [compensated] * len(layers),
-                cache_bytes=self.base.cache_bytes,
+                cache_bytes=self.base.cache.limit,
                 known=compensation,
             )
         self._known_statistics = statistics

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coalora.cache import ByteCache, total_nbytes
+from coalora.cache import ByteCache, nbytes
 from coalora.errors import CoaloraError
 from coalora.quant.scheme import InputStatistics
 
@@ -128,7 +128,7 @@ class CompensationTable:
     ) -> None:
         self._residual, self._statistics, self._ranks = residual, statistics, ranks
         self._known = dict(known or {})
-        self._cache: ByteCache[tuple[int, int], tuple[Tensor, Tensor]] = ByteCache(cache_bytes, total_nbytes)
+        self._cache: ByteCache[tuple[int, int], tuple[Tensor, Tensor]] = ByteCache(cache_bytes, nbytes)
 
     def __call__(self, layer: int, choice: int) -> tuple[Tensor, Tensor]:
         """(lora_A (r, in), lora_B (out, r)) of choice `choice` in layer `layer`, on the residual's device."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from coalora.cache import ByteCache, total_nbytes
+from coalora.cache import ByteCache, nbytes
 
 
 def _cache(limit: int) -> ByteCache[str, tuple[torch.Tensor, ...]]:
-    return ByteCache(limit, total_nbytes)
+    return ByteCache(limit, nbytes)
 
 
 def test_what_was_used_longest_ago_goes_first() -> None:

@@ -23,8 +23,7 @@ the size of the choice space.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coalora.cache import ByteCache, nbytes
 from coalora.errors import CoaloraError
 from coalora.models.switching.masters import Masters
 from coalora.models.switching.packed import move_rest, pack_layer
@@ -67,6 +67,11 @@ class QuantizedBase:
         checkpoint: for master `mmap`, the folder or file of safetensors that the model was loaded from.
         device: for weights `packed`, where the model shall run: its other tensors are moved there, and its target
             layers never are. None: where it is.
+
+    Attributes:
+        cache: packed tensors by (layer, choice); its limit may be changed.
+        configuration: (N,) what the layers hold, `FULL_PRECISION` at first.
+        masters: the full-precision weights, out x in, in layer order; not to be written to.
     """
 
     def __init__(
@@ -95,15 +100,15 @@ class QuantizedBase:
         self.layers = list(layers)
         self.space = space
         self.weight_mode: WeightMode = weights
-        self._cached_bytes = 0
-        self._cache: OrderedDict[tuple[int, int], Packed] = OrderedDict()
         self._measured: dict[tuple[int, str], Tensor | None] = {}
-        modules = [_innermost(model.get_submodule(layer.name)) for layer in self.layers]
+        modules = [model.get_submodule(layer.name) for layer in self.layers]
+        modules = [getattr(module, "base_layer", module) for module in modules]
         stored = [module.get_parameter("weight").data for module in modules]
         self._device = device if device is not None and weights == "packed" else stored[0].device
-        self.cache_bytes = _share_of_free_memory(self._device) if cache_bytes is None else cache_bytes
+        limit = _share_of_free_memory(self._device) if cache_bytes is None else cache_bytes
+        self.cache: ByteCache[tuple[int, int], Packed] = ByteCache(limit, lambda p: nbytes(p.values()), self._forget)
         packed = weights == "packed"
-        self._masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
+        self.masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
         self._held: list[Packed] | None = [{} for _ in layers] if packed else None
         if packed:
             del stored
@@ -117,11 +122,6 @@ class QuantizedBase:
         if self._slots is not None and all(scheme.has_kernels for scheme in space.schemes):
             by_kernels = all(use_triton(weight) and weight.is_contiguous() for weight in self._weights)
             self._rows = HeldRows(len(layers), len(space), self._device) if by_kernels else None
-
-    @property
-    def masters(self) -> Masters:
-        """The full-precision weights, out x in, in layer order; not to be written to."""
-        return self._masters
 
     def switch(self, configuration: np.ndarray) -> None:
         """Make the model hold `configuration` (N,); only layers that change are touched.
@@ -143,13 +143,17 @@ class QuantizedBase:
                 self.configuration[index] = FULL_PRECISION
         else:
             self.configuration[changed] = _UNFINISHED
-        written = [index for index in changed if not self._taken(index, int(target[index]))]
-        parts = [self._lookup(index, int(target[index])) for index in written]
+        written = self._not_parked(changed, target)
+        parts = [self.cache.get((index, int(target[index]))) for index in written]
         made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)])
         self._write_together(written, target, made)
-        for index, packed in zip(written, made, strict=True):
-            self._remember(index, int(target[index]), packed)
-            self._written(index, int(target[index]))
+        for index, known, packed in zip(written, parts, made, strict=True):
+            if known is None and packed is not None:
+                self.cache.put((index, int(target[index])), packed)
+            if self._slots is not None:
+                self._slots.holds(index, int(target[index]))
+        if self._slots is not None:
+            self._slots.shrink(self.cache.limit - self.cache.nbytes)
         self.configuration = target.copy()
 
     def _switch_together(self, rows: HeldRows, layers: Indices, choices: Indices) -> None:
@@ -171,41 +175,43 @@ class QuantizedBase:
     def _quantize_together(self, rows: HeldRows, scheme: Scheme, layers: Indices, choices: Indices) -> None:
         own = [(self._weights[i], self.space.choices[k]) for i, k in zip(layers, choices, strict=True)]
         made = scheme.quantize_packed_many(
-            [(self._masters[i], c, self._statistics[i], out) for i, (out, c) in zip(layers, own, strict=True)]
+            [(self.masters[i], c, self._statistics[i], out) for i, (out, c) in zip(layers, own, strict=True)]
         )
-        if not self.cache_bytes:
+        if not self.cache.limit:
             return
         rows.put(
             scheme.name, layers, choices, scheme.kernel_rows([(p, c, w) for p, (w, c) in zip(made, own, strict=True)])
         )
+        for key in sorted(self.cache, key=lambda key: rows.used[key]):  # what a launch took from its rows was used, too
+            self.cache.get(key)
         for index, k, packed in zip(layers, choices, made, strict=True):
-            self._cache[int(index), int(k)] = packed
-            self._cached_bytes += nbytes(packed.values())
-        if self._cached_bytes > self.cache_bytes:
-            for key in sorted(self._cache, key=lambda key: rows.used[key]):
-                if self._cached_bytes <= self.cache_bytes:
-                    break
-                rows.drop(self._scheme(key[1]).name, *key)
-                self._cached_bytes -= nbytes(self._cache.pop(key).values())
+            self.cache.put((int(index), int(k)), packed)
+
+    def _forget(self, key: tuple[int, int]) -> None:
+        if self._rows is not None:
+            self._rows.drop(self.space.scheme_of(key[1]).name, *key)
 
     def restore(self) -> None:
         """Make the model hold the full-precision weights."""
         changed = [int(index) for index in np.flatnonzero(self.configuration != FULL_PRECISION)]
         if self._rows is not None and changed:
-            torch._foreach_copy_([self._weights[i] for i in changed], [self._masters[i] for i in changed])
+            torch._foreach_copy_([self._weights[i] for i in changed], [self.masters[i] for i in changed])
             changed = []
-        for index in changed:
-            if self._held is not None:
-                self._held[index] = {}
-            elif not self._taken(index, FULL_PRECISION):
-                self._weights[index].copy_(self._masters[index])
-                self._written(index, FULL_PRECISION)
-        self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
+        target = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
+        for index in self._not_parked(changed, target):
+            if self._slots is None:
+                self._held[index] = {}  # type: ignore[index]
+            else:
+                self._weights[index].copy_(self.masters[index])
+                self._slots.holds(index, FULL_PRECISION)
+        self.configuration = target
 
     def residual(self, index: int, choice: int) -> Tensor:
         """W - q(W, c) (out, in) of layer `index` under choice `choice`, in float32; nothing is switched."""
-        master = self._masters[index]
-        quantized = self._scheme(choice).fake_quantize(master, self.space.choices[choice], self._statistics[index])
+        master = self.masters[index]
+        quantized = self.space.scheme_of(choice).fake_quantize(
+            master, self.space.choices[choice], self._statistics[index]
+        )
         return master.float() - quantized.to(master.dtype).float()
 
     def weight(self, index: int) -> Tensor:
@@ -217,40 +223,34 @@ class QuantizedBase:
         assert self._held is not None
         k, packed = int(self.configuration[index]), self._held[index]
         if k == FULL_PRECISION:
-            return lambda: self._masters[index]
+            return lambda: self.masters[index]
         return lambda: self._dequantized(index, k, packed)
 
     def held(self) -> list[Tensor]:
         """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers, scales."""
-        packed = [*self._cache.values(), *(self._held or [])]
+        packed = [*self.cache.values(), *(self._held or [])]
         measured = [tensor for tensor in self._measured.values() if tensor is not None]
-        parked = [] if self._slots is None else self._slots.parked()
-        return [*self._masters.held(), *(t for tensors in packed for t in tensors.values()), *measured, *parked]
+        parked = [] if self._slots is None else self._slots.parked.values()
+        return [*self.masters.held(), *(t for tensors in packed for t in tensors.values()), *measured, *parked]
 
     @property
     def _weights(self) -> list[Tensor]:
         assert self._slots is not None
         return self._slots.weights
 
-    def _taken(self, index: int, choice: int) -> bool:
-        """Whether layer `index` computes with `choice` from now on, because its weight was waiting."""
+    def _not_parked(self, changed: list[int], target: np.ndarray) -> list[int]:
+        """The layers whose weights have to be written; the others compute with weights that were waiting."""
         if self._slots is None or self._rows is not None or self._device.type != "cpu":
-            return False
-        return self._slots.take(index, choice, self.cache_bytes - self._cached_bytes)
-
-    def _written(self, index: int, choice: int) -> None:
-        if self._slots is not None:
-            self._slots.holds(index, choice)
-
-    def _scheme(self, choice: int) -> Scheme:
-        return self.space.scheme_of(choice)
+            return changed
+        take, limit = self._slots.take, self.cache.limit - self.cache.nbytes
+        return [index for index, k in zip(changed, target[changed].tolist(), strict=True) if not take(index, k, limit)]
 
     def _set(self, index: int, k: int, packed: Packed | None) -> Packed | None:
         """Put choice `k` into layer `index`, from the cache's tensors where there are some; what was packed for it."""
-        scheme, choice = self._scheme(k), self.space.choices[k]
-        if packed is None and (self.cache_bytes or self._held is not None):
+        scheme, choice = self.space.scheme_of(k), self.space.choices[k]
+        if packed is None and (self.cache.limit or self._held is not None):
             packed = scheme.quantize_packed(
-                self._masters[index], choice, self._statistics[index], self._measure(index, scheme)
+                self.masters[index], choice, self._statistics[index], self._measure(index, scheme)
             )
         if self._held is not None:
             self._held[index] = packed or {}
@@ -260,7 +260,7 @@ class QuantizedBase:
             scheme.dequantize_packed(packed, choice, self.layers[index].shape, self._weights[index])
         else:
             scheme.requantize(
-                self._masters[index],
+                self.masters[index],
                 choice,
                 self._statistics[index],
                 out=self._weights[index],
@@ -277,7 +277,7 @@ class QuantizedBase:
             k = int(target[index])
             if packed is not None:
                 job = (packed, self.space.choices[k], self._weights[index])
-                groups.setdefault(self._scheme(k).name, []).append(job)
+                groups.setdefault(self.space.scheme_of(k).name, []).append(job)
         for name, jobs in groups.items():
             get_scheme(name).dequantize_packed_many(jobs)
 
@@ -286,14 +286,14 @@ class QuantizedBase:
             return None
         key = (index, scheme.name)
         if key not in self._measured:
-            self._measured[key] = scheme.measure(self._masters[index])
+            self._measured[key] = scheme.measure(self.masters[index])
         return self._measured[key]
 
     def _dequantized(self, index: int, k: int, packed: Packed) -> Tensor:
         layer = self.layers[index]
-        dtype = self._masters.dtypes[index]
+        dtype = self.masters.dtypes[index]
         out = torch.empty(layer.shape, dtype=dtype, device=self._device)
-        self._scheme(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
+        self.space.scheme_of(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
         return out
 
     def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def]
@@ -303,24 +303,6 @@ class QuantizedBase:
             return [function(*given) for given in arguments]
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda given: function(*given), arguments))
-
-    def _lookup(self, index: int, choice: int) -> Packed | None:
-        key = (index, choice)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-        return self._cache.get(key)
-
-    def _remember(self, index: int, choice: int, packed: Packed | None) -> None:
-        key = (index, choice)
-        if packed is None or key in self._cache or nbytes(packed.values()) > self.cache_bytes:
-            return
-        self._cache[key] = packed
-        self._cached_bytes += nbytes(packed.values())
-        while self._cached_bytes > self.cache_bytes:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= nbytes(dropped.values())
-        if self._slots is not None:
-            self._slots.shrink(self.cache_bytes - self._cached_bytes)
 
 
 class _Source:
@@ -337,16 +319,6 @@ class _Source:
 def _share_of_free_memory(device: torch.device) -> int:
     # The rest is for activations, gradients and the optimizer; the training set's packed layers mostly fit.
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 28
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    return getattr(module, "base_layer", module)
 
 
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:

@@ -7,12 +7,13 @@ weights here. Not used on a GPU, where one launch writes all layers at the memor
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from coalora.cache import ByteCache
 from coalora.models.targets import TargetLayer
 
 Key = tuple[int, int]
@@ -28,20 +29,16 @@ class WeightSlots:
 
     Attributes:
         weights: the weights (out, in) that the layers compute with now, as views.
-        nbytes: bytes parked.
+        parked: those that wait, by (layer, choice).
     """
 
     def __init__(self, modules: Sequence[nn.Module], layers: Sequence[TargetLayer], choices: Sequence[int]) -> None:
         self._parameters = [module.get_parameter("weight") for module in modules]
         self._layers = list(layers)
         self._holds: list[int | None] = list(choices)
-        self._parked: OrderedDict[Key, Tensor] = OrderedDict()
+        # Its callers set the limit, and what is dropped first is decided here.
+        self.parked: ByteCache[Key, Tensor] = ByteCache(sys.maxsize, lambda weight: weight.nbytes)
         self.weights = [layer.matrix(parameter.data) for layer, parameter in zip(layers, self._parameters, strict=True)]
-        self.nbytes = 0
-
-    def parked(self) -> list[Tensor]:
-        """The tensors that wait."""
-        return list(self._parked.values())
 
     def take(self, index: int, choice: int, limit: int) -> bool:
         """Point layer `index` at the weight of `choice`, if it waits; otherwise at storage to write it to.
@@ -51,18 +48,15 @@ class WeightSlots:
         Returns:
             Whether the weight is there already. If not, write it to `weights[index]` and call `holds`.
         """
-        found = self._parked.pop((index, choice), None)
-        if found is not None:
-            self.nbytes -= found.nbytes
+        found = self.parked.pop((index, choice))
         before, label = self._parameters[index].data, self._holds[index]
         self._holds[index] = None
         spare: Tensor | None = None
         if label is None or before.nbytes > limit:
             spare = before
         else:
-            self._parked[index, label] = before
-            self.nbytes += before.nbytes
-            spare = self._shrink(limit, index)
+            self.parked.put((index, label), before)
+            spare = self.shrink(limit, index)
         if found is not None:
             self._point(index, found)
             self._holds[index] = choice
@@ -74,18 +68,16 @@ class WeightSlots:
         """Say that the weight of `choice` has been written to `weights[index]`."""
         self._holds[index] = choice
 
-    def shrink(self, limit: int) -> None:
-        """Drop what is parked above `limit` bytes."""
-        self._shrink(limit, -1)
+    def shrink(self, limit: int, index: int = -1) -> Tensor | None:
+        """Drop what is parked above `limit` bytes, and what is layer `index`'s first: a layer keeps its share.
 
-    def _shrink(self, limit: int, index: int) -> Tensor | None:
-        """The same; the tensor of layer `index` that was dropped last, whose memory can serve again."""
+        Returns:
+            The tensor of layer `index` that was dropped last, whose memory can serve again.
+        """
         spare = None
-        while self.nbytes > limit:
-            # One of the same layer first: a layer keeps its share, and the dropped tensor fits.
-            key = next((k for k in self._parked if k[0] == index), next(iter(self._parked)))
-            dropped = self._parked.pop(key)
-            self.nbytes -= dropped.nbytes
+        while self.parked.nbytes > limit:
+            key = next((key for key in self.parked if key[0] == index), next(iter(self.parked)))
+            dropped = self.parked.pop(key)
             if key[0] == index:
                 spare = dropped
         return spare

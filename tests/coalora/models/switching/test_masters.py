@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coalora.cache import nbytes
 from coalora.errors import CoaloraError
-from coalora.models.switching.quantized import QuantizedBase, nbytes
+from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from coalora.cache import nbytes
 from coalora.errors import CoaloraError
-from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase, check_configuration, nbytes
+from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase, check_configuration
 from coalora.models.targets import find_target_layers
 from coalora.quant.nf.scheme import NFScheme
 from coalora.quant.scheme import InputStatistics
@@ -118,14 +119,14 @@ def test_the_cache_is_used_and_stays_below_its_limit(tiny_llama, small_space, mo
     assert len(calls) == 2 * N
     for k in range(len(small_space)):
         base.switch(np.full(N, k))
-        cached = [tensor for packed in base._cache.values() for tensor in packed.values()]
-        assert nbytes(cached) == base._cached_bytes <= limit
-    kept = {k for _, k in base._cache}
+        cached = [tensor for packed in base.cache.values() for tensor in packed.values()]
+        assert nbytes(cached) == base.cache.nbytes <= limit
+    kept = {k for _, k in base.cache}
     assert {6, 7} <= kept  # the two used last
     for k in (6, 2):  # a hit counts as use
         base.switch(np.full(N, k))
-    assert {6, 2} <= {k for _, k in base._cache}
-    assert all((index, 6) in base._cache for index in range(N))
+    assert {6, 2} <= {k for _, k in base.cache}
+    assert all((index, 6) in base.cache for index in range(N))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 5_000, 1 << 28])
@@ -138,7 +139,7 @@ def test_the_cache_does_not_change_the_weights(tiny_llama, small_space, random_c
     QuantizedBase(plain, find_target_layers(plain), small_space).switch(sequence[0])
     expected = _copy(plain)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _copy(model).items())
-    assert base._cached_bytes + base._slots.nbytes <= cache_bytes
+    assert base.cache.nbytes + base._slots.parked.nbytes <= cache_bytes
 
 
 def test_on_a_cpu_a_switch_back_writes_nothing(tiny_llama, small_space, configuration, monkeypatch) -> None:

@@ -43,7 +43,7 @@ def test_layers_written_together_hold_what_each_alone_would(monkeypatch: pytest.
             state = scheme.quantize(masters[index].cpu(), choice)
             expected = scheme.dequantize(state, choice, SHAPES[index])
             assert torch.equal(model[f"l{index}"].weight.cpu(), expected), (index, choice)
-        held = sum(tensor.nbytes for packed in base._cache.values() for tensor in packed.values())
-        assert held == base._cached_bytes <= limit
+        held = sum(tensor.nbytes for packed in base.cache.values() for tensor in packed.values())
+        assert held == base.cache.nbytes <= limit
     base.restore()
     assert all(torch.equal(model[f"l{i}"].weight, master) for i, master in enumerate(masters))
