@@ -1,4 +1,4 @@
-"""How every benchmark ends: a table on the terminal, and the rows as JSON with what they were measured on."""
+"""Report of a benchmark: a table on the terminal, and the rows as JSON with the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(rows: list[dict]) -> str:
 
 
 def machine() -> dict[str, str | int | None]:
-    """What a measured time depends on."""
+    """The parts of a machine that a measured time depends on."""
     git = shutil.which("git")
     command = [git or "false", "rev-parse", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout

@@ -1,4 +1,4 @@
-"""What the recovery benchmark runs on: base model, data, statistics and tables, made once and kept."""
+"""Settings of the recovery benchmark: base model, data, statistics and tables, made once and kept."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def prepare(name: str, source: Path | None, model: str | None, space: str = "bit
     """
     CACHE.mkdir(exist_ok=True)
     if name != "pydoc" and source is None:
-        raise CoaloraError(f"setting {name} reads a file", remedy="name it with --text")
+        raise CoaloraError(f"Setting {name} reads a file", remedy="Name it with --text")
     if name == "sst2" and model is None:
-        raise CoaloraError("setting sst2 adapts an encoder", remedy="name it with --model")
+        raise CoaloraError("Setting sst2 adapts an encoder", remedy="Name it with --model")
     content = [file_sha256(p) for p in sorted(source.rglob("*.tsv")) or [source]] if source is not None else []
     base = digest([name, content, model, vars(DECODER)])
     identity = digest([base, SPACES[space]])

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one command of a few minutes: kernels, steps, switches, memory.
+"""Figures that only a GPU can give, in one command of a few minutes: kernels, steps, switches, memory.
 
     python -m benchmarks.gpu [--only kernels,step] [--models SmolLM2-135M,RoBERTa-large] [--seconds 330]
     python -m benchmarks.gpu --tiny       a rehearsal in tiny widths, on any machine; its times mean nothing
@@ -117,7 +117,7 @@ class Run:
 
 
 def card(run: Run) -> None:
-    """What the card can do: a large copy, a large product."""
+    """Rates of the card: a large copy, a large product."""
     n = 1 << (16 if run.tiny else 30)
     source, target = (
         torch.empty(n, dtype=torch.uint8, device=DEVICE).random_(),

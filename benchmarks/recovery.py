@@ -1,4 +1,4 @@
-"""How much of what quantization costs each method wins back, at equal cost, over seeds.
+"""Share of quantization's cost that each method wins back, at equal cost, over seeds.
 
     python -m benchmarks.recovery pydoc [--seeds 3] [--steps 200] [--methods shared ours ...] [--mlflow sqlite:///FILE]
     python -m benchmarks.recovery tinyshakespeare --text FILE

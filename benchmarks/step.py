@@ -1,4 +1,4 @@
-"""What the configuration-aware model costs: a training step, all U, an adapter on disk, a store of 100 of them.
+"""Cost of the configuration-aware model: a training step, all U, an adapter on disk, a store of 100 of them.
 
 Steps with theta and steps of Shared-LoRA alternate on two models over the same batch and configurations, so that noise
 hits both alike; medians are compared. Random weights in the published shapes.

@@ -1,4 +1,4 @@
-"""How the C library hands out the memory of CPU tensors."""
+"""Setting of the C library for the memory of CPU tensors."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class ByteCache(Generic[K, V]):
         return key in self._kept
 
     def values(self) -> Iterator[V]:
-        """What is kept now."""
+        """The values that are kept now."""
         return (value for value, _ in self._kept.values())
 
     def get(self, key: K) -> V | None:

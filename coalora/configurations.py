@@ -106,19 +106,19 @@ class ConfigurationSet:
         """
         if content.get("format") != SET_FORMAT:
             raise CoaloraError(
-                f"the format {content.get('format')!r} is not that of a configuration set ({SET_FORMAT})",
+                f"The format {content.get('format')!r} is not that of a configuration set ({SET_FORMAT})",
                 remedy="Use a file that this version wrote",
             )
         layers = [layer.name for layer in tables.layers]
         if content.get("layers") != layers or content.get("scheme") != tables.space.scheme_name:
             raise CoaloraError(
-                f"the set was made for scheme {content.get('scheme')} and {len(content.get('layers', []))} layers, and "
+                f"The set was made for scheme {content.get('scheme')} and {len(content.get('layers', []))} layers, and "
                 f"not for {tables.space.scheme_name} and these {len(layers)} layers",
                 remedy="Use a set of the same layers and scheme",
             )
         if content.get("base_digest") != tables.base_digest:
             raise CoaloraError(
-                f"the set was made for the base model {content.get('base_digest')}, and not for {tables.base_digest}",
+                f"The set was made for the base model {content.get('base_digest')}, and not for {tables.base_digest}",
                 remedy="Make a set for this base model, or load the base model that the set names",
             )
         index = np.array([tables.space.index(choice) for choice in content["choices"]], dtype=np.int64)
@@ -129,13 +129,13 @@ class ConfigurationSet:
             extent = f"{min(chosen, default=0)} to {max(chosen, default=0)}"
             if len(chosen) != len(layers) or not all(0 <= k < len(index) for k in chosen):
                 raise CoaloraError(
-                    f"member {number} of the set has {len(chosen)} choices from {extent}, and not {len(layers)} "
+                    f"Member {number} of the set has {len(chosen)} choices from {extent}, and not {len(layers)} "
                     f"from 0 to {len(index) - 1}",
                     remedy="Use the file as it was written",
                 )
             if not (taken := tables.allowed[every, index[chosen]]).all():
                 raise CoaloraError(
-                    f"member {number} of the set gives {layers[int(np.argmin(taken))]} a choice that its rules forbid",
+                    f"Member {number} of the set gives {layers[int(np.argmin(taken))]} a choice that its rules forbid",
                     remedy="Make a set for these rules",
                 )
         return cls(

@@ -13,8 +13,8 @@ class CoaloraError(ValueError):
         remedy: what to write or to run instead; an imperative sentence without its full stop.
 
     Example:
-        >>> print(CoaloraError("layer 'fc' has no weight", remedy="Leave it out of target_modules"))
-        layer 'fc' has no weight. Leave it out of target_modules.
+        >>> print(CoaloraError("Layer 'fc' has no weight", remedy="Leave it out of target_modules"))
+        Layer 'fc' has no weight. Leave it out of target_modules.
     """
 
     def __init__(self, problem: str, *, remedy: str | None = None) -> None:

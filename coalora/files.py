@@ -29,7 +29,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | np.ndarray], header
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """What `write_tensors` wrote: (tensors, header)."""
+    """Contents of a file of `write_tensors`: (tensors, header)."""
     with safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)

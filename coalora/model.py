@@ -148,7 +148,7 @@ class CoaLoraModel:
             CoaloraError: before `calibrate`.
         """
         if self._tables is None:
-            raise CoaloraError("the model is not calibrated", remedy="Call calibrate(train) first")
+            raise CoaloraError("The model is not calibrated", remedy="Call calibrate(train) first")
         return self._tables
 
     @tables.setter
@@ -163,7 +163,7 @@ class CoaLoraModel:
             CoaloraError: before `fit`.
         """
         if self._adapted is None:
-            raise CoaloraError("the model has no adapter yet", remedy="Call fit(train, search) first")
+            raise CoaloraError("The model has no adapter yet", remedy="Call fit(train, search) first")
         return self._adapted
 
     @property
@@ -174,7 +174,7 @@ class CoaLoraModel:
             CoaloraError: before `fit`.
         """
         if self.fitted is None:
-            raise CoaloraError("the model has no configuration set yet", remedy="Call fit(train, search) first")
+            raise CoaloraError("The model has no configuration set yet", remedy="Call fit(train, search) first")
         return self.fitted.members
 
     def split(self, data: Data) -> Split:
@@ -188,7 +188,7 @@ class CoaLoraModel:
         if self.task == "language-modeling":
             return text_split([str(text) for text in data], self.tokenizer, max_length=self.max_length)
         if not (isinstance(data, tuple) and len(data) == 2):
-            raise CoaloraError("a classifier learns from texts with labels", remedy="Give (texts, labels)")
+            raise CoaloraError("A classifier learns from texts with labels", remedy="Give (texts, labels)")
         texts, labels = data
         regression = self.base.config.num_labels == 1
         examples = to_examples([(str(text),) for text in texts], list(labels), "the data", regression=regression)
@@ -200,7 +200,7 @@ class CoaLoraModel:
         `config.calibration.n_samples` of them; all, where there are fewer.
         """
         if self._adapted is not None:
-            raise CoaloraError("the base model is quantized already", remedy="Calibrate before fit")
+            raise CoaloraError("The base model is quantized already", remedy="Calibrate before fit")
         split, recipe = self.split(data), self.config.calibration
         recipe = replace(recipe, n_samples=min(recipe.n_samples, len(split)))
         self._tables, self.statistics = calibrate(

@@ -209,7 +209,7 @@ class AdapterRecipe(Recipe):
         for layer, rank in zip(layers, ranks, strict=True):
             if compensated >= rank:
                 raise CoaloraError(
-                    f"rank {rank} of {layer.name} leaves nothing to train beside compensation_rank {compensated}",
+                    f"Rank {rank} of {layer.name} leaves nothing to train beside compensation_rank {compensated}",
                     remedy="Raise r (or rank_pattern), or lower compensation_rank",
                 )
         return ranks

@@ -139,7 +139,7 @@ class AdaptedModel:
             cast(BaseTunerLayer, base.get_submodule(layer.name)).enable_adapters(False)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: `lora.<module>...`, `head.<module>...`, `theta.<...>`, `experts.<...>`."""
+        """Trained parameters by name: `lora.<module>...`, `head.<module>...`, `theta.<...>`, `experts.<...>`."""
         named: dict[str, nn.Parameter] = {}
         for name, parameter in self.peft_model.named_parameters():
             if parameter.requires_grad:
@@ -151,7 +151,7 @@ class AdaptedModel:
         return named
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of what is trained, on the CPU."""
+        """A copy of the trained parameters, on the CPU."""
         return {k: v.detach().to("cpu", copy=True) for k, v in self.named_parameters().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -163,14 +163,14 @@ class AdaptedModel:
         own = self.named_parameters()
         if unlike := sorted(state.keys() ^ own.keys()):
             raise CoaloraError(
-                f"the state's {len(state)} parameters are not the {len(own)} of method {self.method!r}: "
+                f"The state's {len(state)} parameters are not the {len(own)} of method {self.method!r}: "
                 f"{len(unlike)} have no counterpart ({', '.join(unlike[:4])})",
                 remedy="Load the state into the method, the base model and the adapter sizes that it was trained with",
             )
         for name, parameter in own.items():
             if state[name].shape != parameter.shape:  # copy_ would broadcast
                 raise CoaloraError(
-                    f"the state's {name} has shape {tuple(state[name].shape)}, the model's {tuple(parameter.shape)}",
+                    f"The state's {name} has shape {tuple(state[name].shape)}, the model's {tuple(parameter.shape)}",
                     remedy="Use the adapter sizes that the state was trained with",
                 )
         with torch.no_grad():
@@ -229,7 +229,7 @@ class AdaptedModel:
 def _known(statistics: Sequence[InputStatistics] | None) -> Sequence[InputStatistics]:
     if statistics is None:
         raise CoaloraError(
-            "the compensation has no statistics of the layers' inputs to weigh errors by",
+            "The compensation has no statistics of the layers' inputs to weigh errors by",
             remedy="Give the statistics that calibration collected",
         )
     return statistics

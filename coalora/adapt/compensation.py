@@ -53,7 +53,7 @@ def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple
     """
     if not 1 <= r <= min(residual.shape):
         raise CoaloraError(
-            f"a layer of shape {tuple(residual.shape)} has no compensation of rank {r}",
+            f"A layer of shape {tuple(residual.shape)} has no compensation of rank {r}",
             remedy=f"Set compensation_rank between 1 and {min(residual.shape)}",
         )
     E = residual.double()

@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Terms:
-    """What the current configuration adds to the N trained pairs; shared by all layers of a model.
+    """Terms that the current configuration adds to the N trained pairs; shared by all layers of a model.
 
     Args:
         lora_A, lora_B: the N layers of PEFT that own the trained pairs, r x in and out x r.

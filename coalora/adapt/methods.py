@@ -16,7 +16,7 @@ from coalora.registry import Registry
 
 @dataclass(frozen=True)
 class Method:
-    """What a method trains, and on what.
+    """One method: its trained parts and the configurations that it sees.
 
     Attributes:
         label: its name in tables and pictures.

@@ -138,10 +138,10 @@ def pad(
         CoaloraError: no sequences, or one without tokens.
     """
     if not sequences:
-        raise CoaloraError("a split has no examples", remedy="Give at least one")
+        raise CoaloraError("A split has no examples", remedy="Give at least one")
     lengths = torch.tensor([len(s) for s in sequences])
     if int(lengths.min()) == 0:
-        raise CoaloraError(f"example {int(lengths.argmin()) + 1} has no tokens", remedy="Remove empty texts")
+        raise CoaloraError(f"Example {int(lengths.argmin()) + 1} has no tokens", remedy="Remove empty texts")
     return Split(
         _rectangle(sequences, pad_token_id),
         lengths,

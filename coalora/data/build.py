@@ -106,7 +106,7 @@ def classification(
         examples = _take(examples, range(len(examples.texts))[: limits.get(part)])
         if not examples.texts:
             raise CoaloraError(
-                f"a limit of {limits.get(part)} leaves {part} without examples", remedy="Raise it to at least 1"
+                f"A limit of {limits.get(part)} leaves {part} without examples", remedy="Raise it to at least 1"
             )
         splits[part] = example_split(examples, tokenizer, max_length=max_length)
     return Benchmark(name, "classification", num_labels, **splits)

@@ -38,7 +38,7 @@ def read_table(
     """
     path = Path(path)
     if not path.is_file():
-        raise CoaloraError(f"the benchmark file {path} does not exist", remedy="Correct the path in benchmark.files")
+        raise CoaloraError(f"The benchmark file {path} does not exist", remedy="Correct the path in benchmark.files")
     frame = _frame(path, text_columns)
     wanted = [*text_columns, label_column]
     _check_columns(path, list(frame.columns), wanted)
@@ -46,7 +46,7 @@ def read_table(
     holes = (cells.isna() | (cells.astype(str).apply(lambda column: column.str.strip()) == "")).any(axis=1)
     if holes.any():
         raise CoaloraError(
-            f"row {int(holes.argmax()) + 1} of {path.name} lacks a text or its label",
+            f"Row {int(holes.argmax()) + 1} of {path.name} lacks a text or its label",
             remedy="Remove or complete the row",
         )
     return to_examples(
@@ -130,7 +130,7 @@ def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) ->
 def _check_format(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise CoaloraError(
-            f"the ending of {path.name} is none of {', '.join(FORMATS)}, which tell the format",
+            f"The ending of {path.name} is none of {', '.join(FORMATS)}, which tell the format",
             remedy="Rename or convert it",
         )
 

@@ -32,12 +32,12 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise CoaloraError(f"the text file {path} does not exist", remedy="Correct the path")
+        raise CoaloraError(f"The text file {path} does not exist", remedy="Correct the path")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CoaloraError(
-            f"byte {error.start} of {path} is not UTF-8", remedy="Convert it, for example with iconv -t utf-8"
+            f"Byte {error.start} of {path} is not UTF-8", remedy="Convert it, for example with iconv -t utf-8"
         ) from error
 
 
@@ -65,7 +65,7 @@ def split_documents(documents: Sequence[str], fractions: dict[str, float], *, se
     """
     if not 0 < sum(fractions.values()) < 1 or min(fractions.values()) <= 0:
         raise CoaloraError(
-            f"the held-out fractions {fractions} leave no text to train on, or hold none out",
+            f"The held-out fractions {fractions} leave no text to train on, or hold none out",
             remedy="Give positive numbers with a sum below 1",
         )
     parts: dict[str, list[str]] = {name: [] for name in [*fractions, "train"]}
@@ -82,7 +82,7 @@ def split_documents(documents: Sequence[str], fractions: dict[str, float], *, se
     for name, part in parts.items():
         if not part:
             raise CoaloraError(
-                f"none of {len(documents)} documents fell to {name!r}",
+                f"None of {len(documents)} documents fell to {name!r}",
                 remedy="Give a separate file for it, or a larger fraction",
             )
     return parts

@@ -1,4 +1,4 @@
-"""What compared methods are worth over a set of configurations: hypervolumes on one scale.
+"""Comparison of methods over a set of configurations: hypervolumes on one scale.
 
 Hypervolume of (validation loss, cost), both minimised; by default the cost is average bits. The scale depends on the
 benchmark and the choice space alone, so that values compare between methods, runs and versions: the ideal is a loss of

@@ -30,7 +30,7 @@ def harness_version() -> str:
         return version("lm-eval")
     except PackageNotFoundError:
         raise CoaloraError(
-            "the package lm-eval, which harness tasks need, is not installed",
+            "The package lm-eval, which harness tasks need, is not installed",
             remedy="Run `pip install 'coalora[eval]'`, or set evaluation.harness_tasks=[]",
         ) from None
 
@@ -44,7 +44,7 @@ def check_tasks(names: Sequence[str], include: str | Path | None = None) -> None
     harness_version()
     if include is not None and not Path(include).is_dir():
         raise CoaloraError(
-            f"there is no folder {include} of harness tasks", remedy="Correct evaluation.harness_include"
+            f"There is no folder {include} of harness tasks", remedy="Correct evaluation.harness_include"
         )
     known = _manager_of(names, include).all_tasks
     for name in names:
@@ -93,7 +93,7 @@ def run_harness(
         fewshot_random_seed=seed,
     )
     if found is None:  # on ranks other than the first of several processes
-        raise CoaloraError("the harness gave no results to this process", remedy="Run it in one process")
+        raise CoaloraError("The harness gave no results to this process", remedy="Run it in one process")
     return {task: _numbers(values) for task, values in found["results"].items()}
 
 
@@ -104,7 +104,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _manager_of(names: Sequence[str], include: str | Path | None) -> Any:
-    """What knows the tasks: the own ones alone where they are enough."""
+    """The harness's index of tasks: of the own ones alone where they are enough."""
     if include is not None:
         own = _manager(str(include), defaults=False)
         if all(name in own.all_tasks for name in names):

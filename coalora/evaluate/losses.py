@@ -72,7 +72,7 @@ def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
     n = int(count)
     if n == 0:
         raise CoaloraError(
-            f"none of the {len(split)} examples has a second token to predict", remedy="Give longer texts"
+            f"None of the {len(split)} examples has a second token to predict", remedy="Give longer texts"
         )
     outcome = Outcome(float(total) / n, _array(predictions), _array(references), bytes_per_token=split.bytes_per_token)
     return Score(outcome.loss, {m.name: m.compute(outcome) for m in metrics_of(_kind(split), n_classes)})

@@ -25,7 +25,7 @@ Kind = Literal["classes", "values", "text"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model did on a split.
+    """Loss and predictions of a model on a split.
 
     Attributes:
         loss: mean loss (cross-entropy in nats an example or a token; squared error for values).
@@ -126,7 +126,7 @@ def perplexity(loss: float) -> float:
 
 
 def kind_of(task: Task, num_labels: int | None) -> Kind:
-    """What a benchmark's model predicts; a classification with one label is a regression, as in transformers."""
+    """Kind of a benchmark's predictions; a classification with one label is a regression, as in transformers."""
     if task == "language-modeling":
         return "text"
     return "values" if num_labels == 1 else "classes"

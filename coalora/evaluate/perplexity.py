@@ -22,7 +22,7 @@ from coalora.evaluate.metrics import perplexity
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a text costs a model.
+    """Score of a model on a text.
 
     Attributes:
         nats: total negative log-likelihood of the predicted tokens.
@@ -48,7 +48,7 @@ class TextScore:
         return self.nats / math.log(2) / self.nbytes
 
     def to_dict(self) -> dict[str, float]:
-        """What is reported of it."""
+        """The figures of a report."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -66,11 +66,11 @@ def windows(n_tokens: int, max_length: int, stride: int) -> list[tuple[int, int,
     """
     if not 1 <= stride < max_length:
         raise CoaloraError(
-            f"a stride of {stride} leaves tokens of windows of {max_length} out",
+            f"A stride of {stride} leaves tokens of windows of {max_length} out",
             remedy=f"Set the stride to 1 to {max_length - 1}, or a greater max_length",
         )
     if n_tokens < 2:
-        raise CoaloraError(f"a text of {n_tokens} tokens has none to predict", remedy="Give more text")
+        raise CoaloraError(f"A text of {n_tokens} tokens has none to predict", remedy="Give more text")
     found, first, begin = [], 1, 0
     while first < n_tokens:
         end = min(begin + max_length, n_tokens)

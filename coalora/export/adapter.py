@@ -56,7 +56,7 @@ def check_binding(folder: Path, digest: str) -> None:
     for name in (BINDING, WEIGHTS):
         if not (folder / name).is_file():
             raise CoaloraError(
-                f"there is no {name} in {folder}, so nothing says which quantized base the adapter is for",
+                f"There is no {name} in {folder}, so nothing says which quantized base the adapter is for",
                 remedy="Export the adapter with this project, or load it with PEFT at your own risk",
             )
     binding, header = read_json(folder / BINDING), read_header(folder / WEIGHTS)
@@ -68,6 +68,6 @@ def check_binding(folder: Path, digest: str) -> None:
     bound = binding["base_configuration_digest"]
     if bound != digest:
         raise CoaloraError(
-            f"the adapter was made for the quantized base {bound}, and this one is {digest}",
+            f"The adapter was made for the quantized base {bound}, and this one is {digest}",
             remedy="Load the adapter that was exported beside this base",
         )

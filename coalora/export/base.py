@@ -144,7 +144,7 @@ def _read_configuration(folder: Path) -> dict:
     for name in (CONFIGURATION, PACKED, REST, "config.json"):
         if not (folder / name).is_file():
             raise CoaloraError(
-                f"there is no {name} in {folder}, which is no packed base",
+                f"There is no {name} in {folder}, which is no packed base",
                 remedy="Name the folder `base` of an export; export.formats has to hold packed for it",
             )
     content = read_json(folder / CONFIGURATION)

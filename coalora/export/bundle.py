@@ -133,7 +133,7 @@ class Bundle:
         if not low <= budget:
             unit = self.tables.cost_unit
             raise CoaloraError(
-                f"a budget of {budget} {unit.unit} is below the choice space, which spans {low:.3f} to {high:.3f} "
+                f"A budget of {budget} {unit.unit} is below the choice space, which spans {low:.3f} to {high:.3f} "
                 f"{unit.words}",
                 remedy="Ask for more, or train with a space that has smaller choices",
             )
@@ -175,7 +175,7 @@ class Bundle:
     def _compensation(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
         if (index, choice) not in self.compensation:
             raise CoaloraError(
-                f"the bundle has no compensation of {self.tables.space.describe(choice)} for "
+                f"The bundle has no compensation of {self.tables.space.describe(choice)} for "
                 f"{self.tables.layers[index].name}",
                 remedy="Choose a configuration of its set (adapt, select), or train with compensation_rank=0",
             )
@@ -229,7 +229,7 @@ class Bundle:
         folder = Path(folder)
         for name in ("adapter.safetensors", "tables.safetensors", "configurations.json"):
             if not (folder / name).is_file():
-                raise CoaloraError(f"there is no {name} in {folder}", remedy="Name the folder of a bundle")
+                raise CoaloraError(f"There is no {name} in {folder}", remedy="Name the folder of a bundle")
         tables = CalibrationTables.load(folder / "tables.safetensors")
         members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
         tensors, header = read_tensors(folder / "adapter.safetensors")

@@ -44,7 +44,7 @@ def initial_range(tables: CalibrationTables, recipe: InitialSetRecipe) -> tuple[
     if not least <= low < high <= most + 1e-9:
         unit = tables.cost_unit.unit
         raise CoaloraError(
-            f"initial budgets from {low:g} to {high:g} {unit} are not a rising range inside {least:.3f} to {most:.3f}, "
+            f"Initial budgets from {low:g} to {high:g} {unit} are not a rising range inside {least:.3f} to {most:.3f}, "
             "which the choice space can reach",
             remedy="Correct initial_set.min_budget and initial_set.max_budget",
         )
@@ -64,17 +64,17 @@ def given_set(content: dict[str, Any], tables: CalibrationTables) -> Configurati
         found = ConfigurationSet.from_dict({**content, "base_digest": tables.base_digest}, tables)
     except CoaloraError as error:
         raise CoaloraError(
-            f"the initial set does not fit this run: {error.problem}",
+            f"The initial set does not fit this run: {error.problem}",
             remedy="Use a set of the same base architecture, target_modules and choices, or set initial_set.file=null",
         ) from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CoaloraError(
-            f"the initial set is damaged ({error!r})", remedy=f"Use a file that was written in format {SET_FORMAT}"
+            f"The initial set is damaged ({error!r})", remedy=f"Use a file that was written in format {SET_FORMAT}"
         ) from error
     unique = np.unique(found.configurations, axis=0)
     if len(unique) < 2:
         raise CoaloraError(
-            f"the initial set has {len(unique)} different configurations",
+            f"The initial set has {len(unique)} different configurations",
             remedy="Start with at least two, or set initial_set.file=null",
         )
     return ConfigurationSet.unmeasured(unique).sorted(tables)

@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """What applies to the layers that a pattern matches.
+    """Choices and limits of the layers that a pattern matches.
 
     Attributes:
         layers: glob over whole module names, or a suffix of one (`lm_head`, `mlp.down_proj`).

@@ -30,7 +30,7 @@ def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CoaloraError(
-            f"the base model {name_or_path} is no local folder, and the hub does not give it ({reason})",
+            f"The base model {name_or_path} is no local folder, and the hub does not give it ({reason})",
             remedy="Check model.name_or_path and the network; a hub id looks like 'FacebookAI/roberta-large'",
         ) from error
 
@@ -45,7 +45,7 @@ def model_files(folder: Path) -> list[Path]:
     names = [p.name for p in files]
     if "config.json" not in names or not any(n.endswith(".safetensors") for n in names):
         raise CoaloraError(
-            f"the base model {folder} has no config.json or no safetensors weights ({', '.join(names) or 'nothing'})",
+            f"The base model {folder} has no config.json or no safetensors weights ({', '.join(names) or 'nothing'})",
             remedy="Set model.name_or_path to a folder that save_pretrained wrote (pickled weights are not read)",
         )
     return files

@@ -45,7 +45,7 @@ def best_within(
     loss = np.asarray(losses, dtype=np.float64)
     if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
         raise CoaloraError(
-            f"losses of shape {loss.shape} are not one finite number for each of {C.shape[0]} configurations",
+            f"Losses of shape {loss.shape} are not one finite number for each of {C.shape[0]} configurations",
             remedy="Drop configurations whose evaluation failed",
         )
     mask = as_allowed(allowed, err.shape)

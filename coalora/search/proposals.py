@@ -84,7 +84,7 @@ def enumerate_moves(
 
 @dataclass(frozen=True)
 class Climb:
-    """Where a climb ended: the configuration (N,), its log EHVI (-inf: nothing new and improving was found),
+    """End of a climb: the configuration (N,), its log EHVI (-inf: nothing new and improving was found),
     predicted loss and cost; moves made and configurations scored."""
 
     configuration: Int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # scipy takes longer to import than a list of names may take
 
 @dataclass(frozen=True)
 class SearchState:
-    """What is known before a round's proposals, and how many are wanted.
+    """Knowledge before a round's proposals, and the number wanted.
 
     Attributes:
         configurations: (n, N) int, the measured set.

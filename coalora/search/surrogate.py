@@ -321,7 +321,7 @@ def _training_data(table: Float, configurations: ArrayLike, losses: ArrayLike) -
     loss = np.asarray(losses, dtype=np.float64)
     if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
         raise CoaloraError(
-            f"losses of shape {loss.shape}, {int((~np.isfinite(loss)).sum())} of them not finite, are not those of "
+            f"Losses of shape {loss.shape}, {int((~np.isfinite(loss)).sum())} of them not finite, are not those of "
             f"{C.shape[0]} configurations",
             remedy="Drop configurations whose evaluation failed",
         )

@@ -34,7 +34,7 @@ _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where training stopped, at a step's boundary.
+    """State of training at a step's boundary.
 
     Attributes:
         step: steps done, of all rounds.

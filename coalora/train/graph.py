@@ -56,9 +56,9 @@ class GraphedGradients:
 
     def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
         problems = {
-            f"a CUDA graph was asked for on {adapted.device.type}": capture and adapted.device.type != "cuda",
-            "a CUDA graph was asked for with LoRA dropout": adapted.recipe.lora_dropout > 0,
-            "a CUDA graph was asked for with weights that are made in each pass": adapted.base.weight_mode == "packed",
+            f"A CUDA graph was asked for on {adapted.device.type}": capture and adapted.device.type != "cuda",
+            "A CUDA graph was asked for with LoRA dropout": adapted.recipe.lora_dropout > 0,
+            "A CUDA graph was asked for with weights that are made in each pass": adapted.base.weight_mode == "packed",
         }
         for problem, occurs in problems.items():
             if occurs:

@@ -36,7 +36,7 @@ _FLUSH = 10
 
 @dataclass
 class TrainingState:
-    """What training needs to go on: parameters, AdamW's moments, and the steps done.
+    """State that training goes on from: parameters, AdamW's moments, and the steps done.
 
     `tensors` holds `<parameter>`, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step.<parameter>` (the
     steps that reached it: an expert sees those of its own bits alone), and under `sampler.` what the
@@ -85,7 +85,7 @@ def train(
     """
     if len(configurations) == 0 or len(configurations) != len(average_bits):
         raise CoaloraError(
-            f"training got {len(configurations)} configurations with {len(average_bits)} average bits",
+            f"Training got {len(configurations)} configurations with {len(average_bits)} average bits",
             remedy="Give at least one configuration, each with its bits",
         )
     begin = state.step if state else 0
@@ -98,7 +98,7 @@ def train(
     start = state.step if state else 0
     parameters = adapted.named_parameters()
     if not parameters:
-        raise CoaloraError(f"method {adapted.method!r} has nothing to train here", remedy="Train another method")
+        raise CoaloraError(f"Method {adapted.method!r} has nothing to train here", remedy="Train another method")
     if span[1] > total_steps:
         raise CoaloraError(
             f"{begin} + {steps} steps are more than the schedule's {total_steps}",
@@ -156,7 +156,7 @@ def train(
                 raise Stopped(f"stopped at step {done}")
 
     if graph and recipe.gradient_checkpointing:
-        raise CoaloraError("a CUDA graph was asked for with gradient checkpointing", remedy="Turn one of them off")
+        raise CoaloraError("A CUDA graph was asked for with gradient checkpointing", remedy="Turn one of them off")
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
@@ -216,7 +216,7 @@ def _check_finite(step: int, rows: list[list[float]], average_bits: np.ndarray) 
     for loss, norm, member in rows:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise CoaloraError(
-                f"training is no longer finite: loss {loss}, gradient norm {norm} at step {step} "
+                f"Training is no longer finite: loss {loss}, gradient norm {norm} at step {step} "
                 f"({average_bits[int(member)]:.2f} bits)",
                 remedy="Lower training.lr",
             )

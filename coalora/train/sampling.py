@@ -108,7 +108,7 @@ class Sampler:
     ) -> None:
         if power < 1:
             raise CoaloraError(
-                f"a sampling power of {power} is below 1", remedy="Set it to 1 (uniform) or more; 2.5 favors low bits"
+                f"A sampling power of {power} is below 1", remedy="Set it to 1 (uniform) or more; 2.5 favors low bits"
             )
         self.sampling, self.power, self.seed = sampling, power, seed
         self.order = np.argsort(average_bits, kind="stable")

@@ -110,7 +110,7 @@ def test_a_member_that_was_edited_out_of_range_is_refused(
 ) -> None:
     content = members.to_dict(tables)
     content["members"][3]["choices"] = edit(content["members"][3]["choices"])
-    with pytest.raises(CoaloraError, match="member 3"):
+    with pytest.raises(CoaloraError, match="Member 3"):
         ConfigurationSet.from_dict(content, tables)
 
 

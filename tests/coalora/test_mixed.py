@@ -158,7 +158,7 @@ def test_configurations_name_the_scheme_of_every_choice_and_are_read_back(mixed:
     barred = C.copy()
     barred[-1] = 0
     forbidden = ConfigurationSet(barred[None], np.array([1.0]), np.zeros(1, dtype=np.int64)).to_dict(tables)
-    with pytest.raises(CoaloraError, match="member 0 of the set gives lm_head a choice that its rules forbid"):
+    with pytest.raises(CoaloraError, match="Member 0 of the set gives lm_head a choice that its rules forbid"):
         ConfigurationSet.from_dict(forbidden, tables)
 
 

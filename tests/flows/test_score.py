@@ -94,7 +94,7 @@ def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(
     [
         (["--budget", "1"], "is below the choice space"),
         (["--budget", "3", "--max-length", "4000"], "is above the"),
-        (["--budget", "3", "--max-length", "8", "--stride", "8"], "a stride of 8 leaves tokens of windows of 8 out"),
+        (["--budget", "3", "--max-length", "8", "--stride", "8"], "A stride of 8 leaves tokens of windows of 8 out"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(

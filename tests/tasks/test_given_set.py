@@ -116,9 +116,9 @@ def _words_for_numbers(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_other_layers, "does not fit this run: the set was made for .*initial_set.file=null"),
+        (_other_layers, "does not fit this run: The set was made for .*initial_set.file=null"),
         (_other_choice, "does not fit this run: .*choice"),
-        (_short_member, "does not fit this run: member 0 of the set has 13 choices"),
+        (_short_member, "does not fit this run: Member 0 of the set has 13 choices"),
         (_no_members, "is damaged .*members"),
         (_words_for_numbers, "is damaged"),
         (_one_member, "has 1 different configurations.*at least two"),

@@ -90,7 +90,7 @@ def _mapped(layers: Sequence[TargetLayer], weights: Sequence[Tensor], checkpoint
     """The layers' tensors inside the checkpoint's files, as mapped memory, found by name and checked by value."""
     if checkpoint is None:
         raise CoaloraError(
-            "memory-mapped masters have no checkpoint to be read from",
+            "Memory-mapped masters have no checkpoint to be read from",
             remedy="Pass checkpoint=<folder with *.safetensors>, or keep the masters on the cpu",
         )
     path = Path(checkpoint)

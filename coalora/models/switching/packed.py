@@ -80,13 +80,13 @@ def pack_layer(module: nn.Module, source: Source, device: torch.device) -> None:
     packed = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}.get(type(module))
     if packed is None:
         raise CoaloraError(
-            f"a {type(module).__name__} cannot be packed: it is neither torch.nn.Linear nor transformers' Conv1D",
+            f"A {type(module).__name__} cannot be packed: it is neither torch.nn.Linear nor transformers' Conv1D",
             remedy="Set weights to dequantized",
         )
     weight = cast(Tensor, module.weight)
     if weight.requires_grad:
         raise CoaloraError(
-            "a weight that requires a gradient cannot be packed", remedy="Call model.requires_grad_(False) first"
+            "A weight that requires a gradient cannot be packed", remedy="Call model.requires_grad_(False) first"
         )
     hollow = torch.full((1,), math.nan, dtype=weight.dtype, device=device).expand(weight.shape)
     module.weight = nn.Parameter(hollow, requires_grad=False)

@@ -89,7 +89,7 @@ class QuantizedBase:
     ) -> None:
         if space.needs_statistics and statistics is None:
             raise CoaloraError(
-                f"scheme {space.scheme_name!r} has no statistics of the layers' inputs to quantize with",
+                f"Scheme {space.scheme_name!r} has no statistics of the layers' inputs to quantize with",
                 remedy="Collect them with coalora.calibrate.statistics.collect_statistics(hessians=True)",
             )
         if weights not in get_args(WeightMode):
@@ -219,7 +219,7 @@ class QuantizedBase:
         return self._weights[index] if self._held is None else self._maker(index)()
 
     def _maker(self, index: int) -> Callable[[], Tensor]:
-        """How to make the weight (out, in) of packed layer `index`, whatever is switched to meanwhile."""
+        """Maker of the weight (out, in) that packed layer `index` holds now, whatever is switched to meanwhile."""
         assert self._held is not None
         k, packed = int(self.configuration[index]), self._held[index]
         if k == FULL_PRECISION:
@@ -306,7 +306,7 @@ class QuantizedBase:
 
 
 class _Source:
-    """How a packed layer makes the weight that it holds now, as its module stores it."""
+    """Maker of the weight that a packed layer holds now, as its module stores it."""
 
     def __init__(self, base: QuantizedBase, index: int) -> None:
         self._base, self._index = base, index
@@ -326,12 +326,12 @@ def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int
     array = np.asarray(configuration)
     if array.shape != (n_layers,) or not np.issubdtype(array.dtype, np.integer):
         raise CoaloraError(
-            f"a configuration of shape {array.shape} and dtype {array.dtype} does not fit {n_layers} target layers",
+            f"A configuration of shape {array.shape} and dtype {array.dtype} does not fit {n_layers} target layers",
             remedy=f"Give integers of shape ({n_layers},): the index of a choice for each layer",
         )
     if array.min() < 0 or array.max() >= n_choices:
         raise CoaloraError(
-            f"the configuration's choices {array.min()} to {array.max()} are not all in the choice space",
+            f"The configuration's choices {array.min()} to {array.max()} are not all in the choice space",
             remedy=f"Give indices from 0 to {n_choices - 1}",
         )
     return array.astype(np.int64)

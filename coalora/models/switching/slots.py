@@ -20,7 +20,7 @@ Key = tuple[int, int]
 
 
 class WeightSlots:
-    """Which tensor each target layer computes with, and the tensors that are parked.
+    """Tensors that the target layers compute with, and those that are parked.
 
     Args:
         modules: the target layers' modules; their `weight` is pointed at other storage of the same shape and layout.

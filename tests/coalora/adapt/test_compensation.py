@@ -211,11 +211,11 @@ def test_lq_lora_starts_at_the_compensation_of_its_configuration(compensated) ->
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"compensation_rank": 6}, "rank 6 of model.* beside compensation_rank 6"),
+        ({"compensation_rank": 6}, "Rank 6 of model.* beside compensation_rank 6"),
         ({"rank_pattern": {"*.nothing": 4}}, r"'\*\.nothing' matches no target layer"),
         (
             {"rank_pattern": {"self_attn.q_proj": 3}},
-            "rank 3 of model.layers.0.self_attn.q_proj leaves nothing to train beside compensation_rank 4",
+            "Rank 3 of model.layers.0.self_attn.q_proj leaves nothing to train beside compensation_rank 4",
         ),
     ],
 )

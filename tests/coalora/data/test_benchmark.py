@@ -71,7 +71,7 @@ def test_the_head_is_the_first_examples(split: Split) -> None:
 def test_splits_without_examples_or_tokens_are_refused() -> None:
     with pytest.raises(CoaloraError, match="no examples"):
         pad([], 0)
-    with pytest.raises(CoaloraError, match="example 2 has no tokens"):
+    with pytest.raises(CoaloraError, match="Example 2 has no tokens"):
         pad([[1], [], [2]], 0)
 
 

@@ -117,7 +117,7 @@ def test_a_broken_line_of_jsonl_is_refused_by_number(tmp_path: Path, line: str, 
 @pytest.mark.parametrize("hole", ["", "  "])
 def test_an_empty_text_is_refused_with_its_row(tmp_path: Path, suffix: str, hole: str) -> None:
     path = _write(tmp_path / f"a{suffix}", ["a", hole, "c"], [0, 1, 1])
-    with pytest.raises(CoaloraError, match=rf"row 2 of a\{suffix} lacks a text"):
+    with pytest.raises(CoaloraError, match=rf"Row 2 of a\{suffix} lacks a text"):
         read_table(path, ["sentence"], "label")
 
 
@@ -125,7 +125,7 @@ def test_an_empty_label_is_refused_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("sentence,label\na,0\nb,1\nc,\n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"sentence": "a", "label": 0}\n{"sentence": "b"}\n', encoding="utf-8")
     for name, row in {"a.csv": 3, "a.jsonl": 2}.items():
-        with pytest.raises(CoaloraError, match=rf"row {row} of {name} lacks a text or its label"):
+        with pytest.raises(CoaloraError, match=rf"Row {row} of {name} lacks a text or its label"):
             read_table(tmp_path / name, ["sentence"], "label")
 
 

@@ -68,7 +68,7 @@ def test_fractions_that_leave_nothing_are_refused(fractions: dict[str, float]) -
 
 
 def test_a_part_without_documents_is_refused_by_name() -> None:
-    with pytest.raises(CoaloraError, match="none of 3 documents fell to 'search'"):
+    with pytest.raises(CoaloraError, match="None of 3 documents fell to 'search'"):
         split_documents(["a", "b", "c"], {"search": 1e-9})
 
 
@@ -150,5 +150,5 @@ def test_missing_and_undecodable_text_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match=r"none\.txt does not exist"):
         text_file(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(CoaloraError, match=r"byte 2 of .*latin\.txt is not UTF-8"):
+    with pytest.raises(CoaloraError, match=r"Byte 2 of .*latin\.txt is not UTF-8"):
         text_file(tmp_path / "latin.txt")

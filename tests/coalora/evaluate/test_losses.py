@@ -155,7 +155,7 @@ def test_a_meter_goes_on_from_what_its_memo_knows_and_saves_it_whatever_happens(
 
 
 def test_text_without_a_predicted_token_is_refused(tiny_llama, make_adapted) -> None:
-    with pytest.raises(CoaloraError, match="none of the 2 examples has a second token"):
+    with pytest.raises(CoaloraError, match="None of the 2 examples has a second token"):
         score(make_adapted(tiny_llama()), pad([[5], [6]], 0), batch_size=2)
 
 

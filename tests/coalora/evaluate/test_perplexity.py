@@ -81,7 +81,7 @@ def test_more_context_helps_a_model_that_uses_it(tiny_llama) -> None:
 
 @pytest.mark.parametrize(("max_length", "stride"), [(8, 8), (8, 0), (1, 1)])
 def test_a_stride_that_leaves_tokens_out_is_refused(max_length: int, stride: int) -> None:
-    with pytest.raises(CoaloraError, match=f"a stride of {stride} .* windows of {max_length}"):
+    with pytest.raises(CoaloraError, match=f"A stride of {stride} .* windows of {max_length}"):
         windows(10, max_length, stride)
 
 

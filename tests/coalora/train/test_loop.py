@@ -226,7 +226,7 @@ def test_a_gradient_that_is_not_finite_stops_even_at_the_last_step(tiny_llama, m
 
 
 def test_nothing_to_train_is_refused(tiny_llama, make_adapted, go) -> None:
-    with pytest.raises(CoaloraError, match="method 'none' has nothing to train"):
+    with pytest.raises(CoaloraError, match="Method 'none' has nothing to train"):
         go(make_adapted(tiny_llama(), "none"), 1)
 
 
@@ -239,7 +239,7 @@ def test_more_steps_than_the_schedule_has_are_refused(tiny_llama, make_adapted, 
 
 def test_the_state_of_another_method_is_refused(tiny_llama, make_adapted, go) -> None:
     state, _ = go(make_adapted(tiny_llama(), "coa"), 1)
-    with pytest.raises(CoaloraError, match="method 'shared'"):
+    with pytest.raises(CoaloraError, match="Method 'shared'"):
         go(make_adapted(tiny_llama(), "shared"), 1, state=state)
 
 

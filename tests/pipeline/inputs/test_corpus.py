@@ -92,7 +92,7 @@ def test_files_of_their_own_are_not_split_off(tmp_path: Path) -> None:
 
 
 def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match=r"the text file .* does not exist") as caught:
+    with pytest.raises(CoaloraError, match=r"The text file .* does not exist") as caught:
         documents(text(files={"train": str(tmp_path / "none.txt")}))
     assert "none.txt" in str(caught.value)
 
