@@ -20,7 +20,7 @@ from coalora.config import CoaLoraConfig
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
 from coalora.data.build import example_split, text_split
-from coalora.data.classification import to_examples
+from coalora.data.classification import check_classes, to_examples
 from coalora.errors import CoaloraError
 from coalora.evaluate.losses import LossMeter, Score, score
 from coalora.export.bundle import Bundle
@@ -190,8 +190,9 @@ class CoaLoraModel:
         if not (isinstance(data, tuple) and len(data) == 2):
             raise CoaloraError("A classifier learns from texts with labels", remedy="Give (texts, labels)")
         texts, labels = data
-        regression = self.base.config.num_labels == 1
-        examples = to_examples([(str(text),) for text in texts], list(labels), "the data", regression=regression)
+        classes = self.base.config.num_labels
+        examples = to_examples([(str(text),) for text in texts], list(labels), "data", regression=classes == 1)
+        check_classes(examples, classes, "data")
         return example_split(examples, self.tokenizer, max_length=self.max_length)
 
     def calibrate(self, data: Data, *, progress: Progress | None = None) -> CalibrationTables:

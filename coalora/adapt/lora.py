@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -176,6 +177,14 @@ def _whole(value: float) -> int:
     return int(value) if float(value).is_integer() else cast(int, value)
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within, PEFT may ask for an attribute that transformers has renamed: nothing that a user could act upon."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 def attach(
     model: PreTrainedModel, layers: Sequence[TargetLayer], config: LoraConfig, *, scale: float, seed: int
 ) -> tuple[PeftModel, list[AdjustedLinear], list[ExtendedLinear], Terms]:
@@ -185,9 +194,7 @@ def attach(
     `config`. The same seed gives the same initial adapter.
     """
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        # PEFT asks for an attribute that transformers has renamed; nothing that a user could act upon.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with quiet_peft():
         peft_model = cast(PeftModel, get_peft_model(model, config))
     base = peft_model.get_base_model()
     modules = cast(list[AdaptedLinear], [base.get_submodule(layer.name) for layer in layers])

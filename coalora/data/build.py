@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from coalora.data.benchmark import SPLITS, Benchmark, Split, pad
-from coalora.data.classification import Examples
+from coalora.data.classification import Examples, check_classes
 from coalora.data.text import blocks
 from coalora.errors import CoaloraError
 
@@ -87,11 +87,8 @@ def classification(
         CoaloraError: a label that is not below `num_labels`, or a split that would be empty.
     """
     for part, examples in {"train": train, "validation": validation, "search": search}.items():
-        if examples is not None and num_labels > 1 and max(examples.labels) >= num_labels:
-            raise CoaloraError(
-                f"{part} has the label {max(examples.labels)}, and the model {num_labels} classes from 0 on",
-                remedy="Set benchmark.num_labels",
-            )
+        if examples is not None:
+            check_classes(examples, num_labels, part)
     order = torch.randperm(len(train.texts), generator=torch.Generator().manual_seed(seed)).tolist()
     if search is None:
         if not 0 < n_search < len(order):

@@ -59,7 +59,11 @@ def read_table(
 
 def to_examples(texts: list[tuple[str, ...]], labels: list, where: str, *, regression: bool = False) -> Examples:
     """Check that labels are class indices (finite numbers for a regression), and join them with their texts."""
-    values: Sequence[float | None] = [_value(x) if regression else _class_index(x) for x in labels]
+    if not texts:
+        raise CoaloraError(f"{where} has no rows", remedy="Give at least one example")
+    if len(labels) != len(texts):
+        raise CoaloraError(f"{where} has {len(texts)} texts and {len(labels)} labels", remedy="Give one for each")
+    values: Sequence[float | None] = [_label(x, regression) for x in labels]
     wrong = sorted({str(x) for x, value in zip(labels, values, strict=True) if value is None})
     if wrong:
         shown = f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} among the labels of {where}"
@@ -69,26 +73,30 @@ def to_examples(texts: list[tuple[str, ...]], labels: list, where: str, *, regre
             f"{shown} are no class indices, which are integers from 0 on (-1 marks a split without labels)",
             remedy="Use a labelled split, map the classes to integers, or set num_labels to 1 for a regression",
         )
-    if not texts:
-        raise CoaloraError(f"{where} has no rows", remedy="Give at least one example")
     return Examples(texts, [value for value in values if value is not None])
 
 
-def _value(label: object) -> float | None:
-    """A label as a finite number, or None."""
+def check_classes(examples: Examples, num_labels: int, where: str) -> None:
+    """Refuse a class that a model of `num_labels` classes does not have; 1 is a regression, where any value goes.
+
+    Raises:
+        CoaloraError: there is one.
+    """
+    if num_labels > 1 and max(examples.labels) >= num_labels:
+        raise CoaloraError(
+            f"{where} has the label {max(examples.labels)}, and the model {num_labels} classes from 0 on",
+            remedy="Set num_labels to the number of classes",
+        )
+
+
+def _label(label: object, regression: bool) -> float | int | None:
+    """A label as a finite number, or as an integer from 0; else None. Columns with a text have texts for numbers."""
     try:
         value = float(label)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) else None
-
-
-def _class_index(label: object) -> int | None:
-    """A label as an integer from 0, or None. A column with a text in it makes texts of its numbers too."""
-    try:
-        value = float(label)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
+    if regression:
+        return value if math.isfinite(value) else None
     return int(value) if value >= 0 and value.is_integer() else None
 
 

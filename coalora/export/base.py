@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from coalora.adapt.lora import quiet_peft
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
@@ -136,7 +137,8 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
         1
     """
     check_binding(Path(adapter_folder), _read_configuration(Path(base_folder))["digest"])
-    return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()
+    with quiet_peft():
+        return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()
 
 
 def _read_configuration(folder: Path) -> dict:
