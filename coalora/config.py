@@ -63,11 +63,6 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
         """The adapter's fields alone."""
         return AdapterRecipe(**{item.name: getattr(self, item.name) for item in fields(AdapterRecipe)})
 
-    @property
-    def runtime(self) -> RuntimeRecipe:
-        """Device, number type and memory alone."""
-        return RuntimeRecipe(**{item.name: getattr(self, item.name) for item in fields(RuntimeRecipe)})
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; fields left out take their defaults.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -50,42 +50,17 @@ class Metric:
     binary: bool = False
 
 
-METRICS: dict[str, Metric] = {}
+def perplexity(loss: float) -> float:
+    """exp of nats a token; depends on the tokenizer, as bits per byte do not."""
+    return math.exp(min(loss, 700.0))  # the next larger powers of e are no floats
 
 
-def _metric(
-    name: str, kind: Kind, *, higher_is_better: bool = True, binary: bool = False
-) -> Callable[[Callable[[Outcome], float]], Callable[[Outcome], float]]:
-    """Register a metric. Of each kind, the first one is the default."""
-
-    def register(compute: Callable[[Outcome], float]) -> Callable[[Outcome], float]:
-        METRICS[name] = Metric(name, kind, higher_is_better, compute, binary)
-        return compute
-
-    return register
-
-
-@_metric("accuracy", "classes")
-def _accuracy(outcome: Outcome) -> float:
-    return float((outcome.predictions == outcome.labels).mean())
-
-
-@_metric("f1", "classes", binary=True)
-def _f1(outcome: Outcome) -> float:
+def _f1(outcome: Outcome, average: str) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(outcome.labels, outcome.predictions, zero_division=0))
+    return float(f1_score(outcome.labels, outcome.predictions, average=average, zero_division=0))
 
 
-@_metric("macro_f1", "classes")
-def _macro_f1(outcome: Outcome) -> float:
-    """Mean over the classes that occur among labels or predictions."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(outcome.labels, outcome.predictions, average="macro", zero_division=0))
-
-
-@_metric("matthews_correlation", "classes")
 def _matthews_correlation(outcome: Outcome) -> float:
     """R_K of Gorodkin (2004), which for two classes is Matthews' correlation coefficient."""
     from sklearn.metrics import matthews_corrcoef
@@ -95,34 +70,30 @@ def _matthews_correlation(outcome: Outcome) -> float:
     return float(matthews_corrcoef(outcome.labels, outcome.predictions))
 
 
-@_metric("pearson", "values")
-def _pearson(outcome: Outcome) -> float:
-    from scipy.stats import pearsonr
+def _correlation(outcome: Outcome, name: str) -> float:
+    from scipy import stats
 
-    return _correlation(pearsonr, outcome)
-
-
-@_metric("spearman", "values")
-def _spearman(outcome: Outcome) -> float:
-    """Pearson's correlation of the ranks; ties share their mean rank."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, outcome)
+    x, y = (np.asarray(values, dtype=np.float64) for values in (outcome.predictions, outcome.labels))
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    return float(getattr(stats, name)(x, y).statistic)
 
 
-@_metric("bits_per_byte", "text", higher_is_better=False)
-def _bits_per_byte(outcome: Outcome) -> float:
-    return outcome.loss / math.log(2) / outcome.bytes_per_token
-
-
-@_metric("perplexity", "text", higher_is_better=False)
-def _perplexity(outcome: Outcome) -> float:
-    return perplexity(outcome.loss)
-
-
-def perplexity(loss: float) -> float:
-    """exp of nats a token; depends on the tokenizer, as bits per byte do not."""
-    return math.exp(min(loss, 700.0))  # the next larger powers of e are no floats
+# Of each kind, the first one is the default. Macro F1 is the mean over the classes that occur among labels or
+# predictions; Spearman's is Pearson's correlation of the ranks, of which ties share their mean.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", "classes", True, lambda outcome: float((outcome.predictions == outcome.labels).mean())),
+        Metric("f1", "classes", True, lambda outcome: _f1(outcome, "binary"), binary=True),
+        Metric("macro_f1", "classes", True, lambda outcome: _f1(outcome, "macro")),
+        Metric("matthews_correlation", "classes", True, _matthews_correlation),
+        Metric("pearson", "values", True, lambda outcome: _correlation(outcome, "pearsonr")),
+        Metric("spearman", "values", True, lambda outcome: _correlation(outcome, "spearmanr")),
+        Metric("bits_per_byte", "text", False, lambda o: o.loss / math.log(2) / o.bytes_per_token),
+        Metric("perplexity", "text", False, lambda outcome: perplexity(outcome.loss)),
+    )
+}
 
 
 def kind_of(task: Task, num_labels: int | None) -> Kind:
@@ -167,10 +138,3 @@ def reported_metrics(
     first = get_metric(headline, kind, num_labels)
     others = metrics_of(kind, num_labels) if further is None else [get_metric(n, kind, num_labels) for n in further]
     return list({metric.name: metric for metric in [first, *others]}.values())
-
-
-def _correlation(of: Callable[..., Any], outcome: Outcome) -> float:
-    x, y = (np.asarray(values, dtype=np.float64) for values in (outcome.predictions, outcome.labels))
-    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
-        return 0.0
-    return float(of(x, y).statistic)

@@ -25,19 +25,6 @@ def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> Configur
         >>> bool((members.objectives(tables)[:, 1] <= tables.cost_range()[1]).all())
         True
     """
-    low, high = initial_range(tables, recipe)
-    # The smallest budget is met exactly; a rounding error below it must not make it infeasible.
-    budgets = np.maximum(np.linspace(low, high, recipe.size), tables.cost_range()[0])
-    found = allocate(tables.err, tables.search_cost, budgets, allowed=tables.allowed)
-    return ConfigurationSet.unmeasured(np.unique(found, axis=0)).sorted(tables)
-
-
-def initial_range(tables: CalibrationTables, recipe: InitialSetRecipe) -> tuple[float, float]:
-    """Smallest and largest budget of the initial set, in units of the tables' cost.
-
-    Raises:
-        CoaloraError: they do not rise, or lie outside of what the choice space can reach.
-    """
     least, most = tables.cost_range()
     low = recipe.min_budget if recipe.min_budget is not None else least
     high = recipe.max_budget if recipe.max_budget is not None else most
@@ -48,7 +35,10 @@ def initial_range(tables: CalibrationTables, recipe: InitialSetRecipe) -> tuple[
             "which the choice space can reach",
             remedy="Correct initial_set.min_budget and initial_set.max_budget",
         )
-    return low, high
+    # The smallest budget is met exactly; a rounding error below it must not make it infeasible.
+    budgets = np.maximum(np.linspace(low, high, recipe.size), least)
+    found = allocate(tables.err, tables.search_cost, budgets, allowed=tables.allowed)
+    return ConfigurationSet.unmeasured(np.unique(found, axis=0)).sorted(tables)
 
 
 def given_set(content: dict[str, Any], tables: CalibrationTables) -> ConfigurationSet:

@@ -53,9 +53,7 @@ def as_table(table: ArrayLike, *, name: str, shape: tuple[int, ...] | None = Non
 
 
 def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name: str) -> Int:
-    """`configurations` as int64 (n, N) for a table of `shape` (N, K). Raises CoaloraError when out of
-    range.
-    """
+    """`configurations` as int64 (n, N) for a table of `shape` (N, K). Raises CoaloraError when out of range."""
     array = np.asarray(configurations)
     if array.size == 0:
         return np.empty((0, shape[0]), dtype=np.int64)
@@ -73,9 +71,7 @@ def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name
 
 
 def table_sum(table: Float, configurations: Int) -> Float:
-    """Sum over layers of `table[l, C_l]`: (N, K) and (n, N) give (n,); average bits for a table of bits /
-    N.
-    """
+    """Sum over layers of `table[l, C_l]`: (N, K) and (n, N) give (n,); average bits for a table of bits / N."""
     return table[np.arange(table.shape[0]), configurations].sum(axis=-1)
 
 

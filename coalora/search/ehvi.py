@@ -105,8 +105,3 @@ def log_ehvi(mean: ArrayLike, sigma: ArrayLike, cost: ArrayLike, front: ArrayLik
         total = np.log(np.add.reduceat(np.exp(terms - np.repeat(top, count)), starts))
         out[rows] = top + total + np.where(certain, 0.0, np.log(sd))
     return out
-
-
-def ehvi(mean: ArrayLike, sigma: ArrayLike, cost: ArrayLike, front: ArrayLike, ref_point: ArrayLike) -> Float:
-    """Expected gain in hypervolume (m,): `exp(log_ehvi(...))`, with the same arguments and errors."""
-    return np.exp(log_ehvi(mean, sigma, cost, front, ref_point))

@@ -71,9 +71,7 @@ def _all_pairs(points: Float) -> Bool:
 
 
 def sorted_front(Y: ArrayLike, ref_point: ArrayLike) -> Float:
-    """Non-dominated members of `Y` (n, 2) strictly better than `ref_point`, by rising cost (so falling loss):
-    (k, 2).
-    """
+    """Non-dominated members of `Y` (n, 2) strictly better than `ref_point`, by rising cost, so falling loss: (k, 2)."""
     points, reference = as_objectives(Y), as_point(ref_point, name="ref_point")
     points = points[(points < reference).all(axis=1)]
     points = points[is_non_dominated(points)]

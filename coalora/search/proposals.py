@@ -49,37 +49,24 @@ def as_neighbour_table(neighbour_table: ArrayLike) -> Int:
     return table.astype(np.int64)
 
 
-def enumerate_moves(
-    configuration: ArrayLike, neighbour_table: ArrayLike, allowed: ArrayLike | None = None
-) -> tuple[Int, Int]:
+def enumerate_moves(configuration: Int, neighbour_table: Int, allowed: Bool | None = None) -> tuple[Int, Int]:
     """All single-coordinate moves from a configuration, layer by layer in the order of the table.
 
     Args:
         configuration: C (N,), the choice of every layer.
-        neighbour_table: (K, M) int, the choices next to each choice, -1 where there are fewer than M.
-        allowed: bool (N, K), or (K,) for all layers: the choices that a layer may take; None allows all.
+        neighbour_table: (K, M), the choices next to each choice, -1 where there are fewer than M.
+        allowed: (N, K), the choices that a layer may take; None allows all.
 
     Returns:
         layers (m,), choices (m,): move i sets `configuration[layers[i]] = choices[i]`; staying is no move.
-
-    Raises:
-        CoaloraError: an index out of range, or `allowed` of another shape.
     """
-    table = as_neighbour_table(neighbour_table)
-    start = np.asarray(configuration, dtype=np.int64)
-    K = table.shape[0]
-    if start.ndim != 1 or (start.size and (start.min() < 0 or start.max() >= K)):
-        raise CoaloraError(f"{configuration!r} is no configuration", remedy=f"Give indices of choices, 0 to {K - 1}")
-    options = table[start]
-    layers, columns = np.nonzero((options >= 0) & (options != start[:, None]))
+    options = neighbour_table[configuration]
+    layers, columns = np.nonzero((options >= 0) & (options != configuration[:, None]))
     choices = options[layers, columns]
-    if allowed is not None:
-        mask = np.asarray(allowed, dtype=np.bool_)
-        if mask.shape not in ((K,), (start.shape[0], K)):
-            raise CoaloraError(f"allowed has the shape {mask.shape}", remedy=f"Give bool ({start.shape[0]}, {K})")
-        good = np.broadcast_to(mask, (start.shape[0], K))[layers, choices]
-        layers, choices = layers[good], choices[good]
-    return layers, choices
+    if allowed is None:
+        return layers, choices
+    good = allowed[layers, choices]
+    return layers[good], choices[good]
 
 
 @dataclass(frozen=True)
@@ -143,9 +130,7 @@ def climb(
 
 
 def _leads_to(here: Int, layers: Int, choices: Int, known: Int) -> Bool:
-    """Mask (m,) of the moves whose result is one of `known` (n, N): only those at distance one can be
-    reached.
-    """
+    """Mask (m,) of the moves whose result is one of `known` (n, N): only those at distance one can be reached."""
     differs = known != here
     near = np.flatnonzero(differs.sum(axis=1) == 1)
     at = differs[near].argmax(axis=1)
@@ -158,9 +143,9 @@ _POOL = 16  # random configurations drawn for each start that is kept
 
 @dataclass(frozen=True)
 class Proposal:
-    """configurations (q, N); log_ehvi (q,), each at the time it was chosen; cost (q,); steps and scored:
-    moves made and configurations scored in all climbs together. q is below the number asked for only when the
-    climbs ran out of configurations that are new, within bounds and able to improve."""
+    """configurations (q, N); log_ehvi (q,), each at the time it was chosen; cost (q,); steps and scored: moves made and
+    configurations scored in all climbs together. q is below the number asked for only when the climbs ran out of
+    configurations that are new, within bounds and able to improve."""
 
     configurations: Int
     log_ehvi: Float
@@ -204,8 +189,8 @@ def propose(
         progress: called with (candidates found, n_candidates) after each.
 
     Raises:
-        CoaloraError: wrong shapes, indices out of range, numbers that must be positive, bounds that do not
-            rise, or a layer without a choice.
+        CoaloraError: wrong shapes, indices out of range, numbers that must be positive, bounds that do not rise, or a
+            layer without a choice.
 
     Example:
         >>> from coalora import Surrogate, propose
@@ -253,8 +238,7 @@ def propose(
         if best.log_ehvi == -np.inf:
             break
         chosen.append(best)
-        belief = np.array([best.mean])
-        surrogate = surrogate.condition_on(best.configuration[None], belief)
+        surrogate = surrogate.condition_on(best.configuration[None], [best.mean])
         known = np.concatenate([known, best.configuration[None]])
         points = np.concatenate([points, [[best.mean, best.cost]]])
         if progress is not None:
@@ -279,9 +263,7 @@ def _starts(
     n_restarts: int,
     rng: np.random.Generator,
 ) -> tuple[list[Int], int]:
-    """Half of the starts (at least one) are non-dominated members, the rest the best of a random pool; and
-    its size.
-    """
+    """Half of the starts (at least one) are non-dominated members, the rest the best of a random pool; and its size."""
     front = _repaired(known[is_non_dominated(points)], cost, allowed)
     members = front[rng.permutation(front.shape[0])[: (n_restarts + 1) // 2]]
     wanted = n_restarts - members.shape[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,8 +24,7 @@ from coalora.errors import CoaloraError
 from coalora.search.checks import Float, Int, as_configurations, as_table
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(NamedTuple):
     """In units of standardised losses (variances) and root-mean-square feature distance (lengthscale).
 
     linear: prior variance of the linear part at unit features; residual: prior variance of the Matern part;
@@ -38,9 +38,7 @@ class Hyperparameters:
 
 
 def matern52(squared_distance: Float, lengthscale: float) -> Float:
-    """(1 + u + u^2/3) exp(-u), u = sqrt(5 d^2) / lengthscale, elementwise (Rasmussen and Williams 2006, eq.
-    4.17).
-    """
+    """(1 + u + u^2/3) exp(-u), u = sqrt(5 d^2) / lengthscale, elementwise (Rasmussen and Williams 2006, eq. 4.17)."""
     # In place: the search calls this on some hundred thousand elements at every step.
     u = np.maximum(squared_distance, 0.0)
     u *= 5.0 / lengthscale**2
@@ -75,16 +73,6 @@ def covariance_gradient(inner: Float, squared_distance: Float, hyper: Hyperparam
     )
 
 
-def log_vector(hyper: Hyperparameters) -> Float:
-    """Logarithms (4,): linear, residual, lengthscale, noise."""
-    return np.log([hyper.linear, hyper.residual, hyper.lengthscale, hyper.noise])
-
-
-def from_log_vector(vector: Float) -> Hyperparameters:
-    """Inverse of `log_vector`."""
-    return Hyperparameters(*(math.exp(v) for v in vector))
-
-
 _MIN_NOISE = 1e-6
 _LOW = np.log([1e-6, 1e-6, 0.05, _MIN_NOISE])
 _HIGH = np.log([1e5, 1e2, 20.0, 1.0])
@@ -96,7 +84,7 @@ def negative_log_likelihood(vector: Float, inner: Float, squared_distance: Float
 
     Where the covariance is numerically singular the value is +inf-like (1e25) with a zero gradient.
     """
-    hyper = from_log_vector(vector)
+    hyper = Hyperparameters(*map(math.exp, vector))
     parts = covariance_gradient(inner, squared_distance, hyper)
     n = y.size
     K = parts[0] + parts[1]
@@ -134,12 +122,12 @@ def fit_hyperparameters(
     off_diagonal = squared_distance[np.triu_indices(n, 1)]
     typical = math.sqrt(float(np.median(off_diagonal))) if n > 1 else 1.0
     spread = max(float(np.mean(np.diag(inner))), 1e-3)
-    start = log_vector(Hyperparameters(1.0 / spread, 0.1, min(max(typical, 0.1), 10.0), 1e-3))
+    start = np.log([1.0 / spread, 0.1, min(max(typical, 0.1), 10.0), 1e-3])
     low, high = _LOW.copy(), _HIGH.copy()
     if noise is not None:
         low[3] = high[3] = math.log(max(noise, 1e-10))
     if n < 3:
-        return from_log_vector(np.clip(start, low, high))
+        return Hyperparameters(*map(math.exp, np.clip(start, low, high)))
     starts = [start] + [start + rng.normal(0.0, [1.0, 1.5, 1.0, 2.0]) for _ in range(n_restarts)]
     results = [
         minimize(
@@ -154,7 +142,7 @@ def fit_hyperparameters(
         for point in starts
     ]
     best = min(results, key=lambda result: float(result.fun))
-    return from_log_vector(np.clip(best.x, low, high))
+    return Hyperparameters(*map(math.exp, np.clip(best.x, low, high)))
 
 
 # Kernel elements worked on at a time: their few temporaries stay in the second-level cache, and below the size from

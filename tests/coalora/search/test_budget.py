@@ -45,7 +45,7 @@ def test_below_the_cheapest_configuration_is_refused() -> None:
 
 @pytest.mark.parametrize("losses", [[np.nan], [0.1, 0.2]])
 def test_losses_must_be_measured_and_one_for_each_member(losses: list[float]) -> None:
-    with pytest.raises(CoaloraError, match="losses"):
+    with pytest.raises(CoaloraError, match="Losses"):
         best_within(np.zeros((1, N), dtype=int), losses, COST, ERR, 8.0)
 
 
