@@ -119,10 +119,8 @@ class Run:
 def card(run: Run) -> None:
     """Rates of the card: a large copy, a large product."""
     n = 1 << (16 if run.tiny else 30)
-    source, target = (
-        torch.empty(n, dtype=torch.uint8, device=DEVICE).random_(),
-        torch.empty(n, dtype=torch.uint8, device=DEVICE),
-    )
+    source, target = (torch.zeros(n, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    source.random_()
     cost = median(_timed(lambda: target.copy_(source), 5) for _ in range(5))
     run.bytes_per_second = 2 * n / cost
     run.add("copy rate", run.bytes_per_second / 1e12, "TB/s", note="read and written bytes")
@@ -183,9 +181,9 @@ def steps(run: Run, name: str) -> None:
     start = adapted.state_dict()
     objective = Objective()
     eager = eager_gradients(adapted, objective)
-    kinds: dict[str, Callable[[], object]] = {
-        "Shared-LoRA": _step(adapted, inputs, eager, theta=False),
-        "with theta": _step(adapted, inputs, eager, theta=True),
+    kinds = {
+        kind: _step(adapted, inputs, eager, objective, theta=kind != "Shared-LoRA")
+        for kind in ("Shared-LoRA", "with theta")
     }
     _measure(run, name, kinds, base, per_round)
     run.attempt(f"step {name}: graph", partial(_graphed, run, name, adapted, start, inputs, kinds, base, per_round))
@@ -239,23 +237,29 @@ def _stock(run: Run, name: str, inputs: dict[str, Tensor], per_round: int, base:
 
 
 def _step(
-    adapted: AdaptedModel, inputs: dict[str, Tensor], gradients: Callable[..., tuple[Tensor, Tensor]], *, theta: bool
-) -> Callable[[], Tensor]:
-    """As `coalora.train.loop` does it: theta, forward, backward, clipping, AdamW; without waiting for the device."""
-    own, C = adapted.theta, adapted.base.configuration
+    adapted: AdaptedModel,
+    inputs: dict[str, Tensor],
+    gradients: Callable[..., tuple[Tensor, Tensor]],
+    objective: Objective,
+    *,
+    theta: bool = True,
+) -> Callable[[], None]:
+    """As `coalora.train.loop` does it: teacher where one is asked, theta, forward, backward, clipping, AdamW; without
+    waiting for the device."""
+    own, C = adapted.theta, adapted.base.configuration.copy()
     parameters = [p for n, p in adapted.named_parameters().items() if theta or not n.startswith("theta.")]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    def step() -> Tensor:
+    def step() -> None:
         adapted.theta = own if theta else None
+        teacher = ask_teacher(adapted, inputs, objective)
         adapted.switch(C)
-        loss, _ = gradients(inputs, None)
+        loss, _ = gradients(inputs, teacher)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.found_inf = (~torch.isfinite(norm + loss.detach())).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         adapted.theta = own
-        return loss.detach().clone()
 
     return step
 
@@ -265,7 +269,7 @@ def _median(step: Callable[[], object], per_round: int, rounds: int = 4) -> floa
     return median(_timed(step, per_round) for _ in range(rounds))
 
 
-def _measure(run: Run, name: str, kinds: dict[str, Callable[[], object]], base: float, per_round: int) -> None:
+def _measure(run: Run, name: str, kinds: dict[str, Callable[[], None]], base: float, per_round: int) -> None:
     """Steps of all kinds in turn, round by round."""
     for step in kinds.values():
         step(), step()
@@ -283,24 +287,20 @@ def _measure(run: Run, name: str, kinds: dict[str, Callable[[], object]], base: 
 
 def _graphed(
     run: Run, name: str, adapted: AdaptedModel, start: dict[str, Tensor], inputs: dict[str, Tensor],
-    eager: dict[str, Callable[[], object]], base: float, per_round: int,
+    eager: dict[str, Callable[[], None]], base: float, per_round: int,
 ) -> None:  # fmt: skip
     gradients = GraphedGradients(adapted, Objective(), capture=CUDA)
     _agree(run, name, adapted, start, inputs, gradients)
-    kinds: dict[str, Callable[[], object]] = {
-        f"{kind}, graph": _step(adapted, inputs, gradients, theta=kind != "Shared-LoRA") for kind in eager
+    kinds = {
+        f"{kind}, graph": _step(adapted, inputs, gradients, Objective(), theta=kind != "Shared-LoRA") for kind in eager
     }
     _measure(run, name, kinds, base, per_round)
 
 
 def _agree(
-    run: Run,
-    name: str,
-    adapted: AdaptedModel,
-    start: dict[str, Tensor],
-    inputs: dict[str, Tensor],
+    run: Run, name: str, adapted: AdaptedModel, start: dict[str, Tensor], inputs: dict[str, Tensor],
     gradients: Callable[..., tuple[Tensor, Tensor]],
-) -> None:
+) -> None:  # fmt: skip
     """Losses of ten steps with and without a graph, from one state and with the same seeds; the first gradient.
 
     Args:
@@ -342,24 +342,13 @@ def _agree(
 
 
 def _teacher(run: Run, name: str, adapted: AdaptedModel, inputs: dict[str, Tensor], per_round: int) -> None:
-    objective, C = Objective(distillation=0.5), adapted.base.configuration.copy()
+    objective = Objective(distillation=0.5)
     adapted.base.cache.limit = 1 << 30
     for how, gradients in (
         ("", eager_gradients(adapted, objective)),
         (", graph", GraphedGradients(adapted, objective, capture=CUDA)),
     ):
-        parameters = list(adapted.named_parameters().values())
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-        def step(gradients=gradients, optimizer=optimizer, parameters=parameters) -> None:  # type: ignore[no-untyped-def]
-            teacher = ask_teacher(adapted, inputs, objective)
-            adapted.switch(C)
-            gradients(inputs, teacher)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        cost = _median(step, per_round)
+        cost = _median(_step(adapted, inputs, gradients, objective), per_round)
         note = "restoring, teacher, switching back, step"
         run.add(f"step with theta and a teacher{how}, {name}", cost * 1e3, "ms", SMOLLM_TEACHER_LIMIT, note)
 
@@ -424,13 +413,8 @@ def adjustments(run: Run, name: str) -> None:
 def memory(run: Run) -> None:
     for row in measure_all(hidden=256 if run.tiny else 1024):
         note = f"{row['held MB']:.0f} MB held, limit {row['limit MB']:.0f} MB"
-        run.add(
-            f"memory held / limit, weights {row['weights']}, master {row['master']}",
-            row["held / limit"],
-            "x",
-            1.0,
-            note,
-        )
+        what = f"memory held / limit, weights {row['weights']}, master {row['master']}"
+        run.add(what, row["held / limit"], "x", 1.0, note)
 
 
 SECTIONS = ("kernels", "step", "switch", "memory")

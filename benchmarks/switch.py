@@ -2,7 +2,7 @@
 
 A training set of 50 members, as the initial set is: every member takes for each layer one of the choices on the way
 from 2.25 to 7.25 bits. Each round takes one step and one switch to a random member, alternately, so that noise hits
-both alike; medians are compared.
+both alike; medians are compared. `benchmarks.gpu` has larger models, and the limits of a card's memory.
 
     python -m benchmarks.switch [--quick] [--scheme int]
 """
@@ -20,8 +20,6 @@ from benchmarks._models import adapt, batch, build, seconds
 from benchmarks._report import report
 from coalora.models.loading import default_device
 from coalora.quant.space import ChoiceSpace
-
-COPY_BYTES_PER_SECOND = 4.3e12  # one H200
 
 
 def training_set(space: ChoiceSpace, n_layers: int, size: int = 50, per_layer: int = 12) -> np.ndarray:
@@ -52,13 +50,9 @@ def measure(name: str, scheme: str, device: torch.device, rounds: int, cache_mib
     draws = np.random.default_rng(1).integers(len(members), size=rounds)
     times = [(seconds(step, device), seconds(partial(model.base.switch, members[k]), device)) for k in draws]
     of_step, of_switch = (median(column) for column in zip(*times, strict=True))
-    weights = sum(layer.n_weights for layer in model.layers)
     row: dict = {"model": name, "scheme": scheme, "device": device.type}
     row |= {"cache MiB": cache_mib, "cached MiB": model.base.cache.nbytes / 2**20}
     row |= {"switch ms": of_switch * 1e3, "step ms": of_step * 1e3, "switch / step": of_switch / of_step, "limit": 0.05}
-    if device.type == "cuda":
-        bound = weights * (3.25 / 8 + 2) / COPY_BYTES_PER_SECOND
-        row |= {"H200 bandwidth ms": bound * 1e3, "switch / bandwidth": of_switch / bound, "limit of it": 2}
     return row
 
 
@@ -68,11 +62,8 @@ def main() -> None:
     parser.add_argument("--scheme", choices=["nf", "int"], default="nf")
     given = parser.parse_args()
     rounds = 9 if given.quick else 60
-    device = default_device()
-    names = ["MiniLM-L6"] if device.type == "cpu" else ["MiniLM-L6", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
-    rows = [measure(name, given.scheme, device, rounds, cache) for name in names for cache in (0, 256, 512)]
-    title = "switch" if given.scheme == "nf" else f"switch-{given.scheme}"
-    report(title, rows, notes="" if device.type == "cuda" else "Rows of larger models await a GPU.")
+    rows = [measure("MiniLM-L6", given.scheme, default_device(), rounds, cache) for cache in (0, 256, 512)]
+    report("switch" if given.scheme == "nf" else f"switch-{given.scheme}", rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,9 @@ def kind_of(path: Path) -> str:
                 return "set"
         except (ValueError, KeyError, TypeError):
             pass
-    for kind, names in (
-        ("run", (RUN,)),
-        ("bundle", (SET, "tables.safetensors", "adapter.safetensors")),
-        ("base", (CONFIGURATION, PACKED)),
-        ("adapter", ("adapter_config.json", WEIGHTS)),
-        ("export", (CONFIGURATION, "adapter")),
-        ("set", (SET,)),
-    ):
-        if all((path / name).exists() for name in names):
-            return kind
+    for name, kind in _KINDS.items():
+        if all((path / file).exists() for file in kind.files):
+            return name
     raise CoaloraError(
         f"{path} is none of the things that this project writes" if path.exists() else f"{path} does not exist",
         remedy="Name a run folder such as runs/demo/latest, a bundle, an export, a packed base, an adapter or a set",
@@ -60,7 +54,7 @@ def describe(path: Path) -> dict[str, str]:
         CoaloraError: it is of no known kind, or damaged.
     """
     kind = kind_of(path)
-    return {"kind": kind, **_readable(path, lambda: _DESCRIBE[kind](path))}
+    return {"kind": kind, **_readable(path, lambda: _KINDS[kind].describe(path))}
 
 
 def problems(path: Path) -> tuple[list[Path], list[str]]:
@@ -69,11 +63,13 @@ def problems(path: Path) -> tuple[list[Path], list[str]]:
     Raises:
         CoaloraError: it is of no known kind.
     """
-    checked, found = [], []
-    for part in _parts(path, kind_of(path)):
-        checked.append(part)
+    checked, found = [path], []
+    if kind_of(path) == "run":
+        checked += [part for part in (path / "report", path / "bundle") if part.is_dir()]
+        checked += _exports(path)
+    for part in checked:
         try:
-            found += [f"{part}: {problem}" for problem in _readable(part, lambda part=part: _check(part))]  # type: ignore[misc]
+            found += [f"{part}: {problem}" for problem in _readable(part, lambda part=part: list(_check(part)))]  # type: ignore[misc]
         except CoaloraError as error:
             found.append(str(error) if str(part) in str(error) else f"{part}: {error}")
     return checked, found
@@ -118,12 +114,8 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _parts(path: Path, kind: str) -> list[Path]:
-    """The thing itself, and what lies in it."""
-    if kind == "run":
-        exports = sorted(p for p in (path / "export").glob("*") if p.is_dir())
-        return [path, *(p for p in (path / "report", path / "bundle") if p.is_dir()), *exports]
-    return [path]
+def _exports(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "export").glob("*") if path.is_dir())
 
 
 def _check(path: Path) -> Iterator[str]:
@@ -133,9 +125,7 @@ def _check(path: Path) -> Iterator[str]:
         kind = kind_of(path)
     except CoaloraError:
         return  # a report: files with a digest
-    check = _CHECK.get(kind)
-    if check is not None:
-        yield from check(path)
+    yield from _KINDS[kind].check(path)
 
 
 def _against_marker(folder: Path) -> Iterator[str]:
@@ -212,8 +202,8 @@ def _check_set(path: Path) -> Iterator[str]:
 
 def _describe_run(folder: Path) -> dict[str, str]:
     record = read_json(folder / RUN)
-    exports = sorted(p.name for p in (folder / "export").glob("*") if p.is_dir())
-    facts = {"pipeline": record["pipeline"], "identity": str(record.get("identity")), "exports": ", ".join(exports)}
+    exports = ", ".join(path.name for path in _exports(folder))
+    facts = {"pipeline": record["pipeline"], "identity": str(record.get("identity")), "exports": exports}
     return facts | (_describe_bundle(folder / "bundle") if (folder / "bundle").is_dir() else {})
 
 
@@ -280,18 +270,21 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
-_DESCRIBE: dict[str, Callable[[Path], dict[str, str]]] = {
-    "run": _describe_run,
-    "bundle": _describe_bundle,
-    "export": _describe_configuration,
-    "base": _describe_configuration,
-    "adapter": _describe_adapter,
-    "set": _describe_set,
-}
-_CHECK: dict[str, Callable[[Path], Iterator[str]]] = {
-    "bundle": _check_bundle,
-    "export": _check_export,
-    "base": _check_base,
-    "adapter": _check_adapter,
-    "set": _check_set,
+@dataclass(frozen=True)
+class _Kind:
+    """What one is told by, described by and checked by."""
+
+    files: tuple[str, ...]
+    describe: Callable[[Path], dict[str, str]]
+    check: Callable[[Path], Iterator[str]] = lambda path: iter(())
+
+
+# In this order: a bundle holds a set, and a base a configuration.
+_KINDS = {
+    "run": _Kind((RUN,), _describe_run),
+    "bundle": _Kind((SET, "tables.safetensors", "adapter.safetensors"), _describe_bundle, _check_bundle),
+    "base": _Kind((CONFIGURATION, PACKED), _describe_configuration, _check_base),
+    "adapter": _Kind(("adapter_config.json", WEIGHTS), _describe_adapter, _check_adapter),
+    "export": _Kind((CONFIGURATION, "adapter"), _describe_configuration, _check_export),
+    "set": _Kind((SET,), _describe_set, _check_set),
 }

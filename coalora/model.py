@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,12 +29,13 @@ from coalora.method.initial import initial_set
 from coalora.method.loop import Fitted, fit
 from coalora.method.selection import select_budgets
 from coalora.models.files import model_digest, model_folder
-from coalora.models.loading import default_device, default_dtype, load_config, load_model, load_tokenizer
+from coalora.models.loading import load_config, load_model, load_tokenizer, resolved
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import Task
 from coalora.train.loop import ASIDE
 
+T = TypeVar("T")
 Progress = Callable[[str], Callable[..., None]]
 Data = Split | Sequence[str] | tuple[Sequence[str], Sequence[int | float]]
 
@@ -74,12 +75,14 @@ class CoaLoraModel:
         task: Task,
         folder: Path,
         name: str,
-        base_digest: str,
         max_length: int = 128,
+        device: torch.device | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.base, self.tokenizer, self.config, self.task = base, tokenizer, config, task
-        self.folder, self.name, self.base_digest, self.max_length = folder, name, base_digest, max_length
-        self.device, self.trust_remote_code = base.device, False
+        self.folder, self.name, self.max_length = folder, name, max_length
+        self.device, self.trust_remote_code = device or base.device, trust_remote_code
+        self.base_digest = model_digest(folder)
         self.layers = find_target_layers(base, config.target_modules)
         self._tables: CalibrationTables | None = None
         self.statistics: list[InputStatistics] = []
@@ -111,14 +114,14 @@ class CoaLoraModel:
         """
         config = config or CoaLoraConfig()
         folder = model_folder(name_or_path, revision)
-        device = default_device() if config.device == "auto" else torch.device(config.device)
-        dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+        runtime = resolved(config)
+        device = torch.device(runtime.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         base = load_model(
             folder,
             task,
             num_labels=num_labels,
-            dtype=dtype,
+            dtype=getattr(torch, runtime.dtype),
             # Packed layers need not fit the device in full precision.
             device=torch.device("cpu") if config.weights == "packed" else device,
             seed=config.seed,
@@ -127,18 +130,10 @@ class CoaLoraModel:
         if base.config.pad_token_id is None:  # decoders with a classification head find the last token by it
             base.config.pad_token_id = tokenizer.pad_token_id
         name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
-        made = cls(
-            base,
-            tokenizer,
-            config,
-            task=task,
-            folder=folder,
-            name=name,
-            base_digest=model_digest(folder),
-            max_length=max_length,
-        )
-        made.device, made.trust_remote_code = device, trust_remote_code
-        return made
+        return cls(
+            base, tokenizer, config, task=task, folder=folder, name=name, max_length=max_length, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
 
     @property
     def tables(self) -> CalibrationTables:
@@ -147,9 +142,7 @@ class CoaLoraModel:
         Raises:
             CoaloraError: before `calibrate`.
         """
-        if self._tables is None:
-            raise CoaloraError("The model is not calibrated", remedy="Call calibrate(train) first")
-        return self._tables
+        return _made(self._tables, "is not calibrated", "calibrate(train)")
 
     @tables.setter
     def tables(self, tables: CalibrationTables) -> None:
@@ -162,9 +155,7 @@ class CoaLoraModel:
         Raises:
             CoaloraError: before `fit`.
         """
-        if self._adapted is None:
-            raise CoaloraError("The model has no adapter yet", remedy="Call fit(train, search) first")
-        return self._adapted
+        return _made(self._adapted, "has no adapter yet", "fit(train, search)")
 
     @property
     def members(self) -> ConfigurationSet:
@@ -173,9 +164,7 @@ class CoaLoraModel:
         Raises:
             CoaloraError: before `fit`.
         """
-        if self.fitted is None:
-            raise CoaloraError("The model has no configuration set yet", remedy="Call fit(train, search) first")
-        return self.fitted.members
+        return _made(self.fitted, "has no configuration set yet", "fit(train, search)").members
 
     def split(self, data: Data) -> Split:
         """Tokenized examples of texts (joined and cut into blocks), or of (texts, labels) for a classifier.
@@ -190,7 +179,7 @@ class CoaLoraModel:
         if not (isinstance(data, tuple) and len(data) == 2):
             raise CoaloraError("A classifier learns from texts with labels", remedy="Give (texts, labels)")
         texts, labels = data
-        classes = self.base.config.num_labels
+        classes = cast(int, self.base.config.num_labels)
         examples = to_examples([(str(text),) for text in texts], list(labels), "data", regression=classes == 1)
         check_classes(examples, classes, "data")
         return example_split(examples, self.tokenizer, max_length=self.max_length)
@@ -312,13 +301,7 @@ class CoaLoraModel:
         factors = adapted.compensation.factors(members.configurations) if adapted.compensation else None
         tensors = {k: v for k, v in adapted.state_dict().items() if not k.startswith(ASIDE)}
         return Bundle(
-            self.tables,
-            members,
-            tensors,
-            self.config.adapter,
-            self.task,
-            base_model=self.name,
-            compensation=factors,
+            self.tables, members, tensors, self.config.adapter, self.task, base_model=self.name, compensation=factors
         )
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -358,3 +341,9 @@ class CoaLoraModel:
             rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
         )
         write_export(folder, formats, source)
+
+
+def _made(value: T | None, problem: str, step: str) -> T:
+    if value is None:
+        raise CoaloraError(f"The model {problem}", remedy=f"Call {step} first")
+    return value

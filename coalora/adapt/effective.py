@@ -87,21 +87,20 @@ class Terms:
         if self._pairs is not None:
             return self._pairs[index]
         dtype = self._dtypes[index]
-        return self.lora_A(index).to(dtype), self.lora_B(index).to(dtype)
+        return self.factor(0, index).to(dtype), self.factor(1, index).to(dtype)
 
-    def lora_A(self, index: int) -> Tensor:
-        """(I + U)(A + A_b) with the rows A_c below, in the parameters' type."""
+    def factor(self, side: int, index: int) -> Tensor:
+        """Side 0: (I + U)(A + A_b) with the rows A_c below; side 1: B + B_b with the columns B_c / s beside it. In the
+        parameters' type."""
         expert, compensation = self.experts[index], self.compensation[index]
-        A = self._layers[0][index].weight
-        folded = fold(A if expert is None else A + expert[0], None if self.U is None else self.U[index])
-        return folded if compensation is None else torch.cat([folded, compensation[0].to(folded.dtype)])
-
-    def lora_B(self, index: int) -> Tensor:
-        """B + B_b with the columns B_c / s beside it, in the parameters' type."""
-        expert, compensation = self.experts[index], self.compensation[index]
-        B: Tensor = self._layers[1][index].weight
-        B = B if expert is None else B + expert[1]
-        return B if compensation is None else torch.cat([B, compensation[1].to(B.dtype) / self.scale], dim=1)
+        made: Tensor = self._layers[side][index].weight
+        made = made if expert is None else made + expert[side]
+        if side == 0:
+            made = fold(made, None if self.U is None else self.U[index])
+        if compensation is None:
+            return made
+        beside = compensation[side].to(made.dtype)
+        return torch.cat([made, beside / self.scale if side else beside], dim=side)
 
     def _stack(self, side: int, group: tuple[int, ...]) -> Tensor:
         stacked = torch.stack([self._layers[side][i].weight for i in group])

@@ -35,32 +35,15 @@ _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "language-modeling": TaskType
 _PACKED, _TRANSPOSED = (PackedLinear, PackedConv1D), (Conv1D, PackedConv1D)
 
 
-class AdjustedLinear(nn.Linear):
-    """A `lora_A` whose effective weight is (I + U)(A + A_b) with the rows A_c below."""
+class EffectiveLinear(nn.Linear):
+    """A `lora_A` (side 0) or `lora_B` (side 1) whose weight is what the terms make of it (`Terms.factor`)."""
 
     terms: Terms
     index: int
-
-    @property
-    def U(self) -> Tensor | None:
-        """This layer's adjustment (r, r); None without theta."""
-        return None if self.terms.U is None else self.terms.U[self.index]
+    side: int
 
     def effective_weight(self) -> Tensor:
-        return self.terms.lora_A(self.index)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight())
-
-
-class ExtendedLinear(nn.Linear):
-    """A `lora_B` whose effective weight is B + B_b with the columns B_c / s beside it, s being LoRA's scale."""
-
-    terms: Terms
-    index: int
-
-    def effective_weight(self) -> Tensor:
-        return self.terms.lora_B(self.index)
+        return self.terms.factor(self.side, self.index)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective_weight())
@@ -187,7 +170,7 @@ def quiet_peft() -> Iterator[None]:
 
 def attach(
     model: PreTrainedModel, layers: Sequence[TargetLayer], config: LoraConfig, *, scale: float, seed: int
-) -> tuple[PeftModel, list[AdjustedLinear], list[ExtendedLinear], Terms]:
+) -> tuple[PeftModel, list[EffectiveLinear], list[EffectiveLinear], Terms]:
     """Wrap `model` with PEFT and return it with the N `lora_A`, the N `lora_B` layers and the terms that they share.
 
     The pairs of all layers are made anew, together, at the start of every forward pass of the model. `scale` is that of
@@ -198,19 +181,22 @@ def attach(
         peft_model = cast(PeftModel, get_peft_model(model, config))
     base = peft_model.get_base_model()
     modules = cast(list[AdaptedLinear], [base.get_submodule(layer.name) for layer in layers])
-    adjusted = cast(list[AdjustedLinear], [module.lora_A[ADAPTER] for module in modules])
-    extended = cast(list[ExtendedLinear], [module.lora_B[ADAPTER] for module in modules])
+    sides = [[cast(EffectiveLinear, side[ADAPTER]) for side in (m.lora_A, m.lora_B)] for m in modules]
+    lora_A, lora_B = map(list, zip(*sides, strict=True))
     dtypes = [module.base_layer.get_parameter("weight").dtype for module in modules]
-    terms = Terms(adjusted, extended, dtypes, scale)
-    for index, parts in enumerate(zip(modules, adjusted, extended, strict=True)):
-        for part, own in zip(parts, (AdaptedLinear, AdjustedLinear, ExtendedLinear), strict=True):
+    terms = Terms(lora_A, lora_B, dtypes, scale)
+    for index, (module, pair) in enumerate(zip(modules, sides, strict=True)):
+        parts: tuple[Any, ...] = (module, *pair)
+        for part in parts:
             if type(part) in (LoraLinear, nn.Linear):
-                part.__class__ = own
-            part.terms, part.index = terms, index  # type: ignore[assignment]
+                part.__class__ = AdaptedLinear if part is module else EffectiveLinear
+            part.terms, part.index = terms, index
+        for side, part in enumerate(pair):
+            part.side = side
 
     def make(*_: object) -> None:
         if not modules[0].disable_adapters:
             terms.make()
 
     base.register_forward_pre_hook(make)
-    return peft_model, adjusted, extended, terms
+    return peft_model, lora_A, lora_B, terms

@@ -7,11 +7,12 @@ nothing is selected on it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
@@ -72,9 +73,8 @@ class Split:
 
     def head(self, n: int) -> Split:
         """The first n examples."""
-        labels = None if self.labels is None else self.labels[:n]
-        types = None if self.token_type_ids is None else self.token_type_ids[:n]
-        return Split(self.input_ids[:n], self.lengths[:n], labels, self.bytes_per_token, self.pad_token_id, types)
+        cut = {name: value[:n] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,4 @@ def pad(
 
 
 def _rectangle(sequences: list[list[int]], fill: int) -> Tensor:
-    rows = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
-    for row, sequence in zip(rows, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    return rows
+    return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=fill)

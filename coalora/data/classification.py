@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,24 +107,7 @@ def read_header(path: Path, wanted: Sequence[str]) -> None:
     Raises:
         CoaloraError: a column is missing, the format is unknown, or the file cannot be read as it.
     """
-    suffix = path.suffix.lower()
-    _check_format(path)
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            columns = pyarrow.parquet.read_schema(path).names
-        elif suffix == ".jsonl":
-            with path.open(encoding=_ENCODING) as file:
-                columns = list(json.loads(file.readline() or "{}"))
-        else:
-            with path.open(encoding=_ENCODING, newline="") as file:
-                tabs = suffix == ".tsv"
-                lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file)
-                columns = next(lines, [])
-    except (ValueError, csv.Error) as error:
-        raise _unreadable(path, error) from error
-    _check_columns(path, columns, wanted)
+    _check_columns(path, list(_frame(path, [], header=True).columns), wanted)
 
 
 def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
@@ -133,22 +117,6 @@ def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) ->
             f"{path.name} has no column {', '.join(map(repr, missing))}, but {', '.join(map(repr, columns))}",
             remedy="Set benchmark.text_columns and benchmark.label_column",
         )
-
-
-def _check_format(path: Path) -> None:
-    if path.suffix.lower() not in FORMATS:
-        raise CoaloraError(
-            f"The ending of {path.name} is none of {', '.join(FORMATS)}, which tell the format",
-            remedy="Rename or convert it",
-        )
-
-
-def _unreadable(path: Path, error: Exception) -> CoaloraError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CoaloraError(
-        f"{path.name} cannot be read as {path.suffix.lower()} in UTF-8 ({reason})",
-        remedy="Repair, rename or convert it",
-    )
 
 
 def _row(number: int, line: str) -> dict[str, object]:
@@ -161,23 +129,37 @@ def _row(number: int, line: str) -> dict[str, object]:
     return row
 
 
-def _frame(path: Path, text_columns: Sequence[str]) -> pd.DataFrame:
+def _frame(path: Path, text_columns: Sequence[str], *, header: bool = False) -> pd.DataFrame:
+    """The table; for its `header`, columns and at most one row."""
     import pandas as pd
 
-    _check_format(path)
     suffix = path.suffix.lower()
-    # Texts stay texts: no guessing of numbers ("007"), missing values ("NA") or dates.
-    texts = dict.fromkeys(text_columns, str)
+    if suffix not in FORMATS:
+        raise CoaloraError(
+            f"The ending of {path.name} is none of {', '.join(FORMATS)}, which tell the format",
+            remedy="Rename or convert it",
+        )
     try:
-        if suffix == ".csv":
-            return pd.read_csv(path, keep_default_na=False, dtype=texts, encoding=_ENCODING)
-        if suffix == ".tsv":
-            return pd.read_csv(
-                path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=texts, encoding=_ENCODING
-            )
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_schema(path).empty_table().to_pandas() if header else pd.read_parquet(path)
         if suffix == ".jsonl":
             with path.open(encoding=_ENCODING) as file:
-                return pd.DataFrame([_row(n, line) for n, line in enumerate(file, 1) if line.strip()], dtype=object)
-        return pd.read_parquet(path)
+                lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
+                return pd.DataFrame([_row(n, line) for n, line in islice(lines, 1 if header else None)], dtype=object)
+        # Texts stay texts: no guessing of numbers ("007"), missing values ("NA") or dates.
+        return pd.read_csv(
+            path,
+            sep="\t" if suffix == ".tsv" else ",",
+            quoting=csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL,
+            keep_default_na=False,
+            dtype=dict.fromkeys(text_columns, str),
+            encoding=_ENCODING,
+            nrows=0 if header else None,
+        )
     except ValueError as error:  # pandas' and pyarrow's parser errors derive from it
-        raise _unreadable(path, error) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CoaloraError(
+            f"{path.name} cannot be read as {suffix} in UTF-8 ({reason})", remedy="Repair, rename or convert it"
+        ) from error

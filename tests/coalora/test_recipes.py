@@ -12,7 +12,7 @@ import pytest
 from coalora.config import CoaLoraConfig
 from coalora.errors import CoaloraError
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import AdapterRecipe, Objective, Recipe, RuntimeRecipe, SearchRecipe, TrainingRecipe
+from coalora.recipes import AdapterRecipe, Objective, Recipe, SearchRecipe, TrainingRecipe
 
 
 def recipes(base: type[Recipe] = Recipe) -> list[type[Recipe]]:

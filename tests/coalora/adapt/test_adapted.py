@@ -64,7 +64,7 @@ def test_switch_quantizes_the_base_and_sets_each_layer_its_own_adjustment(
         adapted.switch(configuration)
         U = adapted.adjustments(configuration)
         for index, layer in enumerate(adapted.layers):
-            assert torch.equal(adapted.lora_A[index].U, U[index])
+            assert torch.equal(adapted.terms.U[index], U[index])
             module = adapted.peft_model.get_base_model().get_submodule(layer.name)
             master = tiny_llama().get_submodule(layer.name).weight
             choice = tables.space.choices[configuration[index]]
@@ -128,7 +128,7 @@ def test_full_precision_gives_back_the_base_bit_for_bit(tiny_gpt2, make_adapted)
     assert not torch.allclose(adapted.peft_model(IDS).logits, expected, atol=1e-2)
     adapted.full_precision()
     assert torch.equal(adapted.peft_model.eval()(IDS).logits, expected)
-    assert all(a.U is None for a in adapted.lora_A)
+    assert adapted.terms.U is None
 
 
 def test_state_round_trips_into_another_model(tiny_bert_classifier, make_adapted) -> None:
@@ -156,7 +156,7 @@ def test_loading_leaves_the_base_in_full_precision(tiny_llama, make_adapted) -> 
     adapted = make_adapted(tiny_llama())
     adapted.load_state_dict(adapted.state_dict())
     assert (adapted.base.configuration == FULL_PRECISION).all()
-    assert all(a.U is None for a in adapted.lora_A)
+    assert adapted.terms.U is None
 
 
 def test_state_of_another_method_is_refused_and_nothing_is_copied(tiny_llama, make_adapted) -> None:

@@ -181,8 +181,8 @@ def test_the_model_is_left_with_the_adjustment_of_the_trained_theta(tiny_llama, 
     U = adapted.adjustments(adapted.base.configuration)
     assert bool(U.any())
     for index, a in enumerate(adapted.lora_A):
-        assert torch.equal(a.U, U[index])
-        assert not a.U.requires_grad
+        assert torch.equal(a.terms.U[index], U[index])
+        assert not a.terms.U.requires_grad
     assert all(p.grad is None for p in adapted.named_parameters().values())
 
 
@@ -239,7 +239,7 @@ def test_more_steps_than_the_schedule_has_are_refused(tiny_llama, make_adapted, 
 
 def test_the_state_of_another_method_is_refused(tiny_llama, make_adapted, go) -> None:
     state, _ = go(make_adapted(tiny_llama(), "coa"), 1)
-    with pytest.raises(CoaloraError, match="Method 'shared'"):
+    with pytest.raises(CoaloraError, match="method 'shared'"):
         go(make_adapted(tiny_llama(), "shared"), 1, state=state)
 
 
