@@ -141,7 +141,7 @@ def upload(
     settings, _ = read_run(run)
     storage = _storage(settings.storage, endpoint_url, region, profile, at=to)
     if storage.bucket is None:
-        raise CoaloraError("no bucket to publish in is named", remedy="Give --to s3://BUCKET/PREFIX")
+        raise CoaloraError("No bucket to publish in is named", remedy="Give --to s3://BUCKET/PREFIX")
 
     from coalora.files import read_json
     from pipeline.s3.client import S3Location

@@ -149,7 +149,7 @@ def _require_stored(artifacts: dict[str, Artifact]) -> None:
     for name, artifact in artifacts.items():
         if problems := default_store().problems(artifact):
             raise CoaloraError(
-                f"the run's {name} is not in the store ({problems[0]})",
+                f"The run's {name} is not in the store ({problems[0]})",
                 remedy="Call this where the pipeline ran (or set COALORA_HOME), or run the pipeline again",
             )
 

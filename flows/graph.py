@@ -466,4 +466,4 @@ def start(name: str, settings: Settings, runner: Runner, refresh: Sequence[str] 
 def check_refresh(refresh: Sequence[str]) -> None:
     """Refuse names of stages that do not exist: a misspelt one would silently refresh nothing."""
     if unknown := sorted(set(refresh) - set(STAGE_NAMES)):
-        raise CoaloraError(f"no such stage: {', '.join(unknown)}", remedy=f"Refresh some of {', '.join(STAGE_NAMES)}")
+        raise CoaloraError(f"No such stage: {', '.join(unknown)}", remedy=f"Refresh some of {', '.join(STAGE_NAMES)}")

@@ -46,7 +46,7 @@ def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] =
         CoaloraError: no such part, a stage to refresh that does not exist, or settings that do not fit their files.
     """
     if part not in PARTS:
-        raise CoaloraError(f"a pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
+        raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
     run = start(name, settings, DirectRunner(), refresh)
     preflight(settings, root=Path.cwd())
     graph = Graph(run, Rounds(run) if part == "training" else None)

@@ -102,7 +102,7 @@ def pool(
     """Make or update work pool and limits on a server."""
     if not api:
         raise CoaloraError(
-            "no Prefect server is named, neither by --api nor by PREFECT_API_URL",
+            "No Prefect server is named, neither by --api nor by PREFECT_API_URL",
             remedy="Source .coalora/stack/env after `make up`, or export PREFECT_API_URL=http://HOST:4200/api",
         )
     from infra.server import count_gpus, set_up

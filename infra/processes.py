@@ -142,7 +142,7 @@ def require_free(port: int, name: str, host: str = "127.0.0.1") -> None:
         except OSError as error:
             reason = error.strerror
     raise CoaloraError(
-        f"port {port} of {name} is taken ({_holder(port) or reason})",
+        f"Port {port} of {name} is taken ({_holder(port) or reason})",
         remedy=f"End what uses it, or take another: --ports {name}={port + 1} (0 takes a free one)",
     )
 

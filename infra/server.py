@@ -54,7 +54,7 @@ def set_up(api: str, *, pool: str = POOL, kind: str = "process", gpus: int = 1, 
     missing = http_missing(f"{api.rstrip('/')}/health")
     if missing is not None:
         raise CoaloraError(
-            f"no Prefect server answers ({missing})",
+            f"No Prefect server answers ({missing})",
             remedy="Start one (`make up`, or `prefect server start`) and set PREFECT_API_URL to its address with /api",
         )
     from prefect.client.orchestration import get_client
@@ -87,7 +87,7 @@ def _pool(client: Any, name: str, kind: str, limit: int | None) -> str:
         return f"work pool {name}: made, type {kind}"
     if found.type != kind:
         raise CoaloraError(
-            f"work pool {name} is of type {found.type}, not {kind}",
+            f"Work pool {name} is of type {found.type}, not {kind}",
             remedy=f"Choose another name (--pool), or `prefect work-pool delete {name}`, which drops its queues",
         )
     change: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def set_limits(client: Any, gpus: int, machines: Mapping[str, int] | None = None
     for tag, count in asked.items():
         if count < 1:
             raise CoaloraError(
-                f"a limit of {count} for tag {tag} would end every GPU task",
+                f"A limit of {count} for tag {tag} would end every GPU task",
                 remedy="Give the number of GPUs, 1 or more; to run none, stop the worker or pause its work pool",
             )
     for tag, count in asked.items():

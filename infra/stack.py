@@ -127,7 +127,7 @@ class Stack:
         unknown = sorted(set(asked) - set(PORTS))
         if unknown:
             raise CoaloraError(
-                f"the stack has no service {', '.join(unknown)}", remedy=f"Give ports of {', '.join(PORTS)}"
+                f"The stack has no service {', '.join(unknown)}", remedy=f"Give ports of {', '.join(PORTS)}"
             )
         ports = {}
         for name, default in PORTS.items():
@@ -173,7 +173,7 @@ class Stack:
         )
         if done.returncode:
             raise CoaloraError(
-                f"work pool and limits could not be set up: {(done.stdout + done.stderr)[-2000:].strip()}",
+                f"Work pool and limits could not be set up: {(done.stdout + done.stderr)[-2000:].strip()}",
                 remedy=f"See the log {self._log('prefect')}",
             )
 

@@ -52,7 +52,7 @@ def prepare_base(
     def train(folder: Path) -> dict[str, Scalar]:
         if model.pretrain is None or corpus is None:
             raise CoaloraError(
-                "there is nothing to pre-train on: model.pretrain or the benchmark's text is missing",
+                "There is nothing to pre-train on: model.pretrain or the benchmark's text is missing",
                 remedy="Set model.pretrain with a benchmark of text, or model.name_or_path",
             )
         (folder / MODEL).mkdir()

@@ -37,7 +37,7 @@ def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: 
             parts = examples(benchmark)
             if parts["train"] is None or parts["validation"] is None:
                 raise CoaloraError(
-                    f"benchmark {benchmark.name!r} has no training or no validation examples",
+                    f"Benchmark {benchmark.name!r} has no training or no validation examples",
                     remedy="Give it both: benchmark.files, or splits of benchmark.hub",
                 )
             made = build.classification(

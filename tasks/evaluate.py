@@ -50,7 +50,7 @@ def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_d
     if len(rows) != n_distinct or [part["start"] for part in parts] != starts[:-1].tolist():
         found = ", ".join(f"{part['start']} to {part['start'] + len(part['scores'])}" for part in parts) or "none"
         raise CoaloraError(
-            f"shards {found} do not cover the configurations 0 to {n_distinct} once each",
+            f"Shards {found} do not cover the configurations 0 to {n_distinct} once each",
             remedy="Evaluate again with --refresh evaluate-shard",
         )
     full = parts[0]["full_precision"]

@@ -47,7 +47,7 @@ def examples(settings: BenchmarkSettings) -> dict[str, Examples | None]:
     files = settings.files
     if files is None or files.validation is None:  # settings have been validated: cannot happen
         raise CoaloraError(
-            f"benchmark {settings.name!r} has neither files nor hub", remedy="Set benchmark.files or benchmark.hub"
+            f"Benchmark {settings.name!r} has neither files nor hub", remedy="Set benchmark.files or benchmark.hub"
         )
     return {
         "train": read_table(files.train, columns, label, regression=regression),
@@ -96,14 +96,14 @@ def _hub_examples(hub: HubSettings, split: str, columns: list[str], label: str, 
 def _check_row(row: dict[str, Any], wanted: list[str], texts: list[str]) -> None:
     if missing := [c for c in wanted if c not in row]:
         raise CoaloraError(
-            f"the data set has no column {', '.join(missing)}",
+            f"The data set has no column {', '.join(missing)}",
             remedy=f"Set benchmark.text_columns and benchmark.label_column to some of {', '.join(sorted(row))}",
         )
     for column in texts:
         if not isinstance(row[column], str):
             usable = ", ".join(sorted(c for c, v in row.items() if isinstance(v, str)))
             raise CoaloraError(
-                f"column {column!r} holds no texts, but {row[column]!r}",
+                f"Column {column!r} holds no texts, but {row[column]!r}",
                 remedy=f"Set benchmark.text_columns to some of {usable}",
             )
 
@@ -120,7 +120,7 @@ def _rows(hub: HubSettings, split: str) -> Iterator[dict[str, Any]]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = " ".join(word for word in (hub.path, hub.name, split) if word)
         raise CoaloraError(
-            f"data set {what} cannot be read from the hub: {reason}",
+            f"Data set {what} cannot be read from the hub: {reason}",
             remedy="Check benchmark.hub and the network, or use benchmark.files with local files",
         ) from error
 

@@ -60,7 +60,7 @@ class BaseModel:
         path = Path(str(self.artifact.meta["path"]))
         if not path.is_dir() or model_digest(path) != reference["digest"]:
             raise CoaloraError(
-                f"the base model {path} is missing, or has changed since the run began",
+                f"The base model {path} is missing, or has changed since the run began",
                 remedy="Restore it, or start the pipeline again",
             )
         return path

@@ -36,7 +36,7 @@ def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, 
     if deployment in known or name in known:
         return
     raise CoaloraError(
-        f"deployment 'pipeline/{deployment}' is left over: {file} defines no {deployment!r} any more, but "
+        f"Deployment 'pipeline/{deployment}' is left over: {file} defines no {deployment!r} any more, but "
         f"{', '.join(sorted(known))}",
         remedy=f"Deploy again (prefect --no-prompt deploy --all --prefect-file {file}) and remove what is left behind "
         f"(coalora deployments --file {file} --remove); a deployment of another file names it in its job "
@@ -75,6 +75,6 @@ def check_server() -> None:
         problem = client.api_healthcheck()
     if problem is not None:
         raise CoaloraError(
-            f"no Prefect server answers at {url} ({type(problem).__name__})",
+            f"No Prefect server answers at {url} ({type(problem).__name__})",
             remedy="Start it (prefect server start), or correct PREFECT_API_URL, or unset it to run without a server",
         )

@@ -285,7 +285,7 @@ def as_result(result: Result | Mapping[str, Any]) -> Result:
             for problem in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         raise CoaloraError(
-            "a result does not fit pipeline/report/schema.py: "
+            "A result does not fit pipeline/report/schema.py: "
             + "; ".join(problems[:8])
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
             remedy="Fix the evaluation that wrote these values; a report never hides a failed measurement",

@@ -92,7 +92,7 @@ def function_source_digest(function: Callable[..., Any], packages: Sequence[str]
     except TypeError:
         file = None
     if file is None or not Path(file).is_file():
-        raise CoaloraError(f"stage function {function!r} has no source file", remedy="Define it in a module")
+        raise CoaloraError(f"Stage function {function!r} has no source file", remedy="Define it in a module")
     return source_digest(Path(file), packages)
 
 
@@ -200,11 +200,11 @@ def _start(module: str | Path) -> tuple[Path, str, Path]:
     if isinstance(module, str):
         spec = find_spec(module)
         if spec is None or spec.origin is None:
-            raise CoaloraError(f"there is no module {module!r} to digest", remedy="Correct its name")
+            raise CoaloraError(f"There is no module {module!r} to digest", remedy="Correct its name")
         module = Path(spec.origin)
     file = module.resolve()
     if not file.is_file():
-        raise CoaloraError(f"there is no module file {module}", remedy="Correct its path")
+        raise CoaloraError(f"There is no module file {module}", remedy="Correct its path")
     parts = [] if file.name == "__init__.py" else [file.stem]
     folder = file.parent
     while (folder / "__init__.py").is_file():

@@ -106,6 +106,6 @@ class Planner:
         for name, artifact in artifacts_in(call):
             if found := problems(self.store, artifact):
                 raise CoaloraError(
-                    f"stage {self.stage.name!r} cannot read its input {name}: {'; '.join(found)}",
+                    f"Stage {self.stage.name!r} cannot read its input {name}: {'; '.join(found)}",
                     remedy="Run the pipeline again from the start, which rebuilds it, or with --refresh",
                 )

@@ -85,7 +85,7 @@ class Stage:
     ) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
             raise CoaloraError(
-                f"stage name {name!r} holds more than lower case letters, digits and single dashes",
+                f"Stage name {name!r} holds more than lower case letters, digits and single dashes",
                 remedy="Name it such as evaluate-shard",
             )
         self.name = name
@@ -94,7 +94,7 @@ class Stage:
         for parameter in self.signature.parameters.values():
             if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name in _RESERVED:
                 raise CoaloraError(
-                    f"argument {name}({parameter}) of a stage is not keyword-only, or has a reserved name",
+                    f"Argument {name}({parameter}) of a stage is not keyword-only, or has a reserved name",
                     remedy=f"Put `*` before it, and use none of {sorted(_RESERVED)}",
                 )
         self.source = function_source_digest(fn)

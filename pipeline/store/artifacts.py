@@ -183,7 +183,7 @@ def manifest_of(files: Iterable[tuple[str, Path]], whose: str) -> Manifest:
         try:
             entries.append(FileEntry.of(name, file))
         except ValidationError as error:
-            raise CoaloraError(f"{whose} cannot hold a file of this name: {first_problem(error)}") from error
+            raise CoaloraError(f"No manifest can list {name!r} in {whose}: {first_problem(error)}") from error
     return Manifest(files=tuple(entries))
 
 

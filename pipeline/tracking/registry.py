@@ -114,7 +114,7 @@ def register(
     reference = tags.get(REFERENCE)
     if not reference:
         raise CoaloraError(
-            f"tags {sorted(tags)} do not say what the hypervolume was measured on",
+            f"Tags {sorted(tags)} do not say what the hypervolume was measured on",
             remedy=f"Set {REFERENCE!r} to the benchmark and the reference point",
         )
     if not _NAME.fullmatch(model_name):
@@ -122,7 +122,7 @@ def register(
             f"{model_name!r} is no plain name of a registered model", remedy="Use letters, digits, . _ -"
         )
     if not math.isfinite(hypervolume):
-        raise CoaloraError(f"a hypervolume of {hypervolume} is not finite")
+        raise CoaloraError(f"A hypervolume of {hypervolume} is not finite")
     if not bundle_folder.is_dir() or not any(bundle_folder.iterdir()):
         raise CoaloraError(f"{bundle_folder} is no bundle: it holds no files", remedy="Run the export first")
 
@@ -156,7 +156,7 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
             client.set_model_version_tag(version.name, version.version, ADDRESS, address)
     except MlflowException as error:
         raise CoaloraError(
-            f"run {run_id} is not tagged with its address: MLflow refuses, or is away ({one_line(error)[:200]})",
+            f"Run {run_id} is not tagged with its address: MLflow refuses, or is away ({one_line(error)[:200]})",
             remedy=f"Call `coalora upload` where MLflow can be reached; {address} itself is whole",
         ) from error
     return sorted(f"{version.name} version {version.version}" for version in versions)

@@ -128,7 +128,7 @@ class Tracker:
             CoaloraError: the identity has characters that a search cannot quote.
         """
         if not _IDENTITY.fullmatch(identity):
-            raise CoaloraError(f"identity {identity!r} is no plain word", remedy=_PLAIN)
+            raise CoaloraError(f"Identity {identity!r} is no plain word", remedy=_PLAIN)
         return self._open(identity, name, params or {}, tags or {}, None)
 
     def open_child(
@@ -141,7 +141,7 @@ class Tracker:
     ) -> TrackedRun:
         """As `TrackedRun.child`."""
         if not _IDENTITY.fullmatch(key):
-            raise CoaloraError(f"key {key!r} of a nested run is no plain word", remedy=_PLAIN)
+            raise CoaloraError(f"Key {key!r} of a nested run is no plain word", remedy=_PLAIN)
         return self._open(f"{parent.identity}/{key}", name, params or {}, tags or {}, parent.run_id)
 
     def _open(
@@ -302,7 +302,7 @@ class TrackedRun:
         elif path.is_file():
             self.client.log_artifact(self.run_id, str(path), artifact_path)
         else:
-            raise CoaloraError(f"artifact {path} is neither a file nor a folder")
+            raise CoaloraError(f"Artifact {path} is neither a file nor a folder")
 
     def log_dict(self, content: Mapping[str, Any], artifact_file: str) -> None:
         """Write a mapping as a JSON or YAML artifact (by the name's ending), without secrets."""
@@ -369,7 +369,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float
     for row in rows:
         step = row.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
-            raise CoaloraError(f"a row of metrics has step {step!r}", remedy="Give it a whole number")
+            raise CoaloraError(f"A row of metrics has step {step!r}", remedy="Give it a whole number")
         for key, value in row.items():
             if key == "step" or value is None:
                 continue
@@ -379,7 +379,7 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float
                 yield step, key, float(value)
             except (TypeError, ValueError):
                 raise CoaloraError(
-                    f"metric {key} is no number but {value!r}", remedy="Log words as parameters or tags"
+                    f"Metric {key} is no number but {value!r}", remedy="Log words as parameters or tags"
                 ) from None
 
 

@@ -115,7 +115,7 @@ def explanation(error: BaseException, uri: str) -> CoaloraError | None:
             f"(`make up`, then `source .coalora/stack/env`). Then {AGAIN}",
         )
     if _FULL.search(text) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-        return CoaloraError(f"no space is left for MLflow's {where}", remedy=f"Make room, then {AGAIN}")
+        return CoaloraError(f"No space is left for MLflow's {where}", remedy=f"Make room, then {AGAIN}")
     if _DENIED.search(text):
         return CoaloraError(
             f"MLflow at {where} refuses this user ({scrub_text(str(error))[:300]})",

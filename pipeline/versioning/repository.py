@@ -54,7 +54,7 @@ def with_repository(
         except LockError as error:
             if time.monotonic() >= deadline:
                 raise CoaloraError(
-                    f"another DVC command has held the lock of {root} for {format_seconds(timeout_seconds)} "
+                    f"Another DVC command has held the lock of {root} for {format_seconds(timeout_seconds)} "
                     f"({one_line(error)})",
                     remedy=f"Wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
                     "finished stages are kept",

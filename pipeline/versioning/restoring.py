@@ -64,7 +64,7 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
             remedy="Copy the id from MLflow's page of the run, and name the server with --tracking-uri",
         ) from error
     if not rounds:
-        raise CoaloraError(f"run {run_id} has logged no configuration set", remedy="Name a run of a pipeline")
+        raise CoaloraError(f"Run {run_id} has logged no configuration set", remedy="Name a run of a pipeline")
     found = _pick(rounds, round_index, f"run {run_id}")
     md5 = rounds[found].data.tags.get("dvc_md5")
     source = f"MLflow run {rounds[found].info.run_id}"
@@ -75,7 +75,7 @@ def from_mlflow(run_id: str, round_index: int | None = None, *, tracking_uri: st
     except (MlflowException, OSError) as error:
         if md5 is None:
             raise CoaloraError(
-                f"the set of {source} is gone ({scrub_text(one_line(error))[:300]}), and DVC never had it",
+                f"The set of {source} is gone ({scrub_text(one_line(error))[:300]}), and DVC never had it",
                 remedy="Run the pipeline again, with versioning.enabled=true to keep sets in DVC as well",
             ) from error
         content, source = _by_md5(md5, root), f"DVC, by the md5 that {source} names"
@@ -157,7 +157,7 @@ def _pick(rounds: dict[int, Any], wanted: int | None, where: str) -> int:
         return max(rounds)
     if wanted not in rounds:
         known = ", ".join(map(str, sorted(rounds)))
-        raise CoaloraError(f"there is no round {wanted} of {where}", remedy=f"Choose from {known}")
+        raise CoaloraError(f"There is no round {wanted} of {where}", remedy=f"Choose from {known}")
     return wanted
 
 
@@ -173,7 +173,7 @@ def _by_md5(md5: str, root: Path) -> bytes:
             path = odb.oid_to_path(md5)
             if odb.fs.exists(path):
                 return bytes(odb.fs.cat_file(path))
-        raise _not_in_dvc(f"md5 {md5}")
+        raise _not_in_dvc(f"The md5 {md5}")
 
     return _asking_remotes(initialised(root), "dvc remote list", read)
 
@@ -200,7 +200,7 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
         raise CoaloraError(
-            f"the set from {source} was edited or damaged: its md5 is {found}, not {md5}",
+            f"The set from {source} was edited or damaged: its md5 is {found}, not {md5}",
             remedy="Bring a working file back with `dvc checkout --force`",
         )
     try:
@@ -209,7 +209,7 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
         raise CoaloraError(f"{source} is no configuration set ({error!r})", remedy="Name another revision") from error
     if form != SET_FORMAT:
         raise CoaloraError(
-            f"the set from {source} is of format {form}, not {SET_FORMAT}",
+            f"The set from {source} is of format {form}, not {SET_FORMAT}",
             remedy="Restore it with the version that made it",
         )
     return RestoredSet(content, round_index, source)

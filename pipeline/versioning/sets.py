@@ -52,12 +52,12 @@ def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root:
         CoaloraError: bad pipeline name or round, or a payload that is not JSON (NaN included).
     """
     if round_index < 0:
-        raise CoaloraError(f"round {round_index} is below 0")
+        raise CoaloraError(f"Round {round_index} is below 0")
     path = _folder(pipeline, root) / f"round-{round_index:02d}.json"
     try:
         content = json_bytes(payload)
     except (TypeError, ValueError) as error:
-        raise CoaloraError(f"a configuration set cannot be written as JSON ({error})") from error
+        raise CoaloraError(f"A configuration set cannot be written as JSON ({error})") from error
     if path.is_file() and path.read_bytes() == content:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class DaskWorkers(WorkerPool):
             self._client = Client(self._cluster or self.address, timeout=CONNECT_SECONDS)
         except OSError as error:
             raise CoaloraError(
-                f"no Dask scheduler answers at evaluation.address {self.address} ({error})",
+                f"No Dask scheduler answers at evaluation.address {self.address} ({error})",
                 remedy="Start one (dask scheduler; tcp://HOST:8786), or leave evaluation.address out",
             ) from error
         # Before the first call, since workers that come later would not say what they do.

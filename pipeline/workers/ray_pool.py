@@ -43,7 +43,7 @@ class RayWorkers(WorkerPool):
                 ray.init(address=self.address or "local", log_to_driver=True, logging_level=logging.ERROR, **local)
             except (ConnectionError, ValueError) as error:
                 raise CoaloraError(
-                    f"no Ray cluster answers at evaluation.address {self.address} ({error})",
+                    f"No Ray cluster answers at evaluation.address {self.address} ({error})",
                     remedy="Start one (ray start --head; auto, or ray://HOST:10001), or leave evaluation.address out",
                 ) from error
         level = logging.getLogger("coalora").getEffectiveLevel()

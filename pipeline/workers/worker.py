@@ -54,7 +54,7 @@ def work(
     os.environ.update(environment)
     if stage.key(inputs) != key:
         raise CoaloraError(
-            f"a worker has other code or packages than the run (stage {stage.name!r}; "
+            f"A worker has other code or packages than the run (stage {stage.name!r}; "
             f"Python {sys.version.split()[0]} in {os.getcwd()})",
             remedy="Give the workers this checkout and its environment, and start them again",
         )
@@ -62,7 +62,7 @@ def work(
     for name, artifact in artifacts_in(inputs):
         if found := problems(store, artifact):
             raise CoaloraError(
-                f"a worker cannot read the run's {name} ({found[0]})",
+                f"A worker cannot read the run's {name} ({found[0]})",
                 remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
             )
     import torch
@@ -108,7 +108,7 @@ class WorkerPool(ABC):
         made = self._call(stage, key, inputs, environment, self.threads, checkpoint_seconds())
         if found := current_store().problems(made):
             raise CoaloraError(
-                f"what a worker has made cannot be read here ({found[0]})",
+                f"What a worker has made cannot be read here ({found[0]})",
                 remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",
             )
         return made

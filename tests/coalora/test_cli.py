@@ -137,8 +137,8 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["run", "dmo"], "sst2-minilm"),
         (["run", "demo", "--file", "x.yaml"], "x.yaml"),
         (["run", "demo"], "versioning.enabled=false"),
-        (["run", "demo", "--refresh", "trane"], "no such stage: trane. Refresh some of"),
-        (["stage", "trainng", "demo"], "a pipeline has no part 'trainng'. Choose from calibration, training"),
+        (["run", "demo", "--refresh", "trane"], "No such stage: trane. Refresh some of"),
+        (["stage", "trainng", "demo"], "A pipeline has no part 'trainng'. Choose from calibration, training"),
         (["stage", "export", "demo", "--set", "evaluation.budgets=[1]"], "budget"),
         (["adapt", "runs/demo/latest", "--budget", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
         (["score", "runs/demo/latest", "--budget", "3.5", "--text", "a"], "runs/demo/latest is no run folder"),
@@ -149,7 +149,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["prune", "--older-than", "-1"], "--older-than is -1. Give"),
         (["limits", "--gpus", "1", "--machine", "node1"], "node1 is no NAME=NUMBER"),
         (["stack", "up", "--ports", "s3=70000"], "s3=70000 is no NAME=NUMBER"),
-        (["pool"], "no Prefect server is named"),
+        (["pool"], "No Prefect server is named"),
     ],
 )
 def test_a_command_with_bad_input_ends_with_2_and_creates_nothing(

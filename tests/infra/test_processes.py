@@ -90,7 +90,7 @@ def test_a_taken_port_is_refused_with_its_holder() -> None:
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1]
-        holder = rf"port {port} of mlflow is taken \(used by process {os.getpid()}.*--ports mlflow="
+        holder = rf"Port {port} of mlflow is taken \(used by process {os.getpid()}.*--ports mlflow="
         with pytest.raises(CoaloraError, match=holder):
             require_free(port, "mlflow")
     require_free(free_port(), "mlflow")

@@ -147,7 +147,7 @@ def test_a_taken_port_is_told_and_what_was_started_before_can_be_ended(tmp_path:
 
 
 def test_setting_up_without_a_server_says_how_to_start_one() -> None:
-    with pytest.raises(CoaloraError, match=r"no Prefect server answers.*make up"):
+    with pytest.raises(CoaloraError, match=r"No Prefect server answers.*make up"):
         set_up("http://127.0.0.1:9/api")
 
 

@@ -165,7 +165,7 @@ def test_a_missing_label_column_is_named(hub: Callable[..., Any]) -> None:
 def test_a_column_without_texts_is_refused(hub: Callable[..., Any], value: object) -> None:
     hub(train=[{"text": value, "body": "x", "label": 0}], validation=[])
     for read in (lambda: documents(text(hub={"path": "p"})), lambda: examples(classes(hub={"path": "p"}))):
-        with pytest.raises(CoaloraError, match=r"column .text. holds no texts, but .*some of body"):
+        with pytest.raises(CoaloraError, match=r"Column .text. holds no texts, but .*some of body"):
             read()
 
 
@@ -188,7 +188,7 @@ def test_an_unreachable_hub_is_bad_input_with_a_way_out(hub: Callable[..., Any],
     hub(train=error)
     with pytest.raises(CoaloraError, match="cannot be read from the hub") as caught:
         documents(text(hub={"path": "p", "name": "en"}))
-    assert "data set p en train" in str(caught.value)
+    assert "Data set p en train" in str(caught.value)
     assert (str(error).splitlines() or ["OSError"])[0] in str(caught.value)
     assert "benchmark.files" in str(caught.value.remedy)
 

@@ -183,7 +183,7 @@ def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(
     run = server.start(DEPLOYMENT)
     assert server.wait(run) == "Failed"
     message = server.client.read_flow_run(run.id).state.message or ""
-    assert "deployment 'pipeline/tiny' is left over: pipelines.yaml defines no 'tiny' any more" in message
+    assert "Deployment 'pipeline/tiny' is left over: pipelines.yaml defines no 'tiny' any more" in message
     assert "coalora deployments --file pipelines.yaml --remove" in message
     monkeypatch.chdir(checkout.root)
     with temporary_settings({PREFECT_API_URL: server.api}):
@@ -209,5 +209,5 @@ def test_a_server_that_is_not_running_is_named_with_what_to_do(
     address = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: address}):
         words = refused(command, *arguments)
-    for part in ("no Prefect server answers at", address, "prefect server start"):
+    for part in ("No Prefect server answers at", address, "prefect server start"):
         assert part in words

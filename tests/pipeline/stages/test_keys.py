@@ -90,7 +90,7 @@ def test_closure_of_a_real_stage_module_has_the_library_and_no_plumbing(tmp_path
 def test_closure_of_what_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match=r"no module .no_such"):
         source_closure("no_such_module_at_all")
-    with pytest.raises(CoaloraError, match="there is no module file"):
+    with pytest.raises(CoaloraError, match="There is no module file"):
         source_closure(tmp_path / "absent.py")
     with pytest.raises(CoaloraError, match="source file"):
         function_source_digest(len)

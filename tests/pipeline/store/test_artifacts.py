@@ -67,5 +67,5 @@ def test_no_path_is_there_twice_or_a_folder_of_another(paths: list[str]) -> None
 
 
 def test_what_a_manifest_cannot_hold_is_refused_when_it_is_made(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="cannot hold a file of this name"):
+    with pytest.raises(CoaloraError, match="No manifest can list"):
         Store(tmp_path).put("table", lambda folder: (folder / "a\nb").write_text("a") and None)

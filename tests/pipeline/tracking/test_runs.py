@@ -96,7 +96,7 @@ def test_a_child_is_nested_and_resumed_by_its_key(tracker: Tracker, run: Tracked
 
 @pytest.mark.parametrize("identity", ["", "it's", "a b", "x" * 201, "a/b"])
 def test_an_identity_that_a_search_cannot_quote_is_refused(tracker: Tracker, identity: str) -> None:
-    with pytest.raises(CoaloraError, match="identity"):
+    with pytest.raises(CoaloraError, match="Identity"):
         tracker.open_run(identity, "n")
 
 
@@ -197,7 +197,7 @@ def test_files_folders_and_mappings_become_artifacts(tracker: Tracker, run: Trac
     run.log_dict({"b": 1}, "report/b.json")
     assert {f.path for f in tracker.client.list_artifacts(run.run_id, "report")} == {"report/a.txt", "report/b.json"}
     assert [f.path for f in tracker.client.list_artifacts(run.run_id)] == ["a.txt", "report"]
-    with pytest.raises(CoaloraError, match="artifact"):
+    with pytest.raises(CoaloraError, match="Artifact"):
         run.log_artifact(tmp_path / "missing")
 
 

@@ -120,7 +120,7 @@ def test_a_healthy_server_one_with_a_login_and_a_database_pass() -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space is left"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space is left"),
         (MlflowException("API request failed with error code 403 != 200"), "refuses this user.*MLFLOW_TRACKING"),
         (
             MlflowException("http://h/api/2.0/mlflow-artifacts/artifacts/x: too many 500 error responses"),

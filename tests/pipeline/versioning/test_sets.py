@@ -194,7 +194,7 @@ def test_a_lock_that_stays_taken_is_named_and_one_that_is_freed_is_waited_for(
 ) -> None:
     path = write_set("demo", 0, {"a": 1}, repository)
     held = zc.lockfile.LockFile(str(repository / ".dvc" / "tmp" / "lock"))
-    with pytest.raises(CoaloraError, match=r"another DVC command has held.*\.dvc/tmp/lock"):
+    with pytest.raises(CoaloraError, match=r"Another DVC command has held.*\.dvc/tmp/lock"):
         with_repository(repository, "dvc add", lambda repo: repo.add([str(path)]), timeout_seconds=0.1)
     threading.Timer(4.0, held.close).start()  # DVC itself gives up after three seconds
     with caplog.at_level(logging.INFO, logger="coalora"):

@@ -190,6 +190,6 @@ def test_a_dask_scheduler_that_is_not_there_is_said(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("pipeline.workers.dask_pool.CONNECT_SECONDS", 1)
     pool = open_pool("dask", 2, address="tcp://127.0.0.1:1")
     assert pool is not None
-    with pytest.raises(CoaloraError, match=r"no Dask scheduler answers at evaluation\.address"):
+    with pytest.raises(CoaloraError, match=r"No Dask scheduler answers at evaluation\.address"):
         DirectRunner().run_many(on_worker, [{"n": 1, "traces": str(tmp_path)}], workers=2, pool=pool)
     pool.close()
