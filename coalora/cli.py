@@ -24,6 +24,8 @@ from typer.core import TyperCommand
 from coalora.errors import CoaloraError
 
 ROOMS = ("flows", "infra")
+OURS = ("coalora", "pipeline", "tasks", *ROOMS)
+_INSTALL = "pip install 'coalora[pipeline]'"
 
 
 class Command(TyperCommand):
@@ -88,14 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python -m` does: the checkout's rooms
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = typer.main.get_command(command_line())
     try:
+        command = typer.main.get_command(command_line())
         with command.make_context("coalora", given or ["--help"]) as context:
             return int(command.invoke(context) or 0)
     except typer.Exit as ended:
         return ended.exit_code
     except CoaloraError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing in OURS:
+            raise
+        problem = CoaloraError(f"This command needs the package {missing}", remedy=f"Run {_INSTALL}")
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted. Run the same command again to resume: finished stages are kept.", file=sys.stderr)
@@ -105,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         at = getattr(error, "ctx", None)
         remedy = f"See `{at.command_path if at else 'coalora'} --help`"
+        if not any(map(_in_checkout, ROOMS)):
+            remedy += f"; commands of the pipeline are those of a checkout, called in its root after {_INSTALL}"
         print(f"error: {CoaloraError(error.format_message(), remedy=remedy)}", file=sys.stderr)
         return 2
     finally:

@@ -9,7 +9,7 @@ Prefect's UI are made from the same declarations; this module needs neither pyda
 # No `from __future__ import annotations`: a field's type is read where values are checked.
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, Self, Union, get_args, get_origin
@@ -42,6 +42,16 @@ def described(title: str, help: str, *, unit: str = "", **limits: Any) -> dict[s
     words = _range(limits)
     description = f"{help} [{words}]" if words else help
     return {"title": f"{title} ({unit})" if unit else title, "description": description, **limits}
+
+
+def listed(names: Callable[[], Iterable[str]]) -> Callable[[dict[str, Any]], None]:
+    """Change of a name's JSON schema: a form offers the registered names as a list, and ``module:name`` as text."""
+
+    def change(schema: dict[str, Any]) -> None:
+        own = {"title": "module:name of your own", "type": schema.pop("type")}
+        schema["anyOf"] = [{"title": "Registered", "type": own["type"], "enum": list(names())}, own]
+
+    return change
 
 
 def hyper(default: Any, title: str, help: str, *, unit: str = "", **limits: Any) -> Any:
@@ -290,6 +300,7 @@ class SearchRecipe(Recipe):
         "Search strategy",
         "ehvi proposes by expected hypervolume improvement; random extends the set by as many random "
         "configurations; frozen never changes the initial set; or module:name of your own.",
+        json_schema_extra=listed(lambda: _strategies()),
     )
     rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0)
     candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1)
@@ -301,9 +312,7 @@ class SearchRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from coalora.search.strategies import STRATEGIES  # which knows arrays; this module is read without them
-
-        STRATEGIES.check(self.strategy)
+        _strategies().check(self.strategy)
 
 
 @dataclass(frozen=True)
@@ -346,6 +355,12 @@ class PretrainRecipe(Recipe):
     steps: int = hyper(600, "Steps", "Training steps.", ge=1)
     batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1)
     lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0)
+
+
+def _strategies() -> Any:
+    from coalora.search.strategies import STRATEGIES  # which knows arrays; this module is read without them
+
+    return STRATEGIES
 
 
 def _matches(layer: NamedLayer, pattern: str) -> bool:

@@ -23,14 +23,10 @@ Changes = Annotated[
 ]
 Refresh = Annotated[list[str], typer.Option(metavar="STAGE ...", help="Compute these stages again whatever is cached.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo/latest.")]
-Endpoint = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="S3 server; by default AWS_ENDPOINT_URL, else AWS."),
-]
+Endpoint = Annotated[str | None, typer.Option(metavar="URL", help="S3 server; by default AWS_ENDPOINT_URL, else AWS.")]
 Region = Annotated[str | None, typer.Option(metavar="NAME", help="Region; by default AWS_REGION or the profile's.")]
 Profile = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Profile of ~/.aws with the credentials; by default AWS_PROFILE."),
+    str | None, typer.Option(metavar="NAME", help="Profile of ~/.aws with the credentials; by default AWS_PROFILE.")
 ]
 Published = Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX/runs/PIPELINE/RUN", help="RUN may be `latest`.")]
 
@@ -70,9 +66,7 @@ def stage(
     run_stage(part, name, settings, refresh)
 
 
-def dvc(
-    check: Annotated[bool, typer.Option("--check", help="Compare only; 2 where it differs.")] = False,
-) -> None:
+def dvc(check: Annotated[bool, typer.Option("--check", help="Compare only; 2 where it differs.")] = False) -> None:
     """Write dvc.yaml from the stage graph."""
     from flows.stage import write_dvc_yaml
 
@@ -162,8 +156,7 @@ def download(
     address: Published,
     out: Annotated[Path, typer.Option(metavar="DIR", help="New or empty folder, or an earlier download.")],
     only: Annotated[
-        list[str],
-        typer.Option(metavar="PATTERN ...", help="Paths such as 'export/3-bits/*'; by default all."),
+        list[str], typer.Option(metavar="PATTERN ...", help="Paths such as 'export/3-bits/*'; by default all.")
     ] = [],  # noqa: B006
     endpoint_url: Endpoint = None,
     region: Region = None,
@@ -208,11 +201,11 @@ def restore(
     if mlflow_run and rev:
         raise CoaloraError("--mlflow-run and --rev name two sources", remedy="Give one of them")
     log_to_terminal()
-    from pipeline.tracking.server import default_place
+    from pipeline.tracking.server import place_of_runs
     from pipeline.versioning.restoring import from_dvc, from_mlflow, write_new
 
     if mlflow_run:
-        uri = default_place(tracking_uri).tracking_uri
+        uri = place_of_runs(tracking_uri)
         found = from_mlflow(mlflow_run, round, tracking_uri=uri, root=Path.cwd())
     else:
         found = from_dvc(Path.cwd(), rev=rev, pipeline=pipeline, round_index=round)
@@ -231,8 +224,7 @@ def prune(
     ] = 7.0,
     root: Annotated[Path, typer.Option(metavar="DIR", help="Checkout with runs/ and configurations/.")] = Path("."),
     tracking_uri: Annotated[
-        list[str],
-        typer.Option(metavar="URI ...", help="More MLflow servers or databases to ask."),
+        list[str], typer.Option(metavar="URI ...", help="More MLflow servers or databases to ask.")
     ] = [],  # noqa: B006
     at: Annotated[
         str | None, typer.Option(metavar="s3://BUCKET/PREFIX", help="Free this place in S3 instead of this machine.")

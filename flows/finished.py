@@ -27,11 +27,7 @@ COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tok
 
 
 def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
-    """Settings of a finished run, and its `ARTIFACTS`.
-
-    Raises:
-        CoaloraError: no run folder, or one whose record is damaged or of another version.
-    """
+    """Settings of a finished run, and its `ARTIFACTS`."""
     file = folder / "run.json"
     if not file.is_file():
         raise CoaloraError(
@@ -53,11 +49,7 @@ def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
 
 
 def adapt_run(folder: Path, budget: float, out: Path) -> str:
-    """Write configuration, adapter and packed base of a budget into `out`, whole or not at all; says what was written.
-
-    Raises:
-        CoaloraError: no run folder, its artifacts are not in the store, or a budget below the choice space.
-    """
+    """Write configuration, adapter and packed base of a budget into `out`, whole or not at all; says what."""
     settings, artifacts = read_run(folder)
     _require_stored(artifacts)
     started = time.perf_counter()
@@ -89,9 +81,6 @@ def score_run(
         max_length: tokens a window; by default as the run's own benchmark: blocks that predict max_length tokens.
         stride: tokens from one window to the next; by default no overlap.
         json: file for the numbers.
-
-    Raises:
-        CoaloraError: no run folder of a language model, or windows, texts or budgets that do not fit it.
     """
     settings, artifacts = read_run(folder)
     if settings.benchmark.task != "language-modeling":
@@ -102,7 +91,15 @@ def score_run(
     max_length = max_length or settings.benchmark.max_length + 1
     stride = stride or max_length - 1
     export = _export(settings, artifacts)
-    _check(budgets, max_length, stride, export, artifacts)
+    windows(2, max_length, stride)  # here and below: whatever can be told before a model is loaded
+    _require_stored(artifacts)
+    limit = getattr(load_config(BaseModel(export.base).path), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise CoaloraError(
+            f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
+        )
+    for budget in budgets:
+        export.loaded.select(budget)
     runner, rows = DirectRunner(), []
     for path, text in {path: put_text(path) for path in texts}.items():
         for budget in budgets:
@@ -128,21 +125,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells.append([f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-
-
-def _check(
-    budgets: Sequence[float], max_length: int, stride: int, export: ExportInputs, artifacts: dict[str, Artifact]
-) -> None:
-    """Whatever can be told before a model is loaded."""
-    windows(2, max_length, stride)
-    _require_stored(artifacts)
-    limit = getattr(load_config(BaseModel(export.base).path), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise CoaloraError(
-            f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
-        )
-    for budget in budgets:
-        export.loaded.select(budget)
 
 
 def _require_stored(artifacts: dict[str, Artifact]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prefect import Task
 from pydantic import BaseModel
@@ -90,11 +90,6 @@ class Trained:
     sets: list[Artifact]
     states: dict[str, list[Artifact]]
 
-    @property
-    def searches(self) -> list[Artifact]:
-        """The sets that search rounds made."""
-        return self.sets[1:]
-
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -129,26 +124,13 @@ class Published(BaseModel):
     s3_address: str | None = None
 
 
-class Watcher(Protocol):
-    """Listener of the training part."""
-
-    def on_set(self, round_index: int, configurations: Artifact, tables: Artifact) -> None:
-        """A round's set exists."""
-
-    def on_state(self, method: str, round_index: int, state: Artifact) -> None:
-        """A method's state after a round's steps exists."""
-
-
 class Graph:
     """The stages of one run, each part run once, when it is first read.
 
-    Args:
-        run: settings, inputs and runner.
-        watcher: told of every round's set and state as soon as it exists.
-        known: parts that exist already, by the name of their property.
+    `watcher` is told of every round's set and state as soon as it exists; `known` are parts that exist already.
     """
 
-    def __init__(self, run: Run, watcher: Watcher | None = None, **known: Calibrated | Trained | Evaluated) -> None:
+    def __init__(self, run: Run, watcher: Rounds | None = None, **known: Calibrated | Trained | Evaluated) -> None:
         self.run, self.watcher = run, watcher
         vars(self).update(known)
 
@@ -243,18 +225,30 @@ class Graph:
         return [*before, state]
 
     @cached_property
-    def evaluated(self) -> Evaluated:
-        """A configuration for each budget, then every method measured on all members and budgets."""
-        run, s, trained = self.run, self.run.settings, self.trained
-        state = trained.states["coa"][-1]
-        selection = run.run(
+    def selection(self) -> Artifact:
+        """The final set with a configuration for each budget."""
+        s, trained = self.run.settings, self.trained
+        return self.run.run(
             select_budgets,
             model=self.model,
             configurations=trained.sets[-1],
-            state=state,
+            state=trained.states["coa"][-1],
             batch_size=s.search.batch_size,
             budgets=s.evaluation.budgets,
         )
+
+    @cached_property
+    def bundle(self) -> Artifact:
+        """What adapts to any budget, without the base model."""
+        state = self.trained.states["coa"][-1]
+        return self.run.run(make_bundle, model=self.model, selection=self.selection, state=state)
+
+    @cached_property
+    def evaluated(self) -> Evaluated:
+        """A configuration for each budget, then every method measured on all members and budgets."""
+        run, s, trained = self.run, self.run.settings, self.trained
+        state, selection = trained.states["coa"][-1], self.selection
+        _ = self.bundle  # now, while CoA-LoRA's model is loaded
         asked = {"model": self.model, "selection": selection, "batch_size": s.evaluation.batch_size}
         bounds = shard_bounds(selection, s.evaluation.shard_size)
         scores = {}
@@ -306,22 +300,23 @@ class Graph:
     def exported(self) -> Exported:
         """Adapter and packed base for each budget, the bundle, the result and its report."""
         run, s, trained, evaluated = self.run, self.run.settings, self.trained, self.evaluated
-        selection = evaluated.selection
-        bundle = run.run(make_bundle, model=self.model, selection=selection, state=trained.states["coa"][-1])
+        selection, bundle = evaluated.selection, self.bundle
         export = ExportInputs(
             **self.calibrated.inputs(), bundle=bundle, settings=s.export, runtime=s.runtime, seed=s.seed
         )
-        calls = [
-            {"export": export, "selection": selection, "index": index} for index in range(len(s.evaluation.budgets))
-        ]
-        with run.workers() as pool:
-            exports = run.run_each(export_budget, calls, pool)
+        budgets = range(len(s.evaluation.budgets))
+        calls = [{"export": export, "selection": selection, "index": index} for index in budgets]
+        try:
+            with run.workers() as pool:
+                exports = run.run_each(export_budget, calls, pool)
+        finally:
+            release_models()
         result = run.run(
             assemble,
             pipeline=run.name,
             settings=s.of_the_result(),
             **self.calibrated.inputs(),
-            searches=trained.searches,
+            searches=trained.sets[1:],
             selection=selection,
             states=trained.states,
             scores=evaluated.scores,
@@ -398,7 +393,7 @@ class Graph:
 
 @dataclass
 class Rounds:
-    """Watcher that versions every round's set with DVC, logs sets and states to MLflow, and shows the Pareto front.
+    """Listener that versions every round's set with DVC, logs sets and states to MLflow, and shows the Pareto front.
 
     A tracking server that is away in the middle of a run does not end it: `Graph.published` logs what is missing.
     """
@@ -414,14 +409,7 @@ class Rounds:
         run_id = self._track(
             track_round, round_index=round_index, configurations=configurations, tables=tables, md5=md5
         )
-        call(
-            show_round,
-            pipeline=name,
-            settings=s,
-            round_index=round_index,
-            sets=list(self.sets),
-            mlflow_run_id=run_id,
-        )
+        call(show_round, pipeline=name, settings=s, round_index=round_index, sets=list(self.sets), mlflow_run_id=run_id)
         if round_index == s.search.rounds and s.versioning.enabled:
             call(remove_stale, pipeline=name, last_round=round_index, root=str(Path.cwd()))
 
@@ -454,11 +442,7 @@ def version(run: Run, round_index: int, configurations: Artifact) -> str | None:
 
 
 def start(name: str, settings: Settings, runner: Runner, refresh: Sequence[str] = ()) -> Run:
-    """The run of a pipeline, with the sources of all stages in its identity.
-
-    Raises:
-        CoaloraError: a stage to refresh does not exist.
-    """
+    """The run of a pipeline, with the sources of all stages in its identity."""
     check_refresh(refresh)
     return Run.start(name, settings, runner, sources=[stage.source for stage in STAGES], refresh=refresh)
 

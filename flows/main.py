@@ -64,12 +64,7 @@ def pipeline(
 
 
 def run_pipeline(name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:
-    """The flow on this machine, after every check that needs no run, and the closing lines.
-
-    Raises:
-        CoaloraError: a stage to refresh that does not exist, a Prefect server that does not answer, or settings that do
-            not fit the files that they name.
-    """
+    """The flow on this machine, after every check that needs no run, and the closing lines."""
     check_refresh(refresh)
     check_server()
     preflight(settings, root=Path.cwd())
@@ -81,25 +76,25 @@ def show(published: Published, settings: Settings) -> None:
     from rich.console import Console
 
     from coalora.files import read_json
-    from pipeline.report.page import ReportFiles
+    from pipeline.report.schema import as_result
     from pipeline.report.terminal import print_result
     from pipeline.scrub import scrub_text
-    from pipeline.tracking.server import default_place
+    from pipeline.tracking.server import place_of_runs
 
     folder = Path(published.folder)
     console = Console()
-    files = ReportFiles(folder / "report/front.png", folder / "report/report.html")
-    print_result(read_json(folder / "report/result.json"), console, files)
+    print_result(as_result(read_json(folder / "report/result.json")), console, folder / "report")
     registered = published.registered
-    place = default_place(settings.tracking.tracking_uri)
-    served = scrub_text(place.tracking_uri) if place.artifact_root is None else None
+    uri = place_of_runs(settings.tracking.tracking_uri)
     latest = folder.parent / "latest"
     lines = [f"\nRegistered model: {registered['name']} version {registered['version']} ({registered['reason']})"]
     lines += [f"Published in S3: {published.s3_address}"] if published.s3_address else []
     commands = {
         "open the report": f"xdg-open {latest}/report/report.html",
         "adapt to another budget": f"coalora adapt {latest} --budget 3.5 --out adapted/3.5-bits",
-        "compare runs in MLflow": served if served else f"mlflow ui --backend-store-uri {place.tracking_uri}",
+        "compare runs in MLflow": f"mlflow ui --backend-store-uri {uri}"
+        if uri.startswith("sqlite:")
+        else scrub_text(uri),
         "start a Prefect server": "prefect server start   # README.md: deploy, schedule, run on a worker",
     }
     lines += ["\nNext:", *(f"  {words:<25} {command}" for words, command in commands.items())]

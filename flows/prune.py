@@ -41,16 +41,7 @@ def prune_bucket(
     days: float,
     delete: bool,
 ) -> None:
-    """Show, or remove, what nothing refers to in a bucket, by the rules of this machine; published runs stay.
-
-    Args:
-        storage: bucket and prefix, and how the server is reached.
-        root, trackers, days: as of `prune_store`.
-        withdrawn: published runs that go, too, as PIPELINE/RUN.
-
-    Raises:
-        CoaloraError: a run that is not published, or S3 fails.
-    """
+    """Show, or remove, what nothing refers to in a bucket, by the rules of this machine; published runs stay."""
     from pipeline.s3.client import S3Location
     from pipeline.store.publish import check_published, published_names, withdraw
     from pipeline.store.shared import SharedStore

@@ -5,8 +5,8 @@ Everything that runs a stage gets this object: settings are resolved and input f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from coalora.files import digest
 from coalora.models.loading import resolved
 from pipeline.inputs.corpus import input_files
 from pipeline.inputs.fingerprint import files_digest, model_digest
-from pipeline.inputs.sets import read_set_file
+from pipeline.inputs.loaders import read_set_file
 from pipeline.prune.roots import Journal
 from pipeline.settings.sections import Settings
 from pipeline.stages.checkpoints import checkpoint_every
@@ -29,37 +29,21 @@ from pipeline.workers.worker import WorkerPool
 
 @dataclass
 class Run:
-    """A run under way.
+    """A run under way."""
 
-    Attributes:
-        name: the pipeline's name.
-        settings: its settings, with `runtime` resolved for this machine.
-        runner: runs stages, under Prefect or without a server.
-        sources: digests of the code of every stage that the run may come to.
-        refresh: names of stages that are computed again whatever is recorded.
-        model_content, benchmark_content, cost_content: digests of local input files; None where there are none.
-        given: content of initial_set.file; None where the initial set is allocated.
-    """
-
-    name: str
-    settings: Settings
+    name: str  # the pipeline's
+    settings: Settings  # with `runtime` resolved for this machine
     runner: Runner
-    sources: tuple[str, ...] = ()
-    refresh: frozenset[str] = frozenset()
-    model_content: str | None = None
+    sources: tuple[str, ...] = ()  # digests of the code of every stage that the run may come to
+    refresh: frozenset[str] = frozenset()  # names of stages that are computed again whatever is recorded
+    model_content: str | None = None  # digests of local input files, here and below; None where there are none
     benchmark_content: str | None = None
     cost_content: str | None = None
-    given: dict[str, Any] | None = None
+    given: dict[str, Any] | None = None  # content of initial_set.file; None where the initial set is allocated
 
     @classmethod
     def start(
-        cls,
-        name: str,
-        settings: Settings,
-        runner: Runner,
-        *,
-        sources: Sequence[str] = (),
-        refresh: Sequence[str] = (),
+        cls, name: str, settings: Settings, runner: Runner, *, sources: Sequence[str] = (), refresh: Sequence[str] = ()
     ) -> Run:
         """Digest the input files and resolve the runtime."""
         settings = settings.model_copy(update={"runtime": resolved(settings.runtime)})
@@ -115,13 +99,8 @@ class Run:
         """As `run_many` for stages that only processes may share: in this process they run one after the other."""
         return self.run_many(stage, calls, workers=1 if pool is None else self.settings.evaluation.workers, pool=pool)
 
-    @contextmanager
-    def workers(self) -> Iterator[WorkerPool | None]:
+    def workers(self) -> AbstractContextManager[WorkerPool | None]:
         """Workers as `evaluation.runner` asks for them; None for threads. They start with the first call to compute."""
         asked = self.settings.evaluation
         pool = open_pool(asked.runner, asked.workers, address=asked.address)
-        try:
-            yield pool
-        finally:
-            if pool is not None:
-                pool.close()
+        return nullcontext() if pool is None else closing(pool)

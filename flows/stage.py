@@ -40,11 +40,7 @@ _HEAD = """\
 
 
 def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:
-    """Bring a part up to date and copy it to `outputs/`.
-
-    Raises:
-        CoaloraError: no such part, a stage to refresh that does not exist, or settings that do not fit their files.
-    """
+    """Bring a part up to date and copy it to `outputs/`."""
     if part not in PARTS:
         raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
     run = start(name, settings, DirectRunner(), refresh)
@@ -87,17 +83,12 @@ def dvc_yaml() -> str:
         part: {
             "cmd": f"python -m coalora stage {part} ${{definitions.repro}}",
             "deps": sorted({*_rooms(part), *(f"outputs/{out}" for out in before)}),
-            "params": [
-                {"pipelines.yaml": ["definitions.repro", "definitions.pipelines.${definitions.repro}"]},
-            ],
+            "params": [{"pipelines.yaml": ["definitions.repro", "definitions.pipelines.${definitions.repro}"]}],
             "outs": [f"outputs/{out}" for out in OUTPUTS[part]],
         }
         for part, before in zip(PARTS, [[], *OUTPUTS.values()], strict=False)
     }
-    plots = {
-        "front": ("average_bits", "Validation loss against average bits"),
-        "curves": ("step", "Training loss"),
-    }
+    plots = {"front": ("average_bits", "Validation loss against average bits"), "curves": ("step", "Training loss")}
     content = {
         "vars": ["pipelines.yaml:definitions"],
         "stages": stages,
@@ -119,7 +110,7 @@ def dvc_yaml() -> str:
 
 def _rooms(part: str) -> set[str]:
     """The folders of code that a part's results depend on: packages, and the rooms of `pipeline`."""
-    files = {file for stage in PARTS[part] for file in source_closure(stage.fn.__module__)}
+    files = {file for stage in PARTS[part] for file in source_closure(stage.fn.__module__).values()}
     rooms = {"flows/graph.py", *_EFFECTS.get(part, ())}
     for file in files:
         package, *inside = file.relative_to(ROOT).parts
@@ -131,11 +122,7 @@ def _rooms(part: str) -> set[str]:
 
 
 def write_dvc_yaml(*, check: bool = False) -> None:
-    """Write `dvc.yaml`, or with `check` only compare it.
-
-    Raises:
-        CoaloraError: the file differs from what the graph says.
-    """
+    """Write `dvc.yaml`, or with `check` only compare it."""
     file = ROOT / DVC_FILE
     if not check:
         file.write_text(dvc_yaml(), encoding="utf-8")

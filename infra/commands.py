@@ -1,10 +1,4 @@
-"""Commands of the stack and of a Prefect server, which `coalora.cli` adds to its own in a checkout.
-
-coalora stack up | status | down [--state DIR] [--ports prefect=4200 mlflow=5000 s3=9000]
-coalora pool [--gpus 4] [--type process|kubernetes] [--limit RUNS]     work pool and limits on a Prefect server
-coalora limits --gpus 4 [--machine node1=2]                            GPU tasks that run at a time
-coalora deployments [--remove]                                         deployments whose pipeline is gone
-"""
+"""Commands of the stack and of a Prefect server, which `coalora.cli` adds to its own in a checkout."""
 
 from __future__ import annotations
 

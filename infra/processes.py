@@ -24,16 +24,10 @@ LOG_LINES = 15
 
 
 class Process(BaseModel):
-    """A process that was started here.
-
-    Attributes:
-        pid: its id.
-        started: when, in seconds since 1970.
-        command: its command line.
-    """
+    """A process that was started here."""
 
     pid: int
-    started: float
+    started: float  # seconds since 1970
     command: list[str]
 
     def find(self) -> psutil.Process | None:

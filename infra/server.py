@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coalora.errors import CoaloraError
-from infra.services import POOL, http_missing
+from infra.services import POOL
 from pipeline.orchestration.gpu_tags import GPU, machine_tag
 from pipeline.orchestration.server import FILE_VARIABLE, check_server, require_server_named
 from pipeline.settings.definitions import DEFAULT_FILE
@@ -26,11 +26,7 @@ _PAGE = 200
 
 @contextmanager
 def connected() -> Iterator[Any]:
-    """Prefect's synchronous client of the server of PREFECT_API_URL.
-
-    Raises:
-        CoaloraError: the variable is not set, or nothing answers there.
-    """
+    """Prefect's synchronous client of the server of PREFECT_API_URL."""
     require_server_named()
     check_server()
     from prefect.client.orchestration import get_client
@@ -47,20 +43,10 @@ def set_up(api: str, *, pool: str = POOL, kind: str = "process", gpus: int = 1, 
         kind: type of the work pool; `kubernetes` takes infra/kubernetes/base-job-template.json.
         gpus: GPUs of all workers together: so many tasks with the tag `gpu` run at once.
         limit: flow runs of the pool at once; None for any number.
-
-    Raises:
-        CoaloraError: the server does not answer, or the pool is of another type.
     """
-    missing = http_missing(f"{api.rstrip('/')}/health")
-    if missing is not None:
-        raise CoaloraError(
-            f"No Prefect server answers ({missing})",
-            remedy="Start one (`make up`, or `prefect server start`) and set PREFECT_API_URL to its address with /api",
-        )
-    from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_API_URL: api}), connected() as client:
         return [_pool(client, pool, kind, limit), *set_limits(client, gpus)]
 
 
@@ -134,12 +120,7 @@ def set_limits(client: Any, gpus: int, machines: Mapping[str, int] | None = None
 
 
 def stale_deployments(client: Any, defined: Collection[str], file: str = DEFAULT_FILE) -> list[Any]:
-    """Deployments of the flow, made from `file`, that neither have the name of a defined pipeline nor run one.
-
-    Args:
-        client: Prefect's synchronous client.
-        defined: names of the pipelines in the file.
-    """
+    """Deployments of the flow, made from `file`, that neither have the name of a defined pipeline nor run one."""
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     flows = FlowFilter(name=FlowFilterName(any_=[FLOW]))

@@ -17,7 +17,6 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coalora.errors import CoaloraError
 
@@ -29,21 +28,13 @@ PORTS = {"s3": 9000, "mlflow": 5000, "prefect": 4200}  # the worker listens on n
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the stack.
+    """One process of the stack."""
 
-    Attributes:
-        name: as in `--ports` and `status`.
-        command: started in the checkout.
-        environment: added to the stack's.
-        missing: what keeps it from being healthy; None when it is healthy.
-        url: for people; None where there is nothing to open.
-    """
-
-    name: str
-    command: list[str]
-    environment: Mapping[str, str]
-    missing: Callable[[], str | None]
-    url: str | None
+    name: str  # as in `--ports` and `status`
+    command: list[str]  # started in the checkout
+    environment: Mapping[str, str]  # added to the stack's
+    missing: Callable[[], str | None]  # what keeps it from being healthy; None when it is healthy
+    url: str  # for people
 
 
 def client_environment(ports: Mapping[str, int], credentials: Mapping[str, str]) -> dict[str, str]:
@@ -60,25 +51,12 @@ def client_environment(ports: Mapping[str, int], credentials: Mapping[str, str])
 
 
 def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, str]) -> list[Service]:
-    """The services in the order in which they are started.
-
-    Args:
-        folder: of the stack's state.
-        ports: by name of the service.
-        credentials: `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` of the store.
-
-    Raises:
-        CoaloraError: rclone is not installed.
-    """
+    """The services in the order in which they are started."""
     client = client_environment(ports, credentials)
     name = f"local-{ports['prefect']}"
     python = [sys.executable, "-m"]
-    address = {
-        "MLFLOW_S3_ENDPOINT_URL": client["AWS_ENDPOINT_URL"],
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    api = client["PREFECT_API_URL"]
+    api, s3, mlflow = client["PREFECT_API_URL"], client["AWS_ENDPOINT_URL"], client["MLFLOW_TRACKING_URI"]
+    ui = api.removesuffix("/api")
     prefect = {"PREFECT_HOME": str(folder / "prefect")}
     return [
         Service(
@@ -89,31 +67,32 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
                 "RCLONE_AUTH_KEY": f'"{credentials["AWS_ACCESS_KEY_ID"]},{credentials["AWS_SECRET_ACCESS_KEY"]}"',
                 "RCLONE_CONFIG": os.devnull,
             },
-            lambda: s3_missing(client["AWS_ENDPOINT_URL"], credentials),
-            client["AWS_ENDPOINT_URL"],
+            lambda: s3_missing(s3, credentials),
+            s3,
         ),
         Service(
             "mlflow",
             [*python, "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1",
              "--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}",
              "--artifacts-destination", f"s3://{BUCKET}/mlflow"],
-            address,
-            lambda: http_missing(f"{client['MLFLOW_TRACKING_URI']}/health"),
-            client["MLFLOW_TRACKING_URI"],
+            {"MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_DISABLE_TELEMETRY": "true",
+             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            lambda: http_missing(f"{mlflow}/health"),
+            mlflow,
         ),
         Service(
             "prefect",
             [*python, "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])],
             {**prefect, "PREFECT_UI_API_URL": api},
             lambda: http_missing(f"{api}/health"),
-            api.removesuffix("/api"),
+            ui,
         ),
         Service(
             "worker",
             [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name],
             prefect,
             lambda: worker_missing(api, name),
-            f"{api.removesuffix('/api')}/work-pools/work-pool/{POOL}",
+            f"{ui}/work-pools/work-pool/{POOL}",
         ),
     ]  # fmt: skip
 
@@ -127,15 +106,15 @@ def rclone() -> str:
     return found
 
 
-def http_missing(url: str, body: Any = None) -> str | None:
+def http_missing(url: str) -> str | None:
     """None where the URL answers 200."""
-    found = _request(url, body)
+    found = _request(url)
     return found if isinstance(found, str) else None
 
 
 def worker_missing(api: str, name: str) -> str | None:
     """None where the worker of that name sends heartbeats."""
-    found = _request(f"{api}/work_pools/{POOL}/workers/filter", {})
+    found = _request(f"{api}/work_pools/{POOL}/workers/filter", b"{}")
     if isinstance(found, str):
         return found
     states = [worker["status"] for worker in json.loads(found) if worker["name"] == name]
@@ -157,9 +136,8 @@ def s3_missing(endpoint: str, credentials: Mapping[str, str]) -> str | None:
     return None
 
 
-def _request(url: str, body: Any) -> bytes | str:
+def _request(url: str, data: bytes | None = None) -> bytes | str:
     """The answer, or what is wrong as text."""
-    data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     # No proxy: these addresses are on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -35,11 +35,7 @@ class State(BaseModel):
 
 
 class Stack:
-    """The stack of one state folder.
-
-    Args:
-        folder: state, logs, databases and objects.
-    """
+    """The stack of one state folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().resolve()
@@ -51,9 +47,6 @@ class Stack:
         Args:
             ports: by service; 0 takes a free one. Of what runs already the port stays.
             wait: seconds for each service.
-
-        Raises:
-            CoaloraError: a port is taken, a service ends or does not get healthy (with the end of its log).
         """
         with self._locked():
             state = self._read()
@@ -109,15 +102,12 @@ class Stack:
         if process is None or process.find() is None:
             if service.name in state.ports:
                 require_free(state.ports[service.name], service.name)
-            environment = {**self._outer(), **self.environment_of(state), **service.environment}
+            reached = client_environment(state.ports, self._credentials())
+            environment = {**self._outer(), **reached, **service.environment}
             process = start(service.command, log=log, environment=environment, folder=ROOT)
             state.processes[service.name] = process
             self._write(state)  # before it is healthy: `down` must find it whatever happens
         return process
-
-    def environment_of(self, state: State) -> dict[str, str]:
-        """`environment` of a state that is being changed."""
-        return client_environment(state.ports, self._credentials())
 
     def _outer(self) -> dict[str, str]:
         """This process's variables without those by which another stack would be reached."""
@@ -185,9 +175,7 @@ class Stack:
         return State.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else State()
 
     def _write(self, state: State) -> None:
-        part = self.folder / f"state.json.{os.getpid()}"
-        part.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        part.replace(self.folder / "state.json")
+        _write_private(self.folder / "state.json", state.model_dump_json(indent=2) + "\n")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

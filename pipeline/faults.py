@@ -20,14 +20,7 @@ LOCKED = re.compile(r"database (table )?is locked", re.IGNORECASE)  # SQLite
 
 @contextmanager
 def disk_faults(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a folder without permission into errors that say what to do.
-
-    Args:
-        folder: where is written; named in the message with what is free there.
-
-    Raises:
-        CoaloraError: the disk is full, or the folder cannot be written to.
-    """
+    """Turn a full disk and a folder without permission into errors that say what to do."""
     try:
         yield
     except CoaloraError:
@@ -49,11 +42,7 @@ def disk_faults(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def database_faults() -> Iterator[None]:
-    """Turn a database that another process keeps locked into an error that says what to do.
-
-    Raises:
-        CoaloraError: MLflow's or Prefect's SQLite file was locked for longer than its clients wait.
-    """
+    """Turn a database that another process keeps locked into an error that says what to do."""
     try:
         yield
     except CoaloraError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from coalora.calibrate.tables import calibration_tables
 from coalora.data.classification import read_header
@@ -18,12 +18,11 @@ from coalora.models.files import model_files
 from coalora.models.loading import load_config, meta_model
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.train.pretrain import llama_config
-from pipeline.inputs.choices import choices_of
+from pipeline.inputs.choices import choices_of, priced_tables
 from pipeline.inputs.corpus import input_files
-from pipeline.inputs.costs import priced_tables
-from pipeline.inputs.sets import read_set_file
+from pipeline.inputs.loaders import read_set_file
 from pipeline.settings.sections import Settings
-from pipeline.tracking.server import default_place, require_server
+from pipeline.tracking.server import place_of_runs, require_server
 from pipeline.workers.pool import check_runner
 
 
@@ -53,9 +52,9 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         CoaloraError: the first thing that is wrong.
     """
     _check_files(settings)
-    config = base_config(settings)
-    _check_sizes(settings, config)
-    layers = target_layers(settings, config)
+    model = shapes_of_model(settings)
+    _check_sizes(settings, model)
+    layers = find_target_layers(model, settings.target_modules)
     space, allowed = choices_of(settings.choices, layers)
     for scheme in space.schemes:
         scheme.require_packages()
@@ -74,7 +73,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
             remedy="Run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
         )
     if root is not None:
-        require_server(default_place(settings.tracking.tracking_uri).tracking_uri)
+        require_server(place_of_runs(settings.tracking.tracking_uri))
     if root is not None and settings.storage.publish:
         from pipeline.s3.client import S3Location  # boto3 is imported where it is wanted alone
 
@@ -82,20 +81,26 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
 
 
-def base_config(settings: Settings) -> PretrainedConfig:
-    """The base model's architecture."""
-    model = settings.model
+def shapes_of_model(settings: Settings) -> PreTrainedModel:
+    """The base model on the meta device: from its architecture alone, without weights."""
+    model, task = settings.model, settings.benchmark.task
     if model.pretrain is not None:
-        return llama_config(model.pretrain)
-    return load_config(str(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code)
-
-
-def target_layers(settings: Settings, config: PretrainedConfig | None = None) -> list[TargetLayer]:
-    """The N target layers, from the architecture alone (meta device, no weights)."""
-    task = settings.benchmark.task
+        config: PretrainedConfig = llama_config(model.pretrain)
+    else:
+        source = str(model.name_or_path)
+        config = load_config(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     num_labels = settings.benchmark.num_labels if task == "classification" else None
-    model = meta_model(config or base_config(settings), task, num_labels=num_labels)
-    return find_target_layers(model, settings.target_modules)
+    return meta_model(config, task, num_labels=num_labels)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model tells apart by position; None for any number."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # One entry for padding means that positions are counted from behind it (RoBERTa and its kin).
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return limit
 
 
 def _check_files(settings: Settings) -> None:
@@ -112,7 +117,7 @@ def _check_files(settings: Settings) -> None:
             read_header(path, [*benchmark.text_columns, benchmark.label_column])
 
 
-def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
+def _check_sizes(settings: Settings, model: PreTrainedModel) -> None:
     benchmark = settings.benchmark
     n_samples, n_train = settings.calibration.n_samples, benchmark.n_train
     if n_train is not None and n_samples > n_train:
@@ -120,9 +125,7 @@ def _check_sizes(settings: Settings, config: PretrainedConfig) -> None:
             f"calibration.n_samples {n_samples} is more than benchmark.n_train {n_train}, whose examples it reads",
             remedy="Lower calibration.n_samples or raise benchmark.n_train",
         )
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and config.model_type == "roberta":
-        limit -= config.pad_token_id + 1  # its positions are counted from behind the padding token's
+    limit = positions(model)
     if limit is not None and benchmark.max_length > limit:
         raise CoaloraError(
             f"benchmark.max_length {benchmark.max_length} is more than the base model's {limit} positions",

@@ -10,11 +10,12 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 from uuid import UUID
+
+from pipeline.words import human_seconds
 
 _thread = ThreadPoolExecutor(1, thread_name_prefix="coalora-progress")  # starts with its first call
 
@@ -34,25 +35,11 @@ def get_logger() -> LoggerLike:
     return logging.getLogger("coalora")
 
 
-def format_seconds(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s`, `2 h 07 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 class Progress:
     """Logs `label: done/total`, the given values, the rate and the time left.
 
-    The first and the last call are always logged, those in between at most once per `interval` seconds.
-
-    Args:
-        label: what is counted, the start of every line.
-        logger: where the lines go; `get_logger()` by default.
-        interval: seconds between two lines.
+    The first and the last call are always logged, those in between at most once per `interval` seconds, to
+    `get_logger()` by default.
     """
 
     def __init__(self, label: str, logger: LoggerLike | None = None, *, interval: float = 5.0) -> None:
@@ -72,10 +59,10 @@ class Progress:
         elif done < total and now - self._last_line < self.interval:
             return
         self._last_line = now
-        parts = [f"{self.label}: {done}/{total}"]
-        parts += [f"{name} {_format(value)}" for name, value in values.items()]
-        parts += self._timing(now, done, total)
-        line = ", ".join(parts)
+        said = (
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+        )
+        line = ", ".join([f"{self.label}: {done}/{total}", *said, *self._timing(now, done, total)])
         self.logger.info("%s", line)
         if not first:
             self._artifact.show(100.0 * done / max(total, 1), line, last=done >= total)
@@ -89,12 +76,8 @@ class Progress:
         rate = steps / elapsed
         shown = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
         if done >= total:
-            return [shown, f"took {format_seconds(elapsed)}"]
-        return [shown, f"{format_seconds((total - done) / rate)} left"]
-
-
-def _format(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            return [shown, f"took {human_seconds(elapsed)}"]
+        return [shown, f"{human_seconds((total - done) / rate)} left"]
 
 
 def artifact_key(*words: str) -> str:
@@ -121,7 +104,7 @@ class ProgressArtifact:
 
     def __init__(self, label: str) -> None:
         self._key = artifact_key(pipeline_name(), label.split(",")[0])
-        self._active = _in_task_run()
+        self._active = "prefect" in sys.modules and _in_task_run()
         self._id: UUID | None = None
         self._under_way: Future[Any] | None = None
 
@@ -131,8 +114,7 @@ class ProgressArtifact:
             return
         if not last and self._under_way is not None and not self._under_way.done():
             return
-        tell: Callable[[], None] = lambda: self._tell(percent, words)  # noqa: E731 (bound to this call's values)
-        self._under_way = _thread.submit(copy_context().run, tell)
+        self._under_way = _thread.submit(copy_context().run, self._tell, percent, words)
 
     def _tell(self, percent: float, words: str) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -147,8 +129,6 @@ class ProgressArtifact:
 
 
 def _in_task_run() -> bool:
-    if "prefect" not in sys.modules:
-        return False
     from prefect.context import TaskRunContext
 
     return TaskRunContext.get() is not None

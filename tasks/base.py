@@ -16,18 +16,12 @@ from pipeline.inputs.loaders import MODEL, REFERENCE
 from pipeline.progress import Progress
 from pipeline.settings.sections import BenchmarkSettings, ModelSettings, RuntimeSettings
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("base", tags=("gpu",))
 def prepare_base(
-    *,
-    model: ModelSettings,
-    content: str | None,
-    corpus: BenchmarkSettings | None,
-    runtime: RuntimeSettings,
-    seed: int,
+    *, model: ModelSettings, content: str | None, corpus: BenchmarkSettings | None, runtime: RuntimeSettings, seed: int
 ) -> Artifact:
     """The base model as an artifact: a reference to an existing one, or a decoder pre-trained here.
 

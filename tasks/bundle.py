@@ -10,17 +10,11 @@ from coalora.files import read_json
 from pipeline.inputs.adapted import ModelInputs, parameters
 from pipeline.inputs.loaders import SELECTED, load_set
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("bundle")
-def make_bundle(
-    *,
-    model: ModelInputs,
-    selection: Artifact,
-    state: Artifact,
-) -> Artifact:
+def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact) -> Artifact:
     """Shared pair, theta, head, compensation, tables and final set, without the base model."""
     measured, data = model.measured, model.data
     # What was measured for the asked budgets answers other budgets as well as a member does.
@@ -31,13 +25,7 @@ def make_bundle(
         with model.adapted("coa", state) as adapted:
             factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
-        measured,
-        merged,
-        parameters(state),
-        recipe,
-        data.task,
-        base_model=model.source.name,
-        compensation=factors,
+        measured, merged, parameters(state), recipe, data.task, base_model=model.source.name, compensation=factors
     )
 
     def write(folder: Path) -> dict[str, Scalar]:

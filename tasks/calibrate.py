@@ -13,8 +13,7 @@ from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmar
 from pipeline.progress import Progress
 from pipeline.settings.sections import ChoiceSettings, RuntimeSettings
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("calibrate", tags=("gpu",))
@@ -34,14 +33,7 @@ def calibrate(
     layers = find_target_layers(model, target_modules)
     space, allowed = choices_of(choices, layers)
     tables, statistics = method.calibrate(
-        model,
-        layers,
-        data.train,
-        space,
-        calibration,
-        base_digest=source.digest,
-        allowed=allowed,
-        progress=Progress,
+        model, layers, data.train, space, calibration, base_digest=source.digest, allowed=allowed, progress=Progress
     )
 
     def write(folder: Path) -> dict[str, Scalar]:

@@ -6,12 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
-from pipeline.inputs.costs import priced_tables
+from pipeline.inputs.choices import priced_tables
 from pipeline.inputs.loaders import STATISTICS, TABLES, load_tables
 from pipeline.settings.sections import CostSettings
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("cost")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from coalora.errors import CoaloraError
-from coalora.files import read_json, write_json
+from coalora.files import read_json
 from pipeline.inputs.loaders import load_set, load_tables
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 from tasks.evaluate_shard import SHARD, distinct_configurations
 
 SCORES = "scores.json"
@@ -25,13 +23,9 @@ def evaluate_method(*, tables: Artifact, selection: Artifact, method: str, shard
     distinct, inverse = distinct_configurations(selection, measured)
     parts = [read_json(current_store().path(shard) / SHARD) for shard in shards]
     content = {"method": method} | merge_shards(parts, inverse, len(load_set(selection, measured)), len(distinct))
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / SCORES, content)
-        seconds = sum(float(shard.meta.get("seconds") or 0) for shard in shards)
-        return {"n_configurations": len(distinct), "shard_seconds": round(seconds, 3)}
-
-    return current_store().put("scores", write)
+    seconds = round(sum(float(shard.meta.get("seconds") or 0) for shard in shards), 3)
+    meta = {"n_configurations": len(distinct), "shard_seconds": seconds}
+    return current_store().put_json("scores", {SCORES: content}, meta)
 
 
 def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_distinct: int) -> dict[str, object]:

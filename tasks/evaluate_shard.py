@@ -7,19 +7,15 @@ A configuration's scores do not depend on what was measured before it: any cut g
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.evaluate.losses import Score, measure_configurations, score
-from coalora.files import write_json
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import load_selected, load_set
 from pipeline.progress import Progress
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 SHARD = "shard.json"
 
@@ -42,14 +38,7 @@ def distinct_configurations(selection: Artifact, measured: CalibrationTables) ->
 
 @stage("evaluate-shard", tags=("gpu",))
 def evaluate_shard(
-    *,
-    model: ModelInputs,
-    selection: Artifact,
-    state: Artifact,
-    method: str,
-    batch_size: int,
-    start: int,
-    stop: int,
+    *, model: ModelInputs, selection: Artifact, state: Artifact, method: str, batch_size: int, start: int, stop: int
 ) -> Artifact:
     """`shard.json`: scores of the distinct configurations `start` to `stop` of a selection.
 
@@ -64,10 +53,5 @@ def evaluate_shard(
         if start == 0:
             adapted.full_precision()
             full = score(adapted, split, batch_size=batch_size)
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        content = {"start": start, "scores": [vars(s) for s in scores], "full_precision": full and vars(full)}
-        write_json(folder / SHARD, content)
-        return {"n_configurations": len(rows)}
-
-    return current_store().put("scores-shard", write)
+    content = {"start": start, "scores": [vars(s) for s in scores], "full_precision": full and vars(full)}
+    return current_store().put_json("scores-shard", {SHARD: content}, {"n_configurations": len(rows)})

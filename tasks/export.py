@@ -7,8 +7,7 @@ from pathlib import Path
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import load_selected, load_tables
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("export")

@@ -7,13 +7,11 @@ from pathlib import Path
 import torch
 
 from coalora.evaluate.harness import run_harness
-from coalora.files import write_json
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.fingerprint import files_digest
 from pipeline.inputs.loaders import load_selected
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 HARNESS = "harness.json"
 
@@ -57,9 +55,4 @@ def evaluate_harness(
             batch_size=batch_size,
             seed=model.seed,
         )
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / HARNESS, found)
-        return {"n_tasks": len(tasks)}
-
-    return current_store().put("harness", write)
+    return current_store().put_json("harness", {HARNESS: found}, {"n_tasks": len(tasks)})

@@ -7,12 +7,8 @@ Both get the examples in the order of the other methods, and as many steps as as
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import measure_configurations
-from coalora.files import write_json
 from coalora.recipes import TrainingRecipe
 from coalora.train.loop import train
 from pipeline.inputs.adapted import ModelInputs
@@ -20,8 +16,7 @@ from pipeline.inputs.loaders import load_selected
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import place, tell
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 REFERENCE_SCORE = "score.json"
 
@@ -57,10 +52,5 @@ def train_reference(
             checkpoints=None if scratch is None else scratch.checkpoints(tell),
         )
         (found,) = measure_configurations(adapted, model.data.validation, configuration, batch_size=batch_size)
-    content: dict[str, Any] = {"method": method, "steps": steps, "loss": found.loss, "metric": found.metric}
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / REFERENCE_SCORE, content)
-        return {"loss": content["loss"], "metric": content["metric"]}
-
-    return current_store().put("reference", write)
+    score = {"loss": found.loss, "metric": found.metric}
+    return current_store().put_json("reference", {REFERENCE_SCORE: {"method": method, "steps": steps, **score}}, score)

@@ -9,11 +9,10 @@ from prefect.cache_policies import NO_CACHE
 
 from coalora.files import read_json
 from pipeline.progress import get_logger
-from pipeline.report.schema import RESULT
+from pipeline.report.schema import RESULT, as_result
 from pipeline.report.table import markdown_table
 from pipeline.settings.sections import Settings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 if TYPE_CHECKING:
     from pipeline.tracking.runs import TrackedRun
@@ -30,11 +29,7 @@ def register_version(
     result: Artifact,
     md5: str | None,
 ) -> dict[str, Any]:
-    """Register the bundle as a model version; `champion` moves only when the hypervolume improves.
-
-    Args:
-        md5: of the final set in DVC; None where it is not versioned.
-    """
+    """Register the bundle as a model version; `champion` moves only when the hypervolume improves."""
     from pipeline.tracking.pipeline_run import on_run, version_tags
     from pipeline.tracking.registry import register
 
@@ -44,10 +39,11 @@ def register_version(
         made = register(
             run,
             current_store().path(bundle),
+            bundle.digest,
             settings.tracking.registered_model or f"coalora-{pipeline}",
             hypervolume=content["hypervolume"]["values"]["coa"],
             tags=version_tags(pipeline, content, benchmark, md5),
-            description=markdown_table(content),
+            description=markdown_table(as_result(content)),
         )
         get_logger().info("registered model %s, version %s: %s", made.name, made.version, made.reason)
         run.finish()

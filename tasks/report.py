@@ -7,21 +7,21 @@ from pathlib import Path
 from coalora.files import read_json, write_json
 from pipeline.report.numbers import write_numbers
 from pipeline.report.page import write_report
-from pipeline.report.schema import RESULT
+from pipeline.report.schema import RESULT, as_result
 from pipeline.report.table import markdown_table
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("report")
 def make_report(*, result: Artifact) -> Artifact:
     """`report.html`, `front.png`, `table.md`, `result.json`, `metrics.json`, `front.csv` and `curves.csv`."""
     content = read_json(current_store().path(result) / RESULT)
+    checked = as_result(content)
 
     def write(folder: Path) -> dict[str, Scalar]:
-        write_report(content, folder)
-        (folder / "table.md").write_text(markdown_table(content) + "\n", encoding="utf-8")
+        write_report(checked, folder)
+        (folder / "table.md").write_text(markdown_table(checked) + "\n", encoding="utf-8")
         write_json(folder / RESULT, content)
         write_numbers(content, folder)
         return {}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from coalora.files import read_json, write_json
+from coalora.files import read_json
 from coalora.models.loading import load_config
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, BaseModel, load_benchmark, load_selected, load_set, load_tables
@@ -12,8 +10,7 @@ from pipeline.report.result import RunMeasures, build_result, time_of
 from pipeline.report.schema import RESULT
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 from tasks.harness import HARNESS
 from tasks.reference import REFERENCE_SCORE
 
@@ -34,16 +31,7 @@ def assemble(
     references: dict[str, list[Artifact]],
     harness: list[Artifact] | None = None,
 ) -> Artifact:
-    """`result.json` of a run.
-
-    Args:
-        searches: the sets that the search rounds made, in order.
-        states: method -> its training states, round by round.
-        scores: method -> its evaluation.
-        exports: one for each asked budget.
-        references: method -> its score for each asked budget.
-        harness: one for each asked budget, where harness tasks are asked for.
-    """
+    """`result.json` of a run."""
     store, measured, source = current_store(), load_tables(tables), BaseModel(base)
     made = [base, benchmark, tables, *searches, selection, *scores.values()]
     made += [a for found in (*references.values(), harness or [], exports) for a in found]
@@ -68,9 +56,5 @@ def assemble(
         seconds=[*map(time_of, made), *((f"train {m}", time_of(a)[1]) for m, of in states.items() for a in of)],
     )
     result = build_result(pipeline, settings, measures)
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / RESULT, result)
-        return {f"hypervolume_{method}": value for method, value in result["hypervolume"]["values"].items()}
-
-    return store.put("result", write)
+    meta = {f"hypervolume_{method}": value for method, value in result["hypervolume"]["values"].items()}
+    return store.put_json("result", {RESULT: result}, meta)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from coalora.data.text import read_text
 from coalora.evaluate.perplexity import score_text
-from coalora.files import write_json
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import TEXT, BaseModel
 from pipeline.progress import Progress
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 TEXT_SCORE = "score.json"
 
@@ -37,10 +33,6 @@ def score_budget(
             batch_size=batch_size,
             progress=Progress(f"{text.meta.get('name')} at {budget:g} bits, windows"),
         )
-    made = {"average_bits": facts["average_bits"], "digest": facts["digest"]}
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / TEXT_SCORE, {"budget": budget, **made, **found.to_dict()})
-        return {"perplexity": found.perplexity}
-
-    return current_store().put("text-score", write)
+    made = {name: facts[name] for name in ("average_bits", "digest")}
+    scores = {"budget": budget, **made, **found.to_dict()}
+    return current_store().put_json("text-score", {TEXT_SCORE: scores}, {"perplexity": found.perplexity})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from coalora.evaluate.losses import LossMeter
-from coalora.files import read_json, write_json
+from coalora.files import read_json
 from coalora.method import search as method
 from coalora.recipes import SearchRecipe
 from pipeline.inputs.adapted import ModelInputs
@@ -13,32 +11,24 @@ from pipeline.inputs.loaders import ROUND, SET, load_set
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 
 @stage("search", tags=("gpu",))
 def search_round(
-    *,
-    model: ModelInputs,
-    configurations: Artifact,
-    state: Artifact,
-    search: SearchRecipe,
-    round_index: int,
+    *, model: ModelInputs, configurations: Artifact, state: Artifact, search: SearchRecipe, round_index: int
 ) -> Artifact:
     """The set of the next round: members measured anew, candidates proposed, measured and merged, segments filtered."""
     measured = model.measured
     before = current_store().path(configurations) / ROUND
     label = f"search, round {round_index}"
+
+    def progress(what: str) -> Progress:
+        return Progress(f"{label}, {what} measured")
+
     with model.adapted("coa", state) as adapted:
         kept, record = method.search_round(
-            LossMeter(
-                adapted,
-                model.data.search,
-                search.batch_size,
-                lambda what: Progress(f"{label}, {what} measured"),
-                memo=Memo,
-            ),
+            LossMeter(adapted, model.data.search, search.batch_size, progress, memo=Memo),
             load_set(configurations, measured),
             measured,
             search,
@@ -47,11 +37,5 @@ def search_round(
             ref_point=read_json(before)["ref_point"] if before.is_file() else None,
             progress=Progress(f"{label}, proposals"),
         )
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / SET, kept.to_dict(measured))
-        write_json(folder / ROUND, record)
-        names = ("round", "n_members", "n_accepted", "hypervolume_before", "hypervolume_after")
-        return {name: record[name] for name in names}
-
-    return current_store().put("configuration-set", write)
+    meta = {n: record[n] for n in ("round", "n_members", "n_accepted", "hypervolume_before", "hypervolume_after")}
+    return current_store().put_json("configuration-set", {SET: kept.to_dict(measured), ROUND: record}, meta)

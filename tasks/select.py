@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from coalora.evaluate.losses import LossMeter
-from coalora.files import write_json
 from coalora.method import selection as method
 from pipeline.inputs.adapted import ModelInputs
 from pipeline.inputs.loaders import SELECTED, SET, load_set
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Memo
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, current_store
 
 
 @stage("select", tags=("gpu",))
 def select_budgets(
-    *,
-    model: ModelInputs,
-    configurations: Artifact,
-    state: Artifact,
-    batch_size: int,
-    budgets: list[float],
+    *, model: ModelInputs, configurations: Artifact, state: Artifact, batch_size: int, budgets: list[float]
 ) -> Artifact:
     """`configurations.json`: the members with their losses. `selected.json`: a configuration for each budget."""
     measured = model.measured
     with model.adapted("coa", state) as adapted:
         meter = LossMeter(adapted, model.data.search, batch_size, Progress, memo=Memo)
         members, selected = method.select_budgets(meter, load_set(configurations, measured), measured, budgets)
-
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / SET, members.to_dict(measured))
-        write_json(folder / SELECTED, selected.to_dict(measured) | {"budgets": budgets})
-        return {"n_members": len(members), "n_distinct": len(members.merge(selected).distinct())}
-
-    return current_store().put("selection", write)
+    files = {SET: members.to_dict(measured), SELECTED: selected.to_dict(measured) | {"budgets": budgets}}
+    meta = {"n_members": len(members), "n_distinct": len(members.merge(selected).distinct())}
+    return current_store().put_json("selection", files, meta)

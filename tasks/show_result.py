@@ -15,19 +15,12 @@ from prefect.context import FlowRunContext
 from pipeline.progress import artifact_key
 from pipeline.report.markdown import result_markdown
 from pipeline.settings.sections import Settings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 
 @task(name="show-result", cache_policy=NO_CACHE)
 def show_result(
-    *,
-    pipeline: str,
-    settings: Settings,
-    report: Artifact,
-    folder: str,
-    mlflow_run_id: str,
-    registered: dict[str, Any],
+    *, pipeline: str, settings: Settings, report: Artifact, folder: str, mlflow_run_id: str, registered: dict[str, Any]
 ) -> str | None:
     """Publish the closing table with links to the report and to MLflow; returns the Markdown."""
     if FlowRunContext.get() is None:

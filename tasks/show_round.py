@@ -17,8 +17,7 @@ from pipeline.progress import artifact_key
 from pipeline.report.markdown import front_rows, round_markdown
 from pipeline.report.schema import Round
 from pipeline.settings.sections import Settings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 
 @task(name="show-round", cache_policy=NO_CACHE)

@@ -7,10 +7,9 @@ from pathlib import Path
 from coalora.files import write_json, write_tensors
 from coalora.recipes import TrainingRecipe
 from pipeline.inputs.adapted import HISTORY, STATE, ModelInputs
-from pipeline.inputs.steps import RoundSteps
+from pipeline.inputs.steps import take_steps
 from pipeline.stages.runner import stage
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("train", tags=("gpu",))
@@ -31,8 +30,7 @@ def train_round(
         method: as in `AdaptedModel`; `paper` draws configurations uniformly, as the paper does.
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
     """
-    steps = RoundSteps(model, configurations, previous, method, training, rounds, round_index)
-    tensors, step, records = steps.take()
+    tensors, step, records = take_steps(model, configurations, previous, method, training, rounds, round_index)
 
     def write(folder: Path) -> dict[str, Scalar]:
         write_tensors(folder / STATE, tensors, {"step": step, "method": method})

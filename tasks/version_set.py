@@ -13,8 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from coalora.files import read_json
 from pipeline.inputs.loaders import SET
 from pipeline.progress import get_logger
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 
 @task(name="version-set", cache_policy=NO_CACHE)

@@ -10,8 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from coalora.files import write_json
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 
 @task(name="write-run-folder", cache_policy=NO_CACHE)
@@ -20,10 +19,8 @@ def write_run_folder(
 ) -> str:
     """Copy report, bundle and exports under the run's folder, and point `latest` at it."""
     store, target = current_store(), Path(folder)
-    store.materialize(report, target / "report")
-    store.materialize(bundle, target / "bundle")
-    for name, export in exports.items():
-        store.materialize(export, target / name)
+    for name, made in {"report": report, "bundle": bundle, **exports}.items():
+        store.materialize(made, target / name)
     write_json(target / "run.json", record)
     part = target.parent / f".latest.{os.getpid()}"
     part.symlink_to(target.name)

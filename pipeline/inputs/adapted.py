@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ from coalora.recipes import AdapterRecipe
 from coalora.train.loop import ASIDE, TrainingState
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics, load_tables
 from pipeline.settings.sections import RuntimeSettings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 
 STATE = "state.safetensors"
 HISTORY = "history.json"
+M = TypeVar("M")  # an adapted model, or a base in full precision
 
 
 def load_state(artifact: Artifact) -> TrainingState:
@@ -167,7 +167,7 @@ class Held:
     """A loaded model, and the digest of the state whose parameters it has; None where nobody knows."""
 
     key: str
-    model: AdaptedModel
+    model: Any
     state: str | None = None
 
 
@@ -178,11 +178,8 @@ _held: dict[threading.Thread, Held] = {}
 
 @contextmanager
 def hold(
-    key: str,
-    build: Callable[[], AdaptedModel],
-    state: str | None = None,
-    put: Callable[[AdaptedModel], None] = lambda model: None,
-) -> Iterator[AdaptedModel]:
+    key: str, build: Callable[[], M], state: str | None = None, put: Callable[[M], None] = lambda model: None
+) -> Iterator[M]:
     """The model `key` of this thread with the parameters of `state`; what raises while it is used drops it.
 
     Args:

@@ -1,30 +1,38 @@
-"""The choice space that settings ask for, over a model's target layers."""
+"""The choice space that settings ask for over a model's target layers, and what budgets count of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coalora.calibrate.costs import read_latency
+from coalora.calibrate.tables import CalibrationTables
 from coalora.models.choices import Part, Rule, layer_choices
 from coalora.models.targets import TargetLayer
 from coalora.quant.space import ChoiceSpace
-from pipeline.settings.sections import ChoiceSettings
+from pipeline.settings.sections import ChoiceSettings, CostSettings, RuleSettings
 
 
 def choices_of(choices: ChoiceSettings, layers: Sequence[TargetLayer]) -> tuple[ChoiceSpace, NDArray[np.bool_]]:
-    """K choices, and which of them each of the N layers may take, bool (N, K).
+    """K choices, and which of them each of the N layers may take, bool (N, K)."""
 
-    Raises:
-        CoaloraError: what `layer_choices` refuses.
-    """
-    rules = []
-    for rule in choices.rules:
-        if rule.scheme is None:
-            rules.append(Rule(rule.layers, (), rule.allow, rule.min_bits, rule.max_bits))
-        else:
-            parts = (Part(rule.scheme, rule.allow), *(Part(also.scheme, also.allow) for also in rule.also))
-            rules.append(Rule(rule.layers, parts, {}, rule.min_bits, rule.max_bits))
-    parts = (Part(choices.scheme, choices.allow), *(Part(also.scheme, also.allow) for also in choices.also))
-    return layer_choices(layers, parts, rules)
+    def parts(of: ChoiceSettings | RuleSettings) -> tuple[Part, ...]:
+        own = () if of.scheme is None else (Part(of.scheme, of.allow),)
+        return (*own, *(Part(also.scheme, also.allow) for also in of.also))
+
+    rules = [
+        Rule(rule.layers, parts(rule), {} if rule.scheme else rule.allow, rule.min_bits, rule.max_bits)
+        for rule in choices.rules
+    ]
+    return layer_choices(layers, parts(choices), rules)
+
+
+def priced_tables(tables: CalibrationTables, cost: CostSettings) -> CalibrationTables:
+    """The tables with the cost that settings ask for."""
+    table = None if cost.table is None else Path(cost.table)
+    latency = None if table is None else read_latency(table, tables.layers, tables.space, tables.allowed)
+    return replace(tables, cost_kind=cost.kind, latency=latency)

@@ -34,26 +34,23 @@ def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
     return parts | given
 
 
-def examples(settings: BenchmarkSettings) -> dict[str, Examples | None]:
-    """Labelled examples of `train`, `validation`, and of `search` where it has a file of its own."""
+def examples(settings: BenchmarkSettings) -> tuple[Examples, Examples, Examples | None]:
+    """Labelled examples of train, validation, and search where it has a file of its own."""
     columns, label, regression = settings.text_columns, settings.label_column, settings.num_labels == 1
     if settings.hub is not None:
         hub = settings.hub
-        return {
-            "train": _hub_examples(hub, hub.train_split, columns, label, regression=regression),
-            "validation": _hub_examples(hub, hub.validation_split, columns, label, regression=regression),
-            "search": None,
-        }
-    files = settings.files
-    if files is None or files.validation is None:  # settings have been validated: cannot happen
-        raise CoaloraError(
-            f"Benchmark {settings.name!r} has neither files nor hub", remedy="Set benchmark.files or benchmark.hub"
+        train, validation = (
+            _hub_examples(hub, split, columns, label, regression=regression)
+            for split in (hub.train_split, hub.validation_split)
         )
-    return {
-        "train": read_table(files.train, columns, label, regression=regression),
-        "validation": read_table(files.validation, columns, label, regression=regression),
-        "search": None if files.search is None else read_table(files.search, columns, label, regression=regression),
-    }
+        return train, validation, None
+
+    def read(file: str | None) -> Examples:
+        return read_table(str(file), columns, label, regression=regression)
+
+    files = settings.files
+    assert files is not None  # checked with the settings, as is its validation file
+    return read(files.train), read(files.validation), None if files.search is None else read(files.search)
 
 
 def _hub_documents(settings: BenchmarkSettings, hub: HubSettings) -> dict[str, list[str]]:

@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from coalora.data.benchmark import Benchmark
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.export.formats import ExportSource, write_export
+from coalora.files import digest
 from coalora.models.loading import load_config
+from pipeline.inputs.adapted import hold
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
+
+READERS = {"peft", "packed"}  # formats that leave the model as it is
 
 
 @dataclass(frozen=True)
@@ -46,24 +51,26 @@ class ExportInputs:
         return Bundle.load(current_store().path(self.bundle))
 
     def write(self, folder: Path, configuration: np.ndarray, formats: Sequence[str] | None = None) -> dict[str, Scalar]:
-        """Write one configuration (N,) into `folder`; returns its bits, cost, digest and bytes.
-
-        Args:
-            formats: by default those of the settings.
-        """
+        """Write one configuration (N,) into `folder`; returns its bits, cost, digest and bytes."""
         base, data, tables = BaseModel(self.base), load_benchmark(self.benchmark), self.loaded.tables
         adapted = self.loaded.adapt_to(configuration)
+        formats = self.settings.formats if formats is None else formats
+
+        def load_model() -> PreTrainedModel:
+            # One for all exports in a row, unless a format of another package may change it.
+            return self._kept(base, data) if {*formats} <= READERS else base.load(data, self.runtime, seed=self.seed)
+
         source = ExportSource(
             adapted,
             tables,
             data.task,
-            load_model=lambda: base.load(data, self.runtime, seed=self.seed),
+            load_model=load_model,
             load_tokenizer=base.tokenizer,
             load_statistics=lambda: load_input_statistics(self.tables, tables),
             adapter_dtype=getattr(torch, self.settings.adapter_dtype),
             rest_dtype=getattr(load_config(base.path), "dtype", None),
         )
-        write_export(folder, self.settings.formats if formats is None else formats, source)
+        write_export(folder, formats, source)
         return {
             "average_bits": adapted.average_bits,
             "cost": float(tables.costs(configuration)),
@@ -71,6 +78,11 @@ class ExportInputs:
             "adapter_bytes": _size(folder / "adapter"),
             "base_bytes": _size(folder / "base"),
         }
+
+    def _kept(self, base: BaseModel, data: Benchmark) -> PreTrainedModel:
+        key = digest([self.base.digest, self.benchmark.digest, self.runtime.to_dict(), self.seed])
+        with hold(key, lambda: base.load(data, self.runtime, seed=self.seed)) as model:
+            return model
 
     @contextmanager
     def device_model(self, budget: float) -> Iterator[tuple[PeftModel, dict[str, Scalar]]]:

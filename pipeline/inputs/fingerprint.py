@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from coalora.files import digest, file_sha256
+from coalora.files import digest, file_sha256, json_bytes, replace_file
 from coalora.models import files
 from pipeline.environment import coalora_home
 
@@ -34,9 +33,7 @@ def files_digest(paths: Sequence[Path]) -> str:
             memory[key] = sha256
     if len(memory) > known:
         memory_file.parent.mkdir(parents=True, exist_ok=True)
-        part = memory_file.with_name(f".{memory_file.name}.{os.getpid()}")
-        part.write_text(json.dumps(memory, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(part, memory_file)
+        replace_file(memory_file, json_bytes(memory))
     return digest(found)
 
 

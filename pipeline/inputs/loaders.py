@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coalora.calibrate.statistics import load_statistics
 from coalora.calibrate.tables import CalibrationTables
-from coalora.configurations import ConfigurationSet
+from coalora.configurations import SET_FORMAT, ConfigurationSet
 from coalora.data.benchmark import Benchmark
 from coalora.data.text import read_text
 from coalora.errors import CoaloraError
-from coalora.files import read_json, write_json
+from coalora.files import read_json
 from coalora.models.loading import load_model, load_tokenizer
 from coalora.quant.scheme import InputStatistics
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.settings.sections import RuntimeSettings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact, Scalar
+from pipeline.store.store import Artifact, Scalar, current_store
 
 REFERENCE = "reference.json"
 MODEL = "model"
@@ -49,11 +49,7 @@ class BaseModel:
 
     @property
     def path(self) -> Path:
-        """Folder of config, weights and tokenizer.
-
-        Raises:
-            CoaloraError: the model that a reference names is gone or has changed since.
-        """
+        """Folder of config, weights and tokenizer."""
         reference = self._reference
         if reference is None:
             return current_store().path(self.artifact) / MODEL
@@ -113,11 +109,29 @@ def load_input_statistics(artifact: Artifact, measured: CalibrationTables) -> li
 
 
 def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[str, Scalar]) -> Artifact:
-    def write(folder: Path) -> dict[str, Scalar]:
-        write_json(folder / SET, members.to_dict(measured))
-        return {"n_members": len(members), **meta}
+    """A configuration set in the store."""
+    meta = {"n_members": len(members), **meta}
+    return current_store().put_json("configuration-set", {SET: members.to_dict(measured)}, meta)
 
-    return current_store().put("configuration-set", write)
+
+def read_set_file(file: str | Path) -> dict[str, Any]:
+    """The content of a configuration set's file: the start of a run with the set of an earlier one."""
+    path = Path(file)
+    if not path.is_file():
+        raise CoaloraError(
+            f"initial_set.file {path} does not exist",
+            remedy="Bring a set back with `coalora restore ... --out FILE`, or correct the path",
+        )
+    try:
+        content = read_json(path)
+        form = content.get("format") if isinstance(content, dict) else type(content).__name__
+        problem = f"{path} is of the form {form}, and no configuration set"
+    except ValueError as error:
+        form, problem = None, f"{path} is no JSON ({error})"
+    if form != SET_FORMAT:
+        remedy = "Take a file round-*.json of configurations/, or bring one back with `coalora restore`"
+        raise CoaloraError(problem, remedy=remedy)
+    return content
 
 
 def load_set(artifact: Artifact, measured: CalibrationTables) -> ConfigurationSet:
@@ -130,11 +144,7 @@ def load_selected(artifact: Artifact, measured: CalibrationTables) -> np.ndarray
 
 
 def put_text(path: Path) -> Artifact:
-    """A text file in the store, so that what is computed from it goes by its content.
-
-    Raises:
-        CoaloraError: no such file, or not UTF-8.
-    """
+    """A text file in the store, so that what is computed from it goes by its content."""
     text = read_text(path)
 
     def write(folder: Path) -> dict[str, Scalar]:

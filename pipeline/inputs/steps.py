@@ -1,12 +1,12 @@
 """Training steps of a round on what is behind artifacts, in this process or in `runtime.processes` of their own.
 
-Each of several processes loads its own model; the first tells the caller of progress and checkpoints.
+Each of several processes loads its own model, and not Prefect; the first tells the caller of progress and checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,59 +18,51 @@ from pipeline.inputs.adapted import ModelInputs, load_state, release_models
 from pipeline.inputs.loaders import load_set
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Place, place, tell
-from pipeline.store.store import Artifact
+from pipeline.store.artifacts import Artifact
 
 
-@dataclass(frozen=True)
-class RoundSteps:
-    """Steps of one method on one configuration set; goes to other processes as it is.
+def take_steps(
+    model: ModelInputs,
+    configurations: Artifact,
+    previous: Artifact | None,
+    method: str,
+    training: TrainingRecipe,
+    rounds: int,
+    round_index: int,
+) -> tuple[dict[str, Tensor], int, list[dict[str, float]]]:
+    """Tensors of the state after the steps, its step, and a record of each step; arguments as of stage `train`."""
+    progress = Progress(f"training {method}, round {round_index}")
+    round_of = (model, configurations, previous, method, training, rounds, round_index)
 
-    Attributes:
-        previous: state of the round before; None starts afresh.
-        rounds: search rounds of the whole run.
-    """
-
-    model: ModelInputs
-    configurations: Artifact
-    previous: Artifact | None
-    method: str
-    training: TrainingRecipe
-    rounds: int
-    round_index: int
-
-    def take(self) -> tuple[dict[str, Tensor], int, list[dict[str, float]]]:
-        """Tensors of the state after the steps, its step, and a record of each step of the round."""
-        progress = Progress(f"training {self.method}, round {self.round_index}")
-
-        def listen(kind: str, content: Any) -> None:
-            if kind == "progress":
-                progress(content[0], content[1], **content[2])
-            else:
-                tell(content)
-
-        processes = self.model.runtime.processes
-        if processes > 1:
-            release_models()  # each process loads its own
-            found = dict(spawn(_take, processes, self, place(), on_message=listen))
+    def listen(kind: str, content: Any) -> None:
+        if kind == "progress":
+            progress(content[0], content[1], **content[2])
         else:
-            found = _take(self, place(), progress)
-        step, records = found.pop("step"), found.pop("records")
-        return found, step, records
+            tell(content)
+
+    if model.runtime.processes > 1:
+        release_models()  # each process loads its own
+        found = dict(spawn(_take, model.runtime.processes, round_of, place(), on_message=listen))
+    else:
+        found = _take(round_of, place(), progress)
+    step, records = found.pop("step"), found.pop("records")
+    return found, step, records
 
 
-def _take(steps: RoundSteps, scratch: Place | None, progress: Progress | None = None) -> dict[str, Any]:
+def _take(round_of: tuple[Any, ...], scratch: Place | None, progress: Progress | None = None) -> dict[str, Any]:
     """The steps in this process, alone or as one of several: tensors of the state by name, `step` and `records`."""
-    model, runtime, previous = steps.model, steps.model.runtime, steps.previous
-    with model.trainable(steps.method, fresh=previous is None) as adapted:
+    model, configurations, previous, method, training, rounds, round_index = round_of
+    runtime = model.runtime
+    with model.trainable(method, fresh=previous is None) as adapted:
         among = Parallel.from_environment(runtime.process_configurations) if runtime.processes > 1 else Parallel()
         state, records = train_round(
             adapted,
             model.data.train,
-            load_set(steps.configurations, model.measured),
+            load_set(configurations, model.measured),
             model.measured,
-            steps.training,
-            round_index=steps.round_index,
-            rounds=steps.rounds,
+            training,
+            round_index=round_index,
+            rounds=rounds,
             seed=model.seed,
             state=None if previous is None else load_state(previous),
             parallel=among,
@@ -86,4 +78,4 @@ def _post_progress(done: int, total: int, **values: float) -> None:
 
 def _post_words(rank: int) -> Callable[[str], None]:
     """All processes read the checkpoint, one speaks of it."""
-    return lambda words: post("words", words) if rank == 0 else None
+    return partial(post, "words") if rank == 0 else lambda words: None

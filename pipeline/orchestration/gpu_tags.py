@@ -10,10 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from pipeline.progress import LoggerLike, format_seconds, get_logger
+from pipeline.progress import LoggerLike, get_logger
+from pipeline.words import human_seconds
 
 GPU = "gpu"
 _FIRST_LOOK = 10.0  # seconds after which a task that has not begun is looked after
@@ -33,23 +34,14 @@ def tags_of_call(tags: Iterable[str], call: Mapping[str, Any], *, reused: bool, 
     found = set(tags)
     if GPU not in found:
         return found
-    if reused:
-        return found - {GPU} | {"reused"}
-    if elsewhere:
-        return found - {GPU} | {"cluster"}
-    if getattr(call.get("runtime"), "device", None) == "cpu":
-        return found - {GPU} | {"cpu"}
-    return found | {machine_tag()}
+    on_cpu = getattr(call.get("runtime"), "device", None) == "cpu"
+    instead = "reused" if reused else "cluster" if elsewhere else "cpu" if on_cpu else None
+    return found - {GPU} | {instead} if instead else found | {machine_tag()}
 
 
 @contextmanager
 def waiting_logged(what: str, tags: Iterable[str], begun: Callable[[], bool]) -> Iterator[None]:
-    """Log when the task of the block waits for a free slot of its GPU tags, and when it got one.
-
-    Args:
-        what: the task, in words.
-        begun: whether the task has begun.
-    """
+    """Log when the task of the block waits for a free slot of its GPU tags, and when it got one."""
     limited = sorted(tag for tag in tags if tag.startswith(GPU))
     if not limited:
         yield
@@ -64,13 +56,13 @@ def waiting_logged(what: str, tags: Iterable[str], begun: Callable[[], bool]) ->
             waited = time.monotonic() - started
             if begun():
                 if told:
-                    logger.info("%s: got a slot after %s", what, format_seconds(waited))
+                    logger.info("%s: got a slot after %s", what, human_seconds(waited))
                 return
             if waited >= next_word:
-                told = _say_if_full(what, limited, logger, f" for {format_seconds(waited)}") or told
+                told = _say_if_full(what, limited, logger, f" for {human_seconds(waited)}") or told
                 next_word = waited + _REPEAT
         if told and begun():  # it began and ended between two looks
-            logger.info("%s: got a slot after %s", what, format_seconds(time.monotonic() - started))
+            logger.info("%s: got a slot after %s", what, human_seconds(time.monotonic() - started))
 
     watcher = threading.Thread(target=watch, name="coalora-slots", daemon=True)
     watcher.start()
@@ -83,37 +75,27 @@ def waiting_logged(what: str, tags: Iterable[str], begun: Callable[[], bool]) ->
 
 def _say_if_full(what: str, tags: list[str], logger: LoggerLike, how_long: str = "") -> bool:
     """Name the limits that have no free slot, and who holds them. What the server does not tell is left out."""
+    from prefect.client.orchestration import get_client
+
     found = False
     for tag in tags:
-        limit = _limit(tag)
-        if limit is None or len(limit.active_slots) < limit.concurrency_limit:
-            continue
-        found = True
-        holders = ", ".join(_holder(run_id) for run_id in limit.active_slots)
-        logger.info(
-            "%s: waits%s for a free GPU: the limit of tag %r is %d at a time, taken by %s",
-            what, how_long, tag, limit.concurrency_limit, holders,
-        )  # fmt: skip
+        # No such limit, or no word from the server: the task itself will tell.
+        with suppress(Exception), get_client(sync_client=True) as client:
+            limit = client.read_concurrency_limit_by_tag(tag)
+            if len(limit.active_slots) < limit.concurrency_limit:
+                continue
+            found = True
+            holders = ", ".join(_holder(client, run_id) for run_id in limit.active_slots)
+            logger.info(
+                "%s: waits%s for a free GPU: the limit of tag %r is %d at a time, taken by %s",
+                what, how_long, tag, limit.concurrency_limit, holders,
+            )  # fmt: skip
     return found
 
 
-def _limit(tag: str) -> Any:
-    from prefect.client.orchestration import get_client
-
-    try:
-        with get_client(sync_client=True) as client:
-            return client.read_concurrency_limit_by_tag(tag)
-    except Exception:  # no such limit, or no word from the server: the task itself will tell
-        return None
-
-
-def _holder(task_run_id: Any) -> str:
-    from prefect.client.orchestration import get_client
-
-    try:
-        with get_client(sync_client=True) as client:
-            task_run = client.read_task_run(task_run_id)
-            flow_run = client.read_flow_run(task_run.flow_run_id) if task_run.flow_run_id else None
+def _holder(client: Any, task_run_id: Any) -> str:
+    with suppress(Exception):
+        task_run = client.read_task_run(task_run_id)
+        flow_run = client.read_flow_run(task_run.flow_run_id) if task_run.flow_run_id else None
         return f"{task_run.name!r}" + (f" of run {flow_run.name!r}" if flow_run else "")
-    except Exception:
-        return f"task run {task_run_id}"
+    return f"task run {task_run_id}"

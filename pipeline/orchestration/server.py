@@ -13,11 +13,6 @@ from pipeline.settings.definitions import DEFAULT_FILE, read_pipelines
 FILE_VARIABLE = "COALORA_PIPELINES"
 
 
-def pipelines_file() -> str:
-    """The file that deployments are made from."""
-    return os.environ.get(FILE_VARIABLE) or DEFAULT_FILE
-
-
 def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, Any] | None = None) -> None:
     """Refuse a run of a deployment whose pipeline was renamed or removed: it carries the settings of back then.
 
@@ -25,13 +20,10 @@ def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, 
         deployment: that started this run; None where none did.
         name: the run's parameter; a person may give a run of a deployment another name.
         pipelines: the definitions; by default those of `pipelines_file()`.
-
-    Raises:
-        CoaloraError: neither name is defined.
     """
     if deployment is None:
         return
-    file = pipelines_file()
+    file = os.environ.get(FILE_VARIABLE) or DEFAULT_FILE
     known = read_pipelines(file) if pipelines is None else pipelines
     if deployment in known or name in known:
         return
@@ -45,11 +37,7 @@ def check_deployment(deployment: str | None, name: str, pipelines: Mapping[str, 
 
 
 def require_server_named() -> None:
-    """For commands that change what is on a server.
-
-    Raises:
-        CoaloraError: PREFECT_API_URL is not set.
-    """
+    """For commands that change what is on a server."""
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
@@ -60,11 +48,7 @@ def require_server_named() -> None:
 
 
 def check_server() -> None:
-    """Refuse to start where PREFECT_API_URL names a server that does not answer: Prefect itself ends in a traceback.
-
-    Raises:
-        CoaloraError: it does not answer.
-    """
+    """Refuse to start where PREFECT_API_URL names a server that does not answer: Prefect itself ends in a traceback."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
 
@@ -76,5 +60,6 @@ def check_server() -> None:
     if problem is not None:
         raise CoaloraError(
             f"No Prefect server answers at {url} ({type(problem).__name__})",
-            remedy="Start it (prefect server start), or correct PREFECT_API_URL, or unset it to run without a server",
+            remedy="Start it (`make up`, or prefect server start), or correct PREFECT_API_URL (it ends in /api), or "
+            "unset it to run without a server",
         )

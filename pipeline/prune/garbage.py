@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.inputs.loaders import SET
-from pipeline.prune.roots import Journal, Roots, Used, set_md5
+from pipeline.prune.roots import Journal, Roots, Used, artifact_digests, set_md5
 from pipeline.s3.client import S3Object
 from pipeline.stages.checkpoints import checkpoints_folder
 from pipeline.store.artifacts import Manifest, artifact_folder, files_below
@@ -39,38 +39,24 @@ _NO_ARTIFACT, _UNREADABLE = "of an artifact that goes or is gone", "unreadable"
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that may go.
+    """Something that may go."""
 
-    Attributes:
-        kind: what it is, for the table.
-        place: path on this machine, or name below the bucket's prefix.
-        nbytes: what it takes.
-        age: seconds since it was made or used.
-        why: why it may go.
-        etag: in a bucket; another one is another object.
-    """
-
-    kind: str
-    place: Path | str
+    kind: str  # for the table
+    place: Path | str  # on this machine, or below the bucket's prefix
     nbytes: int
-    age: float
+    age: float  # seconds since it was made or used
     why: str
-    etag: str = ""
+    etag: str = ""  # in a bucket; another one is another object
 
 
 def find_garbage(store: Store, roots: Roots, results: Path, *, older_than: float) -> list[Garbage]:
-    """All that may go from this machine, records before the artifacts that they name.
-
-    Args:
-        results: folder of Prefect's result records.
-        older_than: seconds; what is younger stays.
-    """
+    """All that may go from this machine, records before the artifacts that they name."""
     used, dead = roots.used(store.root, older_than)
     folders = [folder for folder in sorted(store.folder.glob("??/*")) if _DIGEST.fullmatch(folder.name)]
     records = [file for file in sorted(results.glob("*")) if _RECORD.fullmatch(file.name)]
     unused = _unused(
         {folder.name: _item("artifact", folder) for folder in folders},
-        lambda digest: _bytes(store.folder / artifact_folder(digest) / SET),
+        lambda digest: file.read_bytes() if (file := store.folder / artifact_folder(digest) / SET).is_file() else None,
         {file.name: _item("record", file) for file in records},
         lambda key: _recorded_digest(results / key),
         used, roots, older_than,
@@ -233,19 +219,9 @@ def _recorded_digest(file: Path) -> str | None:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         result = json.loads(content["result"]) if isinstance(content["result"], str) else content["result"]
-        return next(_found(result))
+        return next(artifact_digests(result))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
-
-
-def _found(value: Any) -> Iterator[str]:
-    """The artifact's digest in Prefect's form of a pydantic model."""
-    if isinstance(value, dict):
-        digest = value.get("digest")
-        if isinstance(digest, str) and _DIGEST.fullmatch(digest):
-            yield digest
-        for inner in value.values():
-            yield from _found(inner)
 
 
 def _stem(name: str) -> str:
@@ -267,12 +243,6 @@ def _set_of(shared: SharedStore, manifest: Manifest) -> bytes | None:
     for entry in manifest.files:
         if entry.path == SET and (found := shared.location.get(object_name(entry.sha256))) is not None:
             return found.content
-    return None
-
-
-def _bytes(file: Path) -> bytes | None:
-    with suppress(OSError):
-        return file.read_bytes()
     return None
 
 

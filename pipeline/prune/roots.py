@@ -27,7 +27,7 @@ from coalora.errors import CoaloraError
 from coalora.files import json_bytes, read_json
 from pipeline.environment import coalora_home
 from pipeline.faults import disk_faults
-from pipeline.scrub import scrub_text
+from pipeline.scrub import one_line, scrub_text
 from pipeline.store.artifacts import MARKER, Artifact
 from pipeline.store.locks import is_held
 
@@ -41,8 +41,8 @@ class Journal:
     path: Path
 
     @classmethod
-    def of(cls, pipeline: str, identity: str, home: Path | None = None) -> Journal:
-        return cls((home or coalora_home()) / "journals" / f"{pipeline}-{identity}.jsonl")
+    def of(cls, pipeline: str, identity: str) -> Journal:
+        return cls(coalora_home() / "journals" / f"{pipeline}-{identity}.jsonl")
 
     @property
     def identity(self) -> str:
@@ -107,19 +107,12 @@ class Used:
 
 @dataclass
 class Roots:
-    """References to runs and artifacts.
+    """References to runs and artifacts."""
 
-    Attributes:
-        identities: of runs that still exist; whole, or their first digits.
-        digests: of artifacts that are named directly.
-        set_md5s: of configuration sets under DVC.
-        seen: how many of each kind were found, for people.
-    """
-
-    identities: set[str] = field(default_factory=set)
-    digests: set[str] = field(default_factory=set)
-    set_md5s: set[str] = field(default_factory=set)
-    seen: dict[str, int] = field(default_factory=dict)
+    identities: set[str] = field(default_factory=set)  # of runs that still exist; whole, or their first digits
+    digests: set[str] = field(default_factory=set)  # of artifacts that are named directly
+    set_md5s: set[str] = field(default_factory=set)  # of configuration sets under DVC
+    seen: dict[str, int] = field(default_factory=dict)  # how many of each kind were found, for people
 
     def count(self, what: str) -> None:
         self.seen[what] = self.seen.get(what, 0) + 1
@@ -142,10 +135,9 @@ class Roots:
 
 
 def roots_of(checkout: Path, tracking_uris: set[str]) -> Roots:
-    """References of a checkout and of MLflow.
+    """References of a checkout (`runs/`, `outputs/`, `configurations/`) and of MLflow.
 
     Args:
-        checkout: its `runs/`, `outputs/` and `configurations/` are read.
         tracking_uris: MLflow servers or databases, besides those that runs name.
 
     Raises:
@@ -175,43 +167,41 @@ def set_md5(payload: Any) -> str:
 
 
 def _run_folder(file: Path, found: Roots, uris: set[str]) -> None:
-    try:
+    with _readable(file, "Mend or delete this run folder"):
         record: Any = read_json(file)
-        found.digests.update(_digests(record))
+        found.digests.update(artifact_digests(record))
         if identity := record.get("identity"):
             found.identities.add(str(identity))
-        uri = record.get("settings", {}).get("tracking", {}).get("tracking_uri")
-        if uri:
+        if uri := record.get("settings", {}).get("tracking", {}).get("tracking_uri"):
             uris.add(str(uri))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CoaloraError(
-            f"{file} cannot be read, so that nothing may be removed ({error})", remedy="Mend or delete this run folder"
-        ) from error
     found.count("run folders")
 
 
-def _digests(record: Any) -> Iterator[str]:
+def artifact_digests(record: Any) -> Iterator[str]:
     """Digests of all artifacts written anywhere in a JSON value."""
     if isinstance(record, dict):
         if {"kind", "digest", "nbytes"} <= set(record):
             yield str(record["digest"])
-        for value in record.values():
-            yield from _digests(value)
-    elif isinstance(record, list):
-        for value in record:
-            yield from _digests(value)
+        record = list(record.values())
+    for value in record if isinstance(record, list) else ():
+        yield from artifact_digests(value)
 
 
 def _dvc_file(file: Path, found: Roots) -> None:
-    try:
-        for out in yaml.safe_load(file.read_text(encoding="utf-8"))["outs"]:
-            found.set_md5s.add(str(out["md5"]))
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise CoaloraError(
-            f"{file} cannot be read, so that nothing may be removed ({type(error).__name__})",
-            remedy="Restore it with git, or delete it",
-        ) from error
+    with _readable(file, "Restore it with git, or delete it"):
+        found.set_md5s.update(str(out["md5"]) for out in yaml.safe_load(file.read_text(encoding="utf-8"))["outs"])
     found.count("sets under DVC")
+
+
+@contextmanager
+def _readable(file: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
+        raise CoaloraError(
+            f"{file} cannot be read, so that nothing may be removed ({reason})", remedy=remedy
+        ) from error
 
 
 def _mlflow(uri: str, found: Roots) -> None:

@@ -6,15 +6,14 @@ neighbouring steps, over the band between the 10th and the 90th percentile of ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.report.schema import Result, Step, as_result
+from pipeline.report.schema import Result, Step
 from pipeline.report.style import (
     FIGURE_WIDTH,
     MUTED,
@@ -32,13 +31,8 @@ from pipeline.report.style import (
 MAX_GROUPS = 120
 
 
-def curves_figure(result: Result | Mapping[str, Any]) -> Figure:
-    """Training loss (upper panel) and learning rate (lower panel) against the step.
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
-    """
-    result = as_result(result)
+def curves_figure(result: Result) -> Figure:
+    """Training loss (upper panel) and learning rate (lower panel) against the step."""
     names = [name for name in result.arm_names if result.curves.get(name)]
     if not names:
         return empty_figure("This run has no training curves.")

@@ -7,12 +7,11 @@ full precision as a rule. Right: the loss fronts, whose dominated area is the hy
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.schema import Budget, Member, Point, Result, as_result
+from pipeline.report.schema import Budget, Member, Point, Result
 from pipeline.report.style import (
     FIGURE_WIDTH,
     INK,
@@ -28,23 +27,15 @@ from pipeline.report.style import (
     style,
     tip,
 )
-from pipeline.report.table import number
+from pipeline.words import number
 
 
-def front_figure(result: Result | Mapping[str, Any]) -> Figure:
-    """Metric and loss against cost (by default average bits per weight), one colour and marker an arm.
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
-    """
-    result = as_result(result)
+def front_figure(result: Result) -> Figure:
+    """Metric and loss against cost (by default average bits per weight), one colour and marker an arm."""
     with style():
         figure = new_figure(FIGURE_WIDTH, 4.6)
         arms = [short(arm.label) for arm in result.arms.values()]
-        beside = [
-            label_width(arms),
-            label_width([arm + "  0.000" for arm in arms]),
-        ]
+        beside = [label_width(arms), label_width([arm + "  0.000" for arm in arms])]
         panel = (FIGURE_WIDTH - 2 * 0.75 - sum(beside)) / 2  # inches
         x = [0.75, 2 * 0.75 + panel + beside[0]]
         left, right = (figure.add_axes((at / FIGURE_WIDTH, 0.12, panel / FIGURE_WIDTH, 0.74)) for at in x)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipeline.report.schema import Result, as_result
+from pipeline.report.schema import Result
 from pipeline.report.style import FIGURE_WIDTH, INK, MUTED, bits_color, new_figure, style, text_on, tip
 
 MAX_PRINTED_LAYERS = 40  # columns wide enough for a number
@@ -18,13 +17,8 @@ MAX_NAMED_LAYERS = 64  # columns wide enough for the name of a kind
 _ROW = 0.34  # inches
 
 
-def heatmap_figure(result: Result | Mapping[str, Any]) -> Figure:
-    """N columns in the model's order, one row a budget, transformer blocks set apart by gaps.
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
-    """
-    result = as_result(result)
+def heatmap_figure(result: Result) -> Figure:
+    """N columns in the model's order, one row a budget, transformer blocks set apart by gaps."""
     heat = result.heatmap
     n_layers, n_budgets = len(heat.layers), len(heat.budgets)
     named, printed = n_layers <= MAX_NAMED_LAYERS, n_layers <= MAX_PRINTED_LAYERS

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coalora.calibrate.costs import UNITS
 from pipeline.report.rounds import fronts_png
 from pipeline.report.schema import Cost, Round, loss_unit
-from pipeline.report.table import number, signed
-from pipeline.settings.sections import BenchmarkSettings, Settings
+from pipeline.settings.sections import Settings
+from pipeline.words import number, signed
 
 
 def round_markdown(
@@ -33,7 +32,8 @@ def round_markdown(
         members: of the set after the round.
         url: of the round's MLflow run, or the command that shows it; empty where there is neither.
     """
-    unit, unit_of_loss = UNITS[settings.cost.kind], _loss_unit(settings.benchmark)
+    cost, benchmark = Cost.of(settings.cost.kind), settings.benchmark
+    unit_of_loss = loss_unit(benchmark.task, squared=benchmark.num_labels == 1)
     bits = [member["average_bits"] for member in members]
     spread = f"{len(members)} configurations from {min(bits):.2f} to {max(bits):.2f} average bits"
     see = ["", f"In MLflow: {_link(f'round {round_index}', url)}"] if url else []
@@ -42,7 +42,7 @@ def round_markdown(
         return "\n".join([*lines, f"The initial set: {spread}.", *see])
     now = rounds[-1]
     lines += [
-        _picture(fronts_png(rounds, _cost(settings), unit_of_loss), f"Fronts up to round {now.round}"),
+        _picture(fronts_png(rounds, cost, unit_of_loss), f"Fronts up to round {now.round}"),
         "",
         f"{spread}; {len(now.front)} of them on the front. {now.n_accepted} of {now.n_candidates} candidates accepted.",
         "",
@@ -54,22 +54,15 @@ def round_markdown(
         f"{signed(at.hypervolume_after - at.hypervolume_before)} | {at.n_accepted} of {at.n_candidates} |"
         for at in rounds
     ]
-    lines += ["", f"| {unit.label} | loss, {unit_of_loss} ↓ |", "| ---: | ---: |"]
-    lines += [f"| {cost:.3f} | {loss:.4f} |" for loss, cost in front_of(now)]
+    lines += ["", f"| {cost.label} | loss, {unit_of_loss} ↓ |", "| ---: | ---: |"]
+    lines += [f"| {at:.3f} | {loss:.4f} |" for loss, at in front_of(now)]
     return "\n".join([*lines, *see])
 
 
 def result_markdown(
     pipeline: str, files: Path, folder: str, run_id: str, url: str, registered: Mapping[str, Any]
 ) -> str:
-    """The page of a finished run.
-
-    Args:
-        files: folder of the report.
-        folder: the run's, for people.
-        url: of the MLflow run, or the command that shows it.
-        registered: name, version and reason of the registered version.
-    """
+    """The page of a finished run."""
     where = f"`{Path(folder).resolve() / 'report' / 'report.html'}` on {socket.gethostname()}"
     served = url.startswith("http")
     report = f"[report.html]({url}/artifacts/report/report.html) in MLflow, and {where}" if served else where
@@ -91,22 +84,13 @@ def result_markdown(
 
 def front_of(at: Round) -> list[tuple[float, float]]:
     """(loss, cost) of the front after a round, by rising cost."""
-    return sorted(((loss, cost) for loss, cost in at.front), key=lambda point: point[1])
+    return sorted(at.front, key=lambda point: point[1])
 
 
 def front_rows(at: Round, settings: Settings) -> list[dict[str, float]]:
     """`front_of` as rows of a table."""
-    label = UNITS[settings.cost.kind].label
+    label = Cost.of(settings.cost.kind).label
     return [{label: round(cost, 3), "loss": round(loss, 4)} for loss, cost in front_of(at)]
-
-
-def _loss_unit(benchmark: BenchmarkSettings) -> str:
-    return loss_unit(benchmark.task, squared=benchmark.num_labels == 1)
-
-
-def _cost(settings: Settings) -> Cost:
-    unit = UNITS[settings.cost.kind]
-    return Cost(kind=settings.cost.kind, label=unit.label, words=unit.words, unit=unit.unit)
 
 
 def _picture(png: bytes, alt: str) -> str:

@@ -8,10 +8,7 @@ salts.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,51 +17,24 @@ from pipeline.report.curves import curves_figure
 from pipeline.report.front import front_figure
 from pipeline.report.heatmap import heatmap_figure
 from pipeline.report.rounds import rounds_figure
-from pipeline.report.schema import Budget, Result, as_result
+from pipeline.report.schema import Budget, Result
 from pipeline.report.style import PALETTE, arm_key, bits_color, figure_png, themed_svg
-from pipeline.report.table import (
-    best_arms,
-    budget_table,
-    human_bytes,
-    human_count,
-    human_seconds,
-    number,
-    other_cost,
-    signed,
-)
+from pipeline.report.table import best_arms, best_of, other_cost
+from pipeline.words import human_bytes, human_count, human_seconds, number, signed
+
+FILTERS = {"number": number, "signed": signed, "bytes": human_bytes, "count": human_count, "duration": human_seconds}
 
 
-@dataclass(frozen=True)
-class ReportFiles:
-    """Where `write_report` wrote."""
-
-    front_png: Path
-    html: Path
-
-
-def write_report(result: Result | Mapping[str, Any], folder: str | Path) -> ReportFiles:
-    """Write `front.png` (150 dpi) and `report.html` into a folder, which is made if it is missing.
-
-    Raises:
-        CoaloraError: the result does not fit the schema; nothing is written then.
-    """
-    result = as_result(result)
+def write_report(result: Result, folder: Path) -> None:
+    """Write `front.png` (150 dpi) and `report.html` into a folder, which is made if it is missing."""
     html = render_page(result)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = ReportFiles(folder / "front.png", folder / "report.html")
-    files.front_png.write_bytes(figure_png(front_figure(result), dpi=150, pad_inches=0.15))
-    files.html.write_text(html, encoding="utf-8")
-    return files
+    (folder / "front.png").write_bytes(figure_png(front_figure(result), dpi=150, pad_inches=0.15))
+    (folder / "report.html").write_text(html, encoding="utf-8")
 
 
-def render_page(result: Result | Mapping[str, Any]) -> str:
-    """The page as HTML, without any reference outside itself.
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
-    """
-    result = as_result(result)
+def render_page(result: Result) -> str:
+    """The page as HTML, without any reference outside itself."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,13 +42,7 @@ def render_page(result: Result | Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "bytes": human_bytes,
-        "count": human_count,
-        "duration": human_seconds,
-    }
+    environment.filters |= FILTERS
     pictures = {
         "front": (front_figure(result), f"Metric and loss of every arm against {result.cost.label}"),
         "heatmap": (heatmap_figure(result), "Bits of every layer at every budget"),
@@ -87,26 +51,26 @@ def render_page(result: Result | Mapping[str, Any]) -> str:
         pictures["rounds"] = (rounds_figure(result), "Hypervolume and fronts by search round")
     if any(result.curves.values()):
         pictures["curves"] = (curves_figure(result), "Training loss and learning rate by step")
-    names = result.arm_names
+    names, rows = result.arm_names, result.budgets_in_order
+    best = [best_of(result, row) for row in rows]
+    longest = max(result.seconds.values(), default=0.0) or 1.0
     return environment.get_template("page.html.jinja").render(
         result=result,
         names=names,
         others=other_cost(result),
         keys={name: arm_key(name, names) for name in names},
-        rows=budget_table(result),
-        bars=[_bits_bar(budget) for budget in result.budgets_in_order],
-        legend=[(f"{bits:g}", bits_color(bits)) for bits in _all_bits(result)],
-        wins=_wins(result),
+        rows=rows,
+        best=best,
+        bars=[_bits_bar(row) for row in rows],
+        legend=[(f"{bits:g}", bits_color(bits)) for bits in sorted({b for row in rows for b in row.n_layers_by_bits})],
+        # At how many budgets an arm is best alone, and at how many it ties for the best.
+        wins={n: (best.count(frozenset({n})), sum(n in arms and len(arms) > 1 for arms in best)) for n in names},
         best_volume=best_arms(result.hypervolume.values, higher_is_better=True),
-        stages=_stages(result),
+        stages=[(stage, spent, 100 * spent / longest) for stage, spent in result.seconds.items()],
         settings=json.dumps(result.settings, indent=2, ensure_ascii=False),
         palette=PALETTE,
         svg={key: Markup(themed_svg(fig, key, title)) for key, (fig, title) in pictures.items()},
     )
-
-
-def _all_bits(result: Result) -> list[float]:
-    return sorted({bits for budget in result.budgets for bits in budget.n_layers_by_bits})
 
 
 def _bits_bar(budget: Budget) -> list[tuple[str, str, float]]:
@@ -116,21 +80,3 @@ def _bits_bar(budget: Budget) -> list[tuple[str, str, float]]:
     return [
         (f"{n} layer{'s' * (n > 1)} at {bits:g} bits", bits_color(bits), 100 * n / total) for bits, n in counts.items()
     ]
-
-
-def _wins(result: Result) -> dict[str, tuple[int, int]]:
-    """For each arm: at how many budgets it is best alone, and at how many it ties for the best."""
-    rows = budget_table(result)
-    return {
-        name: (
-            sum(row.best == {name} for row in rows),
-            sum(name in row.best and len(row.best) > 1 for row in rows),
-        )
-        for name in result.arm_names
-    }
-
-
-def _stages(result: Result) -> list[tuple[str, float, float]]:
-    """(stage, seconds, percent of the longest stage)."""
-    longest = max(result.seconds.values(), default=0.0) or 1.0
-    return [(stage, spent, 100 * spent / longest) for stage, spent in result.seconds.items()]

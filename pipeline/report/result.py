@@ -16,45 +16,30 @@ from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Benchmark
 from coalora.evaluate.compare import compare, guess_loss, normalization
 from coalora.evaluate.metrics import reported_metrics
-from pipeline.report.schema import as_result
+from pipeline.report.schema import Cost, Round, Step, as_result
 from pipeline.settings.sections import Settings
 from pipeline.store.artifacts import Artifact
 
-_OF_A_ROUND = ("round", "n_members", "n_candidates", "n_accepted", "hypervolume_before", "hypervolume_after", "front")
-_OF_A_STEP = ("step", "loss", "lr", "round")
 _OF_AN_EXPORT = ("digest", "adapter_bytes", "base_bytes")
 
 
 @dataclass(frozen=True)
 class RunMeasures:
-    """What the stages of a run measured, each read from its artifact.
+    """What the stages of a run measured, each read from its artifact."""
 
-    Attributes:
-        model: `name`, `digest` and `vocab_size` of the base.
-        members, chosen: the final set, and the configurations (n, N) of the n asked budgets.
-        scores: method -> losses and metrics of the members and budgets.
-        n_steps: method -> its training steps.
-        references: method -> its score for each asked budget.
-        rounds: records of the search rounds, in order.
-        curves: method -> its training history.
-        harness: scores of tasks for each asked budget; none where they are not asked for.
-        exports: facts of each asked budget's export.
-        seconds: (stage, seconds) of every artifact.
-    """
-
-    model: Mapping[str, Any]
+    model: Mapping[str, Any]  # name, digest and vocab_size of the base
     data: Benchmark
     tables: CalibrationTables
-    members: ConfigurationSet
-    chosen: np.ndarray
-    scores: Mapping[str, Any]
-    n_steps: Mapping[str, int]
-    references: Mapping[str, Sequence[Mapping[str, Any]]]
-    rounds: Sequence[Mapping[str, Any]]
-    curves: Mapping[str, Sequence[Mapping[str, Any]]]
-    harness: Sequence[Mapping[str, Any]]
-    exports: Sequence[Mapping[str, Any]]
-    seconds: Iterable[tuple[str, float]]
+    members: ConfigurationSet  # the final set
+    chosen: np.ndarray  # configurations (n, N) of the n asked budgets
+    scores: Mapping[str, Any]  # method -> losses and metrics of the members and budgets
+    n_steps: Mapping[str, int]  # method -> its training steps
+    references: Mapping[str, Sequence[Mapping[str, Any]]]  # method -> its score for each asked budget
+    rounds: Sequence[Mapping[str, Any]]  # records of the search rounds, in order
+    curves: Mapping[str, Sequence[Mapping[str, Any]]]  # method -> its training history
+    harness: Sequence[Mapping[str, Any]]  # scores of tasks for each asked budget, where they are asked for
+    exports: Sequence[Mapping[str, Any]]  # facts of each asked budget's export
+    seconds: Iterable[tuple[str, float]]  # (stage, seconds) of every artifact
 
 
 def time_of(artifact: Artifact) -> tuple[str, float]:
@@ -64,11 +49,7 @@ def time_of(artifact: Artifact) -> tuple[str, float]:
 
 
 def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[str, Any]:
-    """The content, checked against `pipeline.report.schema`.
-
-    Raises:
-        CoaloraError: a value that does not fit, such as a loss that is not finite.
-    """
+    """The content, checked against `pipeline.report.schema`."""
     data, measured, members, measures, alone = run.data, run.tables, run.members, run.scores, run.references
     bits = measured.average_bits(members.configurations)
     nbytes, costs = measured.total_nbytes(members.configurations), measured.costs(members.configurations)
@@ -98,17 +79,12 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "digest": run.model["digest"],
         },
         "settings": settings.model_dump(mode="json"),
-        "cost": {
-            "kind": measured.cost_kind,
-            "label": measured.cost_unit.label,
-            "words": measured.cost_unit.words,
-            "unit": measured.cost_unit.unit,
-        },
+        "cost": Cost.of(measured.cost_kind).model_dump(),
         "full_precision": {
             "loss": ceiling["loss"],
             "metric": ceiling["metrics"][headline.name],
             "metrics": {m.name: ceiling["metrics"][m.name] for m in reported},
-            "bits": 8.0 * _bytes_per_weight(settings),
+            "bits": 16.0 if settings.runtime.dtype == "bfloat16" else 32.0,
         },
         "arms": {method: {"label": _label(method, data.task), "n_steps": run.n_steps[method]} for method in measures},
         "references": {
@@ -136,10 +112,8 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "normalization": normalization(measured.cost_unit.words),
             "values": comparison.values,
         },
-        "rounds": [{key: record[key] for key in _OF_A_ROUND} for record in run.rounds],
-        "curves": {
-            method: [{key: step[key] for key in _OF_A_STEP} for step in steps] for method, steps in run.curves.items()
-        },
+        "rounds": [Round.of_record(record).model_dump() for record in run.rounds],
+        "curves": {m: [{key: step[key] for key in Step.model_fields} for step in of] for m, of in run.curves.items()},
         "heatmap": {
             "layers": [layer.name for layer in measured.layers],
             "kinds": [layer.kind for layer in measured.layers],
@@ -191,10 +165,6 @@ def _layer_bits(configuration: np.ndarray, measured: CalibrationTables) -> list[
 
 def _label(method: str, task: str) -> str:
     return "head only" if method == "none" and task == "classification" else METHODS[method].label
-
-
-def _bytes_per_weight(settings: Settings) -> int:
-    return {"float32": 4, "bfloat16": 2}.get(settings.runtime.dtype, 4)
 
 
 def _by_stage(seconds: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from pipeline.report.front import non_dominated
-from pipeline.report.schema import Cost, Result, Round, as_result
+from pipeline.report.schema import Cost, Result, Round
 from pipeline.report.style import (
     FIGURE_WIDTH,
     MUTED,
@@ -29,18 +29,13 @@ from pipeline.report.style import (
     style,
     tip,
 )
-from pipeline.report.table import number, signed
+from pipeline.words import number, signed
 
 COLOR = PALETTE["coa"][0]
 
 
-def rounds_figure(result: Result | Mapping[str, Any]) -> Figure:
-    """Hypervolume by round (left) and the fronts, older ones fainter (right).
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
-    """
-    result = as_result(result)
+def rounds_figure(result: Result) -> Figure:
+    """Hypervolume by round (left) and the fronts, older ones fainter (right)."""
     if not result.rounds:
         return empty_figure("This run has no search rounds.")
     with style():
@@ -117,11 +112,7 @@ def _fronts_panel(ax: Axes, all_rounds: Sequence[Round], cost: Cost, loss_unit: 
 
 
 def round_figure(members: ConfigurationSet, measured: CalibrationTables, record: Mapping[str, Any]) -> Figure:
-    """Loss against cost of a round's members, the new ones marked, with their front.
-
-    Args:
-        record: what the search wrote as `round.json`.
-    """
+    """Loss against cost of a round's members, the new ones marked, with their front."""
     costs, losses = measured.costs(members.configurations), members.losses
     new = members.joined == record["round"]
     before, after = record["hypervolume_before"], record["hypervolume_after"]

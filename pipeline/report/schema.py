@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from coalora.adapt.methods import METHODS
+from coalora.calibrate.costs import UNITS, CostKind
 from coalora.errors import CoaloraError
 
 Count = Annotated[int, Field(ge=0)]
@@ -45,10 +46,15 @@ class Model(_Part):
 class Cost(_Part):
     """What budgets count, and how it is written."""
 
-    kind: Literal["average_bits", "bytes", "latency"] = "average_bits"
+    kind: CostKind = "average_bits"
     label: str = "average bits per weight"
     words: str = "average bits"
     unit: str = "bits"
+
+    @classmethod
+    def of(cls, kind: CostKind) -> Self:
+        unit = UNITS[kind]
+        return cls(kind=kind, label=unit.label, words=unit.words, unit=unit.unit)
 
     def text(self, value: float) -> str:
         """A cost with its unit."""
@@ -70,25 +76,28 @@ class Arm(_Part):
     n_steps: Count
 
 
-class Budget(_Part):
-    budget: Bits  # asked for
-    average_bits: Bits  # of the configuration that was chosen for it
+class _Measured(_Part):
+    average_bits: Bits
     cost: float | None = None  # None: average_bits
-    base_bytes: Count
-    adapter_bytes: Count
-    total_bytes: Count
-    n_layers_by_bits: dict[float, Count]
-    metric: dict[str, float]
-    metrics: dict[str, dict[str, float]] = {}  # by name and arm, the headline among them
     loss: dict[str, float]
-    # Adapters fine-tuned for this configuration alone, by method; they are no arms, as they have no members.
-    reference_metric: dict[str, float] = {}
-    reference_loss: dict[str, float] = {}
+    metric: dict[str, float]
 
     @property
     def at(self) -> float:
         """Where it stands on the axis of cost."""
         return self.average_bits if self.cost is None else self.cost
+
+
+class Budget(_Measured):
+    budget: Bits  # asked for; the rest is of the configuration that was chosen for it
+    base_bytes: Count
+    adapter_bytes: Count
+    total_bytes: Count
+    n_layers_by_bits: dict[float, Count]
+    metrics: dict[str, dict[str, float]] = {}  # by name and arm, the headline among them
+    # Adapters fine-tuned for this configuration alone, by method; they are no arms, as they have no members.
+    reference_metric: dict[str, float] = {}
+    reference_loss: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _total_is_the_sum(self) -> Self:
@@ -100,18 +109,9 @@ class Budget(_Part):
         return self
 
 
-class Member(_Part):
-    average_bits: Bits
-    cost: float | None = None  # None: average_bits
+class Member(_Measured):
     nbytes: Count  # packed bytes of the target layers
     round: Count
-    loss: dict[str, float]
-    metric: dict[str, float]
-
-    @property
-    def at(self) -> float:
-        """Where it stands on the axis of cost."""
-        return self.average_bits if self.cost is None else self.cost
 
 
 class Hypervolume(_Part):
@@ -268,15 +268,13 @@ def _same_arms(where: str, got: Iterable[str], arms: Iterable[str]) -> None:
         raise ValueError(f"{where} has one value per arm: {sorted(got)} got, {sorted(arms)} expected")
 
 
-def as_result(result: Result | Mapping[str, Any]) -> Result:
+def as_result(result: Mapping[str, Any]) -> Result:
     """Check a run's result.
 
     Raises:
         CoaloraError: an unknown or missing key, NaN or infinity, or parts that contradict each other; the
             message names the places.
     """
-    if isinstance(result, Result):
-        return result
     try:
         return Result.model_validate(result)
     except ValidationError as error:

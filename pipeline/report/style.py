@@ -19,6 +19,7 @@ from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 PALETTE = {  # name: (light, dark)
     "surface": ("#ffffff", "#171b21"),
@@ -128,23 +129,13 @@ def empty_figure(message: str) -> Figure:
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions nearest to `wanted` (least squares), in its order, `gap` apart, inside [low, high].
 
-    Pool-adjacent-violators on `wanted[i] - i gap`; when there is no room, the gap shrinks to what fits.
+    Isotonic regression on `wanted[i] - i gap`; when there is no room, the gap shrinks to what fits.
     """
     n = len(wanted)
-    if n > 1:
-        gap = min(gap, (high - low) / (n - 1))
-    order = sorted(range(n), key=lambda i: wanted[i])
-    pools: list[list[float]] = []  # [mean, count]
-    for rank, i in enumerate(order):
-        pools.append([wanted[i] - rank * gap, 1])
-        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
-            (b, nb), (a, na) = pools.pop(), pools.pop()
-            pools.append([(a * na + b * nb) / (na + nb), na + nb])
-    placed = [mean for mean, count in pools for _ in range(int(count))]
-    out = [0.0] * n
-    for rank, i in enumerate(order):
-        out[i] = float(np.clip(placed[rank], low, high - (n - 1) * gap)) + rank * gap
-    return out
+    order, out = np.argsort(wanted, kind="stable"), np.empty(n)
+    steps = np.arange(n) * min(gap, (high - low) / max(n - 1, 1))
+    out[order] = np.clip(isotonic_regression(np.array(wanted)[order] - steps).x, low, high - steps[-1]) + steps
+    return out.tolist()
 
 
 def panel_title(ax: Axes, title: str, reading: str = "") -> None:
@@ -220,13 +211,7 @@ def figure_png(figure: Figure, *, dpi: int = 130, pad_inches: float | None = Non
 
 
 def themed_svg(figure: Figure, prefix: str, title: str) -> str:
-    """Inline SVG: ids unique by `prefix`, palette as CSS variables, no reference outside, deterministic.
-
-    Args:
-        figure: a figure of this package.
-        prefix: letters that no other SVG of the page uses.
-        title: what a screen reader says.
-    """
+    """Inline SVG: ids unique by `prefix`, palette as CSS variables, no reference outside, deterministic."""
     buffer = io.StringIO()
     with style():
         figure.savefig(

@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.schema import Result, as_result
-from pipeline.report.table import best_arms, budget_table, human_bytes, human_count, human_seconds, number, other_cost
-
-if TYPE_CHECKING:
-    from pipeline.report.page import ReportFiles
+from pipeline.report.schema import Result
+from pipeline.report.table import best_arms, best_of, first_cells, other_cost
+from pipeline.words import human_bytes, human_count, human_seconds, number
 
 
-def print_result(result: Result | Mapping[str, Any], console: Console, files: ReportFiles | None = None) -> None:
+def print_result(result: Result, console: Console, folder: Path | None = None) -> None:
     """Print the budget table, hypervolumes, wall time by stage, notes, and where files lie.
 
-    The best arm of each row is bold and starred (so that it survives a pipe); ties are all marked.
-
-    Args:
-        result: the run.
-        console: where to print; user text is never read as markup.
-        files: what `write_report` returned, to name the files.
-
-    Raises:
-        CoaloraError: the result does not fit the schema.
+    The best arm of each row is bold and starred (so that it survives a pipe); ties are all marked. User text is never
+    read as markup.
     """
-    result = as_result(result)
     names, model, benchmark = result.arm_names, result.model, result.benchmark
     console.print()
-    console.print(
-        Text.assemble(
-            (result.pipeline, "bold"),
-            f"  {model.name} ({human_count(model.n_weights)} weights in {model.n_layers} layers)"
-            f" on {benchmark.name} ({benchmark.n_validation:,} validation examples)",
-        )
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for head in ("budget", *other_cost(result), "bits a\nweight", "base", "adapter", "both"):
-        table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
-    for name in names:
-        table.add_column(Text(result.arms[name].label), justify="right", no_wrap=True, vertical="bottom")
-    for reference in result.references.values():
-        table.add_column(Text(reference.label), justify="right", no_wrap=True, vertical="bottom")
-    for row in budget_table(result):
-        cells = [result.cost.number(row.budget), *([row.cost] * len(other_cost(result))), f"{row.average_bits:.2f}"]
-        cells += [human_bytes(n) for n in (row.base_bytes, row.adapter_bytes, row.total_bytes)]
-        cells_of_arms = [_mark(row.metric[name], name in row.best) for name in names]
-        single = [Text(number(row.reference[name])) for name in result.references]
-        table.add_row(*cells, *cells_of_arms, *single)
-    console.print(table)
-    better = "higher" if result.benchmark.higher_is_better else "lower"
     words = (
-        f"{result.metric_name} {result.arrow} ({better} is better); * best of its row at the decimals shown, ties too"
+        f"  {model.name} ({human_count(model.n_weights)} weights in {model.n_layers} layers)"
+        f" on {benchmark.name} ({benchmark.n_validation:,} validation examples)"
     )
-    console.print(Text(words, style="dim"))
-    full = result.full_precision
-    _line(console, "full precision", f"{number(full.metric)} at {full.bits:g} bits")
+    console.print(Text.assemble((result.pipeline, "bold"), words))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    labels = [arm.label for arm in (*(result.arms[name] for name in names), *result.references.values())]
+    for head in ("budget", *other_cost(result), "bits a\nweight", "base", "adapter", "both", *labels):
+        table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
+    for budget in result.budgets_in_order:
+        best = best_of(result, budget)
+        arms = [_mark(budget.metric[name], name in best) for name in names]
+        single = [Text(number(budget.reference_metric[name])) for name in result.references]
+        table.add_row(*first_cells(result, budget), *arms, *single)
+    console.print(table)
+    better = "higher" if benchmark.higher_is_better else "lower"
+    words = f"{result.metric_name} {result.arrow} ({better} is better); * best of its row at the decimals shown"
+    console.print(Text(f"{words}, ties too", style="dim"))
+    _line(console, "full precision", f"{number(result.full_precision.metric)} at {result.full_precision.bits:g} bits")
     values = result.hypervolume.values
     best = best_arms(values, higher_is_better=True)
     volumes: list[Text | str] = []
@@ -74,11 +54,11 @@ def print_result(result: Result | Mapping[str, Any], console: Console, files: Re
         _line(console, "note", note)
     for export in sorted(result.exports, key=lambda at: at.budget):
         size = human_bytes(export.base_bytes + export.adapter_bytes)
-        folder = export.folder if files is None else str(files.html.parent.parent / export.folder)
-        _line(console, f"export at {result.cost.number(export.budget)}", f"{folder}   ({size})")
-    if files is not None:
-        _line(console, "report", str(files.html))
-        _line(console, "picture", str(files.front_png))
+        place = export.folder if folder is None else str(folder.parent / export.folder)
+        _line(console, f"export at {result.cost.number(export.budget)}", f"{place}   ({size})")
+    if folder is not None:
+        _line(console, "report", str(folder / "report.html"))
+        _line(console, "picture", str(folder / "front.png"))
 
 
 def _mark(value: float, best: bool) -> Text:

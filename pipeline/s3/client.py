@@ -31,7 +31,7 @@ from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumErro
 from s3transfer.subscribers import BaseSubscriber
 
 from coalora.errors import CoaloraError
-from coalora.files import file_sha256, json_bytes
+from coalora.files import file_sha256
 from pipeline.progress import Progress
 from pipeline.s3.errors import ABSENT, DENIED, StorageDamaged, StorageError, error_code, translated
 from pipeline.settings.sections import BUCKET, StorageSettings
@@ -53,11 +53,7 @@ class S3Address:
 
     @classmethod
     def parse(cls, text: str) -> S3Address:
-        """Read `s3://bucket[/prefix]`.
-
-        Raises:
-            CoaloraError: another scheme, a bucket's name that S3 does not allow, or a prefix with empty parts.
-        """
+        """Read `s3://bucket[/prefix]`."""
         scheme, _, rest = text.partition("://")
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
@@ -85,23 +81,14 @@ class S3Address:
 
 @dataclass(frozen=True)
 class S3Object:
-    """An object as S3 describes it.
+    """An object as S3 describes it."""
 
-    Attributes:
-        name: below the location's prefix.
-        size: bytes.
-        etag: changes whenever the object does.
-        age: seconds since the last change, by the server's clock where its answer tells the time.
-        content: the bytes, where they were asked for.
-        sha256: of the content, as the object's writer has noted it; None in listings and of other programs' objects.
-    """
-
-    name: str
+    name: str  # below the location's prefix
     size: int
     etag: str
-    age: float
-    content: bytes = b""
-    sha256: str | None = None
+    age: float  # seconds since the last change, by the server's clock where its answer tells the time
+    content: bytes = b""  # where it was asked for
+    sha256: str | None = None  # as its writer has noted it; None in listings and of other programs' objects
 
 
 @dataclass(frozen=True)
@@ -118,17 +105,11 @@ class S3Location:
     """A bucket and a prefix; all names are relative to the prefix. Safe for use by several threads.
 
     Nothing is asked of the server before the first request.
-
-    Args:
-        address: bucket and prefix.
-        settings: how the server is reached.
-
-    Raises:
-        CoaloraError: the profile does not exist, or the settings do not make a client.
     """
 
     def __init__(self, address: S3Address, settings: StorageSettings | None = None) -> None:
         self.address = address
+        self._start = f"{address.prefix}/" if address.prefix else ""
         self.settings = settings if settings is not None else StorageSettings()
         self.client = _make_client(self.settings)
 
@@ -176,10 +157,6 @@ class S3Location:
                 return found.etag if found is not None and found.content == content else None
         return str(answer["ETag"])
 
-    def put_json(self, name: str, content: object) -> str:
-        """Put canonical JSON: sorted keys, a newline at the end."""
-        return str(self.put_bytes(name, json_bytes(content)))
-
     def get(self, name: str) -> S3Object | None:
         """A small object with its content; None if there is none.
 
@@ -187,7 +164,7 @@ class S3Location:
             StorageError: S3 fails, or the object is too large to be a manifest, a record or a lock.
         """
         with self._asking("reading", name):
-            for attempt in range(1, self.settings.attempts + 1):
+            for attempt in range(self.settings.attempts, 0, -1):
                 try:
                     answer = self.client.get_object(**self._object(name))
                     if answer["ContentLength"] > _SMALL:
@@ -201,7 +178,7 @@ class S3Location:
                         return None
                     raise
                 except BotoCoreError:  # cut in mid-body, which botocore's retries do not cover
-                    if attempt == self.settings.attempts:
+                    if attempt == 1:
                         raise
         raise AssertionError("settings allow at least one attempt")
 
@@ -218,14 +195,12 @@ class S3Location:
 
     def list(self, name: str = "") -> Iterator[S3Object]:
         """Objects whose names start with `name`, in order of their keys."""
-        start = f"{self.address.prefix}/" if self.address.prefix else ""
+        where = {"Bucket": self.address.bucket, "Prefix": self._start + name}
         with self._asking("listing", name):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.address.bucket, Prefix=start + name
-            )
+            pages = self.client.get_paginator("list_objects_v2").paginate(**where)
             for found in (item for page in pages for item in page.get("Contents", [])):
                 age = time.time() - found["LastModified"].timestamp()
-                yield S3Object(found["Key"][len(start) :], found["Size"], str(found["ETag"]), age)
+                yield S3Object(found["Key"][len(self._start) :], found["Size"], str(found["ETag"]), age)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are gone already are no error."""
@@ -241,14 +216,7 @@ class S3Location:
                     )
 
     def put_files(self, files: Sequence[Transfer], label: str) -> None:
-        """Upload files, several at a time; an object appears when its last byte has arrived.
-
-        Args:
-            label: what is done, for the lines of progress.
-
-        Raises:
-            CoaloraError: S3 fails (`StorageError`), or a file changes while it is read.
-        """
+        """Upload files, several at a time; an object appears when its last byte has arrived."""
         progress = Megabytes(label, sum(file.size for file in files))
         with self._manager() as manager:
             begun = [
@@ -272,9 +240,6 @@ class S3Location:
         """Download files, several at a time; each gets its name when it is whole and hashes to its sha256.
 
         Bytes that arrive altered are asked for once more. Never more is written than the stated size.
-
-        Raises:
-            CoaloraError: S3 fails, an object is missing or is not what its sha256 says, or the disk is full.
         """
         progress = Megabytes(label, sum(file.size for file in files))
         altered = self._get_files(files, progress)
@@ -321,11 +286,7 @@ class S3Location:
         return part.stat().st_size == file.size and file_sha256(part) == file.sha256
 
     def check(self) -> None:
-        """One cheap request that fails as any other would: server, credentials, bucket.
-
-        Raises:
-            StorageError: and its subclasses, with a remedy.
-        """
+        """One cheap request that fails as any other would: server, credentials, bucket."""
         with self._asking("a first request", ""):
             self.client.list_objects_v2(Bucket=self.address.bucket, Prefix=self.address.prefix, MaxKeys=1)
 
@@ -335,11 +296,10 @@ class S3Location:
         S3 keeps, and bills, such parts until somebody says that nobody will finish them. Where the credentials do not
         allow it, or the server knows no such rules, the answer says what its administrator is to set.
         """
-        start = f"{self.address.prefix}/" if self.address.prefix else ""
         rule = {
-            "ID": f"abort-uploads-{hashlib.sha256(start.encode()).hexdigest()[:8]}",
+            "ID": f"abort-uploads-{hashlib.sha256(self._start.encode()).hexdigest()[:8]}",
             "Status": "Enabled",
-            "Filter": {"Prefix": start},
+            "Filter": {"Prefix": self._start},
             "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": days},
         }
         with self._asking("setting a lifecycle rule", ""):

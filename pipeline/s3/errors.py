@@ -16,15 +16,7 @@ from pipeline.scrub import scrub_text
 
 
 class StorageError(CoaloraError):
-    """S3 did not do what was asked, and asking again changes nothing."""
-
-
-class StorageUnavailable(StorageError):
-    """S3 cannot be reached or is overloaded; every attempt was made, and a later one may succeed."""
-
-
-class StorageRefused(StorageError):
-    """S3 does not know the credentials, or they allow too little."""
+    """S3 cannot be reached, or did not do what was asked; every attempt was made."""
 
 
 class StorageDamaged(StorageError):
@@ -49,21 +41,18 @@ _UNREACHABLE = (
     boto.IncompleteReadError,
     boto.ResponseStreamingError,
 )
-_DISK = {errno.ENOSPC, errno.EDQUOT}
-# (codes, error, problem, remedy), the first that fits
-_CODES: tuple[tuple[str, type[StorageError], str, str], ...] = (
+# (codes, problem, remedy), the first that fits
+_CODES = (
     (
         "InvalidAccessKeyId SignatureDoesNotMatch InvalidToken ExpiredToken TokenRefreshRequired InvalidClientTokenId "
         "AuthFailure",
-        StorageRefused,
         "S3 does not know the credentials",
         "Renew or correct the credentials that AWS_PROFILE or AWS_ACCESS_KEY_ID name; `aws sts get-caller-identity` "
         "shows whose they are",
     ),
-    ("RequestTimeTooSkewed", StorageRefused, "This machine's clock is wrong", "Set the clock (NTP)"),
+    ("RequestTimeTooSkewed", "This machine's clock is wrong", "Set the clock (NTP)"),
     (
         "NoSuchBucket",
-        StorageError,
         "The bucket does not exist",
         "Create it (`aws s3 mb s3://BUCKET`, with --endpoint-url for a server of your own), or correct storage.bucket "
         "and storage.endpoint_url",
@@ -71,30 +60,26 @@ _CODES: tuple[tuple[str, type[StorageError], str, str], ...] = (
     (
         "SlowDown ServiceUnavailable InternalError RequestTimeout Throttling ThrottlingException RequestLimitExceeded "
         "BandwidthLimitExceeded 500 502 503 504",
-        StorageUnavailable,
         "The S3 server is overloaded or failing",
         "Run the same command again later: what is done already is kept; storage.attempts raises the limit",
     ),
     (
         "AccessDenied 403",
-        StorageRefused,
         "The credentials do not allow this",
         "Allow s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and s3:AbortMultipartUpload on the bucket, "
         "or use other credentials",
     ),
     (
         "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException 301",
-        StorageError,
         "The bucket is in another region",
         "Set storage.region (or AWS_REGION) to it",
     ),
     (
         "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch ChecksumMismatch",
-        StorageError,
         "Bytes were altered on the way",
         "Run again; if it repeats, look for a proxy that alters them",
     ),
-    ("NoSuchKey 404", StorageDamaged, "The object does not exist", "Check the address"),
+    ("NoSuchKey 404", "The object does not exist", "Check the address"),
 )
 
 
@@ -107,13 +92,7 @@ def error_code(error: BaseException) -> str | None:
 
 @contextmanager
 def translated(what: str, place: str, endpoint: str) -> Iterator[None]:
-    """Turn boto3's errors, and a full disk, into ours.
-
-    Args:
-        what: what is being done, such as "upload of adapter.safetensors".
-        place: the address that is asked.
-        endpoint: URL of the server.
-    """
+    """Turn boto3's errors, and a full disk, into ours."""
     try:
         yield
     except CoaloraError:
@@ -121,7 +100,7 @@ def translated(what: str, place: str, endpoint: str) -> Iterator[None]:
     except (BotoCoreError, ClientError, Boto3Error) as error:
         raise _as_storage_error(error, f"{what} at {place} ({scrub_text(endpoint)})") from error
     except OSError as error:
-        if error.errno in _DISK:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CoaloraError(
                 f"The disk is full ({what}: {error.strerror})",
                 remedy="Free some space and run the same command again: it goes on with the files that are missing",
@@ -138,13 +117,13 @@ def _as_storage_error(error: BaseException, where: str) -> StorageError:
         cause = inner
     where = f"{where}: {_reason(cause)}"
     if isinstance(cause, _NO_CREDENTIALS):
-        return StorageRefused(
+        return StorageError(
             f"No credentials for S3 in the environment, ~/.aws or the machine's role ({where})",
             remedy="Set AWS_PROFILE (or storage.profile) to a profile of ~/.aws/credentials, or AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY; never write them into settings",
         )
     if isinstance(cause, _UNREACHABLE):
-        return StorageUnavailable(
+        return StorageError(
             f"The S3 server cannot be reached ({where})",
             remedy="Check that it runs and that storage.endpoint_url (or AWS_ENDPOINT_URL) names it, then run the same "
             "command again: what is done already is kept",
@@ -153,8 +132,9 @@ def _as_storage_error(error: BaseException, where: str) -> StorageError:
     if code is None:
         return StorageError(f"boto3 refuses the request ({where})", remedy="Check the settings under storage")
     for status in (code, str(_status(cause)), "503" if _status(cause) >= 500 else ""):
-        for codes, kind, problem, remedy in _CODES:
+        for codes, problem, remedy in _CODES:
             if status in codes.split():
+                kind = StorageDamaged if "NoSuchKey" in codes else StorageError
                 return kind(f"{problem} ({where})", remedy=remedy)
     return StorageError(f"S3 refuses the request ({where})", remedy="Look the code up in the server's manual")
 

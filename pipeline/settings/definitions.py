@@ -52,8 +52,7 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
     path = Path(file)
     if not path.is_file():
         raise CoaloraError(
-            f"There is no file of pipelines {path}",
-            remedy="Run from the checkout's root, or name the file with --file",
+            f"There is no file of pipelines {path}", remedy="Run from the checkout's root, or name the file with --file"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -113,11 +112,7 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
 
 
 def change_settings(settings: Settings, changes: Sequence[str], where: str) -> Settings:
-    """Settings with changes of the form `section.key=value`.
-
-    Raises:
-        CoaloraError: a change of another form, or settings that do not fit then.
-    """
+    """Settings with changes of the form `section.key=value`."""
     if not changes:
         return settings
     raw = settings.model_dump(mode="json", exclude_unset=True)

@@ -11,7 +11,16 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from coalora.adapt.methods import METHODS
@@ -31,10 +40,12 @@ from coalora.recipes import (
     TrainingRecipe,
     described,
     hyper,
+    listed,
 )
 
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # names that S3 allows
 Allowed = dict[str, list[int | str]]
+SchemeName = Annotated[str, AfterValidator(SCHEMES.check)]
 _REQUIRED = ...
 
 
@@ -84,15 +95,9 @@ class ModelSettings(Section):
     """The base model: an existing one, or one that is pre-trained first."""
 
     name_or_path: str | None = setting(None, "Hub id or folder", "Hub id or local folder of the base model.")
-    revision: str | None = setting(
-        None, "Revision", "Branch, tag or commit on the hub; pin a commit for repeatability."
-    )
-    trust_remote_code: bool = setting(
-        False, "Run code that comes with the model", "Run code that comes with the model. Off unless you read it."
-    )
-    pretrain: PretrainRecipe | None = setting(
-        None, "Pre-train a small decoder", "Pre-train a small decoder on the benchmark's text instead."
-    )
+    revision: str | None = setting(None, "Revision", "Branch, tag or commit on the hub; pin one for repeatability.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model", "Off unless you have read it.")
+    pretrain: PretrainRecipe | None = setting(None, "Pre-train a small decoder", "On the benchmark's text instead.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -105,9 +110,7 @@ class FilesSettings(Section):
     """Local files of a benchmark: csv, tsv, jsonl or parquet for classification, plain text for language modelling."""
 
     train: str = setting(_REQUIRED, "Training file", "Training file.")
-    validation: str | None = setting(
-        None, "Validation file", "Validation file; text may be split off the training file."
-    )
+    validation: str | None = setting(None, "Validation file", "Validation file; text may be split off the training.")
     search: str | None = setting(None, "Search file", "File that guides the search; else a part of train is set aside.")
 
 
@@ -130,9 +133,7 @@ class BenchmarkSettings(Section):
     builtin: Literal["pydoc-topics"] | None = setting(None, "Built-in text", "Text that comes with Python.")
     files: FilesSettings | None = setting(None, "Local files", "Local files.")
     hub: HubSettings | None = setting(None, "Data set of the hub", "Data set of the hub.")
-    text_columns: list[str] = setting(
-        ["text"], "Text columns", "One text column, or a pair.", min_length=1, max_length=2
-    )
+    text_columns: list[str] = setting(["text"], "Text columns", "One column, or a pair.", min_length=1, max_length=2)
     label_column: str = setting("label", "Label column", "Column of class indices, or of values.")
     num_labels: int = setting(2, "Classes", "Number of classes; 1 is a regression on values, as of GLUE's STS-B.", ge=1)
     metric: str | None = setting(
@@ -141,23 +142,13 @@ class BenchmarkSettings(Section):
         "Headline of reports: accuracy (default), f1, macro_f1 or matthews_correlation of classes, pearson "
         "(default) or spearman of values, bits_per_byte (default) or perplexity of text.",
     )
-    metrics: list[str] | None = setting(
-        None, "Further metrics", "Further metrics in reports; by default all that apply."
-    )
+    metrics: list[str] | None = setting(None, "Further metrics", "Further metrics in reports; by default all.")
     max_length: int = setting(128, "Length of an example", "Tokens an example or block.", unit="tokens", ge=8)
     n_train: int | None = setting(None, "Training examples", "At most so many training examples or blocks.", ge=1)
-    n_search: int = setting(
-        256, "Search examples", "Examples or blocks that guide the search; never validation data.", ge=1
-    )
-    n_validation: int | None = setting(
-        None, "Validation examples", "At most so many validation examples or blocks.", ge=1
-    )
-    search_fraction: float = setting(
-        0.05, "Share for the search", "Share of documents set aside for the search (text).", gt=0, lt=1
-    )
-    validation_fraction: float = setting(
-        0.1, "Share for validation", "Share of documents held out where no file is given (text).", gt=0, lt=1
-    )
+    n_search: int = setting(256, "Search examples", "Examples that guide the search; never validation data.", ge=1)
+    n_validation: int | None = setting(None, "Validation examples", "At most so many examples or blocks.", ge=1)
+    search_fraction: float = setting(0.05, "Share for the search", "Share of documents for the search.", gt=0, lt=1)
+    validation_fraction: float = setting(0.1, "Share for validation", "Share of documents held out.", gt=0, lt=1)
     split_seed: int = setting(0, "Seed of the split", "Decides which documents or examples are set aside.", ge=0)
 
     @model_validator(mode="after")
@@ -198,8 +189,11 @@ class BenchmarkSettings(Section):
 class SchemeSettings(Section):
     """A quantization scheme, cut to the values that you allow."""
 
-    scheme: str = setting(
-        "nf", "Quantization scheme", f"Quantization scheme: {', '.join(SCHEMES)}, or module:name of your own."
+    scheme: SchemeName = setting(
+        "nf",
+        "Quantization scheme",
+        f"Quantization scheme: {', '.join(SCHEMES)}, or module:name of your own.",
+        json_schema_extra=listed(lambda: SCHEMES),
     )
     allow: Allowed = setting(
         dict,
@@ -207,32 +201,20 @@ class SchemeSettings(Section):
         "Allowed values by field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
     )
 
-    @field_validator("scheme")
-    @classmethod
-    def _registered(cls, scheme: str) -> str:
-        return SCHEMES.check(scheme)
-
 
 class RuleSettings(Section):
     """Other choices for some layers: schemes that replace what they had, limits that cut it."""
 
-    layers: str = setting(
-        _REQUIRED, "Layers", "Glob over layer names (*.mlp.*), or a suffix of one (lm_head).", min_length=1
+    layers: str = setting(_REQUIRED, "Layers", "Glob of names (*.mlp.*), or a suffix of one (lm_head).", min_length=1)
+    scheme: SchemeName | None = setting(
+        None, "Quantization scheme", "Scheme for these layers; none keeps what they have."
     )
-    scheme: str | None = setting(None, "Quantization scheme", "Scheme for these layers; none keeps what they have.")
     allow: Allowed = setting(
         dict, "Allowed values", "Allowed values by field, of `scheme` or else of what the layers have."
     )
     also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that these layers may take.")
-    min_bits: int | None = setting(
-        None, "Fewest bits", "Fewest bits of a weight (the field bits, without scales).", ge=1
-    )
+    min_bits: int | None = setting(None, "Fewest bits", "Fewest bits of a weight (the field bits, no scales).", ge=1)
     max_bits: int | None = setting(None, "Most bits", "Most bits of a weight (the field bits, without scales).", ge=1)
-
-    @field_validator("scheme")
-    @classmethod
-    def _registered(cls, scheme: str | None) -> str | None:
-        return None if scheme is None else SCHEMES.check(scheme)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -283,9 +265,7 @@ class BaselineSettings(Section):
         "Methods for each budget",
         "Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
     )
-    per_budget_steps: int | None = setting(
-        None, "Steps for each budget", "Steps of each such run; by default those of the whole training.", ge=1
-    )
+    per_budget_steps: int | None = setting(None, "Steps for each budget", "By default as the whole training.", ge=1)
 
     @field_validator("methods", "per_budget")
     @classmethod
@@ -336,9 +316,7 @@ class EvaluationSettings(Section):
         "Configurations a shard; an evaluation that was killed goes on behind its last shard.",
         ge=1,
     )
-    workers: int = setting(
-        1, "Shards at a time", "Shards measured at a time; each worker holds a model of its own.", ge=1, le=64
-    )
+    workers: int = setting(1, "Shards at a time", "Each worker holds a model of its own.", ge=1, le=64)
     runner: Literal["threads", "processes", "dask", "ray"] = setting(
         "threads",
         "Runner of the shards",
@@ -356,9 +334,7 @@ class EvaluationSettings(Section):
         "Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval]).",
     )
     harness_include: str | None = setting(None, "Folder of harness tasks", "Folder of own harness tasks (YAML).")
-    harness_limit: int | None = setting(
-        None, "Examples of a harness task", "At most so many examples of each harness task.", ge=1
-    )
+    harness_limit: int | None = setting(None, "Examples of a harness task", "At most so many of each task.", ge=1)
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> Self:
@@ -399,19 +375,15 @@ class ExportSettings(Section):
 class TrackingSettings(Section):
     """MLflow."""
 
-    tracking_uri: str | None = setting(
-        None, "Address of MLflow", "MLflow server or database; by default sqlite in COALORA_HOME."
-    )
+    tracking_uri: str | None = setting(None, "Address of MLflow", "Server or database; by default in COALORA_HOME.")
     experiment: str = setting("coalora", "Experiment", "Experiment name.", min_length=1)
     registered_model: str | None = setting(
         None,
         "Registered model",
         "Name in the registry; by default coalora-<pipeline>.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
     )
-    system_metrics: bool = setting(
-        True, "Load of the machine", "Log the load of processors, memory and GPUs while a flow runs."
-    )
+    system_metrics: bool = setting(True, "Load of the machine", "Log the load of processors, memory and GPUs.")
 
     @field_validator("tracking_uri")
     @classmethod
@@ -449,15 +421,9 @@ class StorageSettings(Section):
     )
     region: str | None = setting(None, "Region", "Region; by default AWS_REGION or the profile's.")
     profile: str | None = setting(None, "Profile", "Profile of ~/.aws that credentials come from; else AWS_PROFILE.")
-    attempts: int = setting(
-        5, "Attempts of a request", "Attempts of a request that the network or the server fails.", ge=1, le=20
-    )
-    timeout_seconds: float = setting(
-        30.0, "Timeout", "Longest wait for a connection, and for the next bytes.", unit="seconds", gt=0
-    )
-    part_mib: int = setting(
-        16, "Size of a part", "Files above this size travel in parts of this size.", unit="MiB", ge=5, le=512
-    )
+    attempts: int = setting(5, "Attempts of a request", "Attempts where network or server fail.", ge=1, le=20)
+    timeout_seconds: float = setting(30.0, "Timeout", "Longest wait for the next bytes.", unit="seconds", gt=0)
+    part_mib: int = setting(16, "Size of a part", "Larger files travel in parts.", unit="MiB", ge=5, le=512)
     workers: int = setting(4, "Transfers at a time", "Parts or files under way at a time.", ge=1, le=64)
 
     @field_validator("prefix")
@@ -506,9 +472,7 @@ class StageSettings(Section):
     """How Prefect treats stages that compute."""
 
     retries: int = setting(0, "Retries of a stage", "Retries of a failed stage.", ge=0, le=10)
-    timeout_hours: float | None = setting(
-        None, "Time limit of a stage", "A stage that takes longer fails.", unit="hours", gt=0
-    )
+    timeout_hours: float | None = setting(None, "Time limit of a stage", "Longer ones fail.", unit="hours", gt=0)
     checkpoint_seconds: float | None = setting(
         60.0,
         "Time between checkpoints",
@@ -523,10 +487,7 @@ class RuntimeSettings(RuntimeRecipe):
     """Device, number type and memory of the model, and the processes that train it."""
 
     processes: int = hyper(
-        1,
-        "Training processes",
-        "Training processes; on GPUs one each. Each takes examples of its own.",
-        ge=1,
+        1, "Training processes", "Training processes; on GPUs one each. Each takes examples of its own.", ge=1
     )
     process_configurations: Literal["own", "same"] = hyper(
         "own",
@@ -541,9 +502,7 @@ class Settings(Section):
     model: ModelSettings = setting(_REQUIRED, "Model", "Base model.")
     benchmark: BenchmarkSettings = setting(_REQUIRED, "Benchmark", "Data and metric.")
     target_modules: list[str] | Literal["all-linear"] | None = _of_the_config("target_modules")
-    calibration: CalibrationRecipe = setting(
-        CalibrationRecipe(), "Calibration", "Measurement of the base model's layers."
-    )
+    calibration: CalibrationRecipe = setting(CalibrationRecipe(), "Calibration", "Measurement of the layers.")
     choices: ChoiceSettings = setting(ChoiceSettings(), "Choices", "Choice space.")
     cost: CostSettings = setting(CostSettings(), "Cost", "What budgets count.")
     adapter: AdapterRecipe = setting(AdapterRecipe(), "Adapter", "LoRA, theta, and pairs for low bit-widths.")

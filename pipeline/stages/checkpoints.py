@@ -89,11 +89,8 @@ def tell(words: str) -> None:
 
 
 class Memo:
-    """Numbers that a loop has found so far, under a name in the stage's scratch: a killed one does not find them again.
-
-    Args:
-        name: of the loop, unique in its stage.
-        most: how many numbers it finds in all.
+    """Numbers, of `most` in all, that a loop has found so far, under its name in the stage's scratch: a killed one does
+    not find them again.
     """
 
     def __init__(self, name: str, most: int) -> None:

@@ -15,21 +15,22 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from coalora.errors import CoaloraError
+from coalora.files import digest
 from coalora.recipes import Recipe
 from coalora.registry import added_modules
 from pipeline.store.artifacts import Artifact
@@ -58,8 +59,8 @@ EXCLUDED = (
 _DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?::[A-Za-z_]\w*)?")
 
 
-def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> list[Path]:
-    """Files that a module reaches by import statements, itself included, sorted.
+def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> dict[str, Path]:
+    """Modules that one reaches by import statements, itself included, and their files.
 
     Followed: imports at the top, inside functions and under `TYPE_CHECKING`; the `__init__.py` files on the
     way; modules named by a string. Only modules of `packages` are followed, and none of `EXCLUDED`.
@@ -67,25 +68,31 @@ def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> li
     Args:
         module: dotted name, or a file (of a package or not).
         packages: top-level packages; looked for beside the module's own first, then on the import path.
-
-    Raises:
-        CoaloraError: there is no such module.
     """
-    return sorted(_closure(module, packages).values())
+    root, name, file = _start(module)
+    found, pending = {name: file}, [name]
+    while pending:
+        current = pending.pop()
+        for target in _targets(current, found[current], packages):
+            parts = target.split(".")
+            for length in range(1, len(parts) + 1):
+                step = ".".join(parts[:length])
+                if step in found or any(fnmatchcase(step, pattern) for pattern in EXCLUDED):
+                    continue
+                if (located := _locate(step, root)) is not None:
+                    found[step] = located
+                    pending.append(step)
+    return found
 
 
 def source_digest(module: str | Path, packages: Sequence[str] = PACKAGES) -> str:
     """sha256 over (module name, code) of `source_closure`; the same wherever the checkout lies."""
-    files = _closure(module, packages)
-    return _sha256([[name, _parse(file.read_bytes())[1]] for name, file in sorted(files.items())])
+    files = sorted(source_closure(module, packages).items())
+    return digest([[name, _parse(file.read_bytes())[1]] for name, file in files])
 
 
 def function_source_digest(function: Callable[..., Any], packages: Sequence[str] = PACKAGES) -> str:
-    """`source_digest` of the module that defines the function.
-
-    Raises:
-        CoaloraError: the function has no source file (a builtin, or typed into a prompt).
-    """
+    """`source_digest` of the module that defines the function."""
     plain = inspect.unwrap(function)
     try:
         file = inspect.getsourcefile(plain)
@@ -116,7 +123,7 @@ def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any
         "versions": {name: _version(name) for name in VERSIONED},
         "inputs": canonical,
     }
-    return f"{stage}-{_sha256(material)}"
+    return f"{stage}-{digest(material)}"
 
 
 def artifacts_in(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Artifact]]:
@@ -175,26 +182,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _closure(module: str | Path, packages: Sequence[str]) -> dict[str, Path]:
-    """{module name: file}."""
-    root, name, file = _start(module)
-    found = {name: file}
-    pending = [name]
-    while pending:
-        current = pending.pop()
-        for target in _targets(current, found[current], packages):
-            parts = target.split(".")
-            for length in range(1, len(parts) + 1):
-                step = ".".join(parts[:length])
-                if step in found or any(fnmatchcase(step, pattern) for pattern in EXCLUDED):
-                    continue
-                located = _locate(step, root)
-                if located is not None:
-                    found[step] = located
-                    pending.append(step)
-    return found
-
-
 def _start(module: str | Path) -> tuple[Path, str, Path]:
     """(folder of the top-level package, module name, file) of where to start."""
     if isinstance(module, str):
@@ -233,14 +220,12 @@ def _locate(module: str, root: Path) -> Path | None:
 
 def _targets(module: str, file: Path, packages: Sequence[str]) -> Iterator[str]:
     """Names in `packages` that the file mentions: modules, and perhaps names inside them."""
-    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for level, name in _parse(file.read_bytes())[0]:
-        if level > len(package):
-            continue  # beyond the top-level package: Python refuses it as well
-        prefix = package[: len(package) - level + 1] if level else []
-        target = ".".join([*prefix, *filter(None, [name])])
-        if target.split(".")[0] in packages:
-            yield target
+        with suppress(ImportError):  # beyond the top-level package: Python refuses it as well
+            target = resolve_name("." * level + name, package or None)
+            if target.split(".")[0] in packages:
+                yield target
 
 
 @lru_cache(maxsize=4096)
@@ -275,8 +260,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _sha256(content: object) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@ A stage's result record (the small `Artifact`, as JSON) lies at the stage's key 
 storage. `PrefectRunner` lets Prefect read and write the records; `DirectRunner` does it through
 `prefect.results.ResultStore`, without the API: what a flow has computed is reused by `dvc repro`, and the
 other way round. A cache hit of Prefect's does not look at the files that the record refers to, so that both
-look at the stored files before they trust a record (`pipeline.stages.verified`), and rebuild what is damaged.
+look at the stored files before they trust a record (`Store.problems`), and rebuild what is damaged.
 
 A runner computes a key while it holds the key's lock (`pipeline.store.locks`), and looks again once it has it: of two
 runs that need a result at once one computes it, and the other waits and takes it. With a shared store
@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from prefect import Task
 from prefect.context import FlowRunContext
@@ -32,27 +33,55 @@ from prefect.serializers import JSONSerializer
 from prefect.settings import get_current_settings
 
 from coalora.errors import CoaloraError
-from pipeline.faults import database_faults
+from coalora.files import replace_file
+from pipeline.faults import database_faults, disk_faults
 from pipeline.orchestration.gpu_tags import tags_of_call, waiting_logged
 from pipeline.progress import get_logger
-from pipeline.stages.plans import Planner
-from pipeline.stages.records import Plan, StageRecord, run_name, write_record
+from pipeline.stages.checkpoints import discard
+from pipeline.stages.keys import artifacts_in
+from pipeline.stages.names import run_name
 from pipeline.stages.stage import Call, Pool, Stage, current_call, stage
 from pipeline.store.artifacts import Artifact
-from pipeline.store.current import using
-from pipeline.store.store import Store, default_store
+from pipeline.store.locks import Lock, wait_for
+from pipeline.store.store import Store, default_store, using
+from pipeline.words import human_seconds
 
 T = TypeVar("T")
 
-__all__ = ["DirectRunner", "Plan", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
+__all__ = ["DirectRunner", "PrefectRunner", "Runner", "Stage", "StageRecord", "stage"]
 
 
-class Submitted(Protocol):
-    """What Prefect's futures and those of `concurrent.futures` have in common."""
+@dataclass(frozen=True)
+class StageRecord:
+    """What one `run` did. `cached`: the function did not run; `rebuilt`: it ran as its files were damaged."""
 
-    def result(self) -> Artifact: ...
+    stage: str
+    key: str
+    cached: bool
+    rebuilt: bool
+    seconds: float
+    artifact: Artifact
 
-    def add_done_callback(self, fn: Callable[[Any], None], /) -> object: ...
+
+@dataclass(frozen=True)
+class Plan:
+    """A call before it runs."""
+
+    stage: Stage
+    key: str
+    call: dict[str, Any]
+    results: ResultStore
+    reuse: Artifact | None  # the record that answers it, its artifact whole
+    damaged: bool  # there was one that is not whole
+    started: float
+    lock: Lock | None = None  # held while the function runs
+    pool: Pool | None = None  # where the function runs; None for here
+    executions: list[str] = field(default_factory=list)  # filled when the function really runs
+
+    def release(self) -> None:
+        """Let others have the key."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 class Runner(ABC):
@@ -65,11 +94,7 @@ class Runner(ABC):
     """
 
     def __init__(
-        self,
-        store: Store | None = None,
-        *,
-        retries: int | None = None,
-        timeout_seconds: float | None = None,
+        self, store: Store | None = None, *, retries: int | None = None, timeout_seconds: float | None = None
     ) -> None:
         self.store = store if store is not None else default_store()
         self.history: list[StageRecord] = []
@@ -117,11 +142,8 @@ class Runner(ABC):
         if workers == 1 and pool is None:
             return [self.run(stage, refresh=refresh, **inputs) for inputs in calls]
         records: dict[int, StageRecord] = {}
-        pending: dict[int, tuple[Plan, Submitted]] = {}
+        pending: dict[int, tuple[Plan, Any]] = {}  # with Prefect's future, or that of a thread
         done: SimpleQueue[int] = SimpleQueue()
-
-        def tell(index: int) -> Callable[[object], None]:
-            return lambda _: done.put(index)
 
         def finish() -> None:
             index = done.get()  # whichever ends first: its worker gets the next call, though others go on
@@ -143,7 +165,7 @@ class Runner(ABC):
                     plan = self._plan(stage, inputs, refresh, pool, before_waiting=finish_all)
                     with self._calling(plan):  # what is submitted runs in a copy of this context
                         submitted = submit(plan)
-                    submitted.add_done_callback(tell(index))
+                    submitted.add_done_callback(lambda _, index=index: done.put(index))
                     pending[index] = plan, submitted
                 finish_all()
             except BaseException:
@@ -164,9 +186,70 @@ class Runner(ABC):
         pool: Pool | None = None,
         before_waiting: Callable[[], None] = lambda: None,
     ) -> Plan:
+        """The record that answers a call where there is one and its files are whole, or else the lock of its key.
+
+        Args:
+            before_waiting: called when another has the lock, before it is waited for.
+        """
+        started = time.perf_counter()
+        call = stage.bind(inputs)
+        key, results = stage.key(call), self._result_store(stage)
         refresh = refresh or get_current_settings().tasks.refresh_cache
-        planner = Planner(self.store, stage, self._result_store(stage))
-        return planner.plan(inputs, refresh=refresh, pool=pool, before_waiting=before_waiting)
+        reuse, damaged = (None, False) if refresh else self._recorded(stage, results, key)
+        lock = None
+        if reuse is None:
+            lock = self._claim(stage, key, before_waiting)
+            try:
+                if refresh:
+                    discard(key)  # from the start, and not from where a killed run had come to
+                else:  # another run may have finished it meanwhile
+                    reuse, again = self._recorded(stage, results, key)
+                    damaged = damaged or again
+                if reuse is None:
+                    self._require_inputs(stage, call)
+            except BaseException:
+                lock.release()
+                raise
+            if reuse is not None:
+                lock.release()
+                lock = None
+        return Plan(stage, key, call, results, reuse, damaged, started, lock, pool)
+
+    def _recorded(self, stage: Stage, results: ResultStore, key: str) -> tuple[Artifact | None, bool]:
+        """(the artifact that a record names, if it is whole; whether there was a record without)."""
+        recorded = recorded_artifact(results, key)
+        if recorded is not None:
+            found = self.store.problems(recorded)
+            if not found:
+                return recorded, False
+            get_logger().warning("%s: stored result is rebuilt: %s", stage.name, "; ".join(found))
+        shared, damaged = self.store.shared, recorded is not None
+        known = shared.record(key) if shared is not None else None
+        if known is None or known == recorded or known.of_this_machine or self.store.problems(known):
+            return None, damaged
+        write_record(results, key, known)
+        return known, damaged
+
+    def _claim(self, stage: Stage, key: str, before_waiting: Callable[[], None]) -> Lock:
+        """The lock of a key, after waiting for whoever has it."""
+        lock = self.store.lock(key)
+        if not lock.try_acquire():
+            before_waiting()  # no lock is held while another is waited for: two runs cannot wait for each other
+
+            def say(holder: str, waited: float) -> None:
+                since = f" ({human_seconds(waited)} so far)" if waited > 1 else ""
+                get_logger().info("%s: waiting for %s, which computes it%s", stage.name, holder, since)
+
+            wait_for(lock, say)
+        return lock
+
+    def _require_inputs(self, stage: Stage, call: Mapping[str, Any]) -> None:
+        for name, artifact in artifacts_in(call):
+            if found := self.store.problems(artifact):
+                raise CoaloraError(
+                    f"Stage {stage.name!r} cannot read its input {name}: {'; '.join(found)}",
+                    remedy="Run the pipeline again from the start, which rebuilds it, or with --refresh",
+                )
 
     def _record(self, plan: Plan, artifact: Artifact) -> StageRecord:
         """Share what a finished call has made, and say what was done."""
@@ -213,7 +296,7 @@ class Runner(ABC):
         """Return the verified record, or run the function and record its artifact."""
 
     @abstractmethod
-    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Submitted]]:
+    def _workers(self, workers: int) -> AbstractContextManager[Callable[[Plan], Any]]:
         """A function that begins a plan beside others and returns its future."""
 
 
@@ -235,22 +318,19 @@ class PrefectRunner(Runner):
             return task(**plan.call)
 
     @contextmanager
-    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Any]]:
         """Through the flow's task runner: threads, unless the flow was given another."""
-
-        def submit(plan: Plan) -> Submitted:
-            return cast(Submitted, self._task(plan).submit(**plan.call))
-
-        yield submit
+        yield lambda plan: self._task(plan).submit(**plan.call)
 
     def _task(self, plan: Plan) -> Task[..., Artifact]:
         # A verified record goes through Prefect as well, so that the run page shows the stage as cached.
         reused, tags = plan.reuse is not None, plan.stage.task.tags
+        elsewhere = getattr(plan.pool, "address", None) is not None  # a cluster, whose workers have GPUs of their own
         return plan.stage.task.with_options(
             cache_policy=replace(plan.stage.policy, key=plan.key),
             refresh_cache=plan.reuse is None,
             task_run_name=run_name(plan.stage.name, plan.call),
-            tags=tags_of_call(tags, _flat(plan.call), reused=reused, elsewhere=plan.elsewhere),
+            tags=tags_of_call(tags, _flat(plan.call), reused=reused, elsewhere=elsewhere),
             **self.task_options,
         )
 
@@ -286,10 +366,30 @@ class DirectRunner(Runner):
         return artifact
 
     @contextmanager
-    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Submitted]]:
+    def _workers(self, workers: int) -> Iterator[Callable[[Plan], Any]]:
         with ThreadPoolExecutor(workers, thread_name_prefix="coalora") as pool:
             yield lambda plan: pool.submit(copy_context().run, self._execute, plan)
 
     def call(self, task: Task[..., T], /, **inputs: Any) -> T:
         with database_faults(), using(self.store):
             return task.fn(**inputs)
+
+
+def recorded_artifact(results: ResultStore, key: str) -> Artifact | None:
+    """The record at `key`; None for none, a half-written one, or one of another version of `Artifact`."""
+    if not results.exists(key):
+        return None
+    result = results.read(key).result
+    return result if isinstance(result, Artifact) else None
+
+
+def write_record(results: ResultStore, key: str, artifact: Artifact) -> None:
+    """As `ResultStore.write`, but atomic: that one truncates the old record before it writes the new one."""
+    record = results.create_result_record(artifact, key=key)
+    if not isinstance(results.result_storage, LocalFileSystem):  # a storage block of the user's
+        results.persist_result_record(record)
+        return
+    target = Path(str(record.metadata.storage_key))
+    with disk_faults(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, record.serialize())

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, Protocol
 
 import prefect
@@ -57,11 +58,7 @@ class StageKeyPolicy(CachePolicy):
     key: str | None = None
 
     def compute_key(
-        self,
-        task_ctx: TaskRunContext,
-        inputs: dict[str, Any],
-        flow_parameters: dict[str, Any],
-        **kwargs: Any,
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str | None:
         if self.key is not None or self.owner is None:
             return self.key
@@ -72,6 +69,12 @@ class Stage:
     """A function `fn(*, ...) -> Artifact`, its Prefect task, and its cache key. Made by `stage`.
 
     The code is digested when the stage is defined: what an edit on disk changes later is not what runs here.
+
+    Args:
+        name: lower case, digits, dashes; start of its cache keys.
+        tags: Prefect tags (concurrency limits go by tag).
+        retries: how often Prefect runs a failed stage again; `DirectRunner` runs it once.
+        timeout_seconds: Prefect's limit for one run; none in `DirectRunner`.
     """
 
     def __init__(
@@ -158,25 +161,9 @@ class Stage:
 
 
 def _stage_named(module: str, name: str) -> Stage:
-    found: Any = import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    return attrgetter(name)(import_module(module))
 
 
-def stage(
-    name: str, *, tags: Iterable[str] = (), retries: int = 0, timeout_seconds: float | None = None
-) -> Callable[[Callable[..., Artifact]], Stage]:
-    """Decorator: make a `Stage` of `fn(*, ...) -> Artifact`.
-
-    Args:
-        name: lower case, digits, dashes; start of its cache keys.
-        tags: Prefect tags (concurrency limits go by tag).
-        retries: how often Prefect runs a failed stage again; `DirectRunner` runs it once.
-        timeout_seconds: Prefect's limit for one run; none in `DirectRunner`.
-    """
-
-    def decorate(fn: Callable[..., Artifact]) -> Stage:
-        return Stage(fn, name, tags=tags, retries=retries, timeout_seconds=timeout_seconds)
-
-    return decorate
+def stage(name: str, **options: Any) -> Callable[[Callable[..., Artifact]], Stage]:
+    """Decorator: make a `Stage` of `fn(*, ...) -> Artifact`; further arguments as of `Stage`."""
+    return partial(Stage, name=name, **options)

@@ -59,21 +59,14 @@ FileName = Annotated[str, AfterValidator(checked_name)]
 
 
 class Artifact(BaseModel):
-    """Reference to a folder of files in a `Store`.
-
-    Attributes:
-        kind: what it is ("calibration", "adapter", ...).
-        digest: of its files' manifest.
-        nbytes: size of its files together, in bytes.
-        meta: small facts for people and tables (JSON scalars, finite); not part of the digest.
-    """
+    """Reference to a folder of files in a `Store`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: FileName
-    digest: Digest
+    kind: FileName  # "calibration", "adapter", ...
+    digest: Digest  # of its files' manifest
     nbytes: int = Field(ge=0)
-    meta: dict[str, Scalar] = {}
+    meta: dict[str, Scalar] = {}  # small finite facts for people and tables; not part of the digest
 
     @property
     def of_this_machine(self) -> bool:
@@ -140,11 +133,7 @@ class Manifest(BaseModel):
         return sum(entry.size for entry in self.files)
 
     def matching(self, patterns: Sequence[str] | None) -> list[FileEntry]:
-        """Entries that fit one of the shell patterns; all of them without patterns.
-
-        Raises:
-            CoaloraError: a pattern that fits none.
-        """
+        """Entries that fit one of the shell patterns; all of them without patterns."""
         for pattern in patterns or ():
             if not any(fnmatchcase(entry.path, pattern) for entry in self.files):
                 folders = sorted({entry.path.rpartition("/")[0] or entry.path for entry in self.files})
@@ -168,14 +157,7 @@ def files_below(folder: Path) -> dict[str, Path]:
 
 
 def manifest_of(files: Iterable[tuple[str, Path]], whose: str) -> Manifest:
-    """The manifest of files by their paths in it; hashes each.
-
-    Args:
-        whose: what they are, for messages.
-
-    Raises:
-        CoaloraError: one that is no regular file, or a path that a manifest cannot hold.
-    """
+    """The manifest of files by their paths in it; hashes each."""
     entries = []
     for name, file in sorted(files):
         if file.is_symlink() or not file.is_file():

@@ -27,13 +27,7 @@ BEATS = 4  # renewals in one ttl
 
 
 class Lease:
-    """One lease; a `pipeline.store.locks.Lock`.
-
-    Args:
-        location: of the lease objects.
-        name: of this one.
-        ttl: seconds after which a lease that was not renewed may be taken over.
-    """
+    """One lease; a `pipeline.store.locks.Lock`."""
 
     def __init__(self, location: S3Location, name: str, *, ttl: float = TTL_SECONDS) -> None:
         self.location, self.name, self.ttl = location, name, ttl
@@ -43,11 +37,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lease if nobody has it, or if its holder has let it expire.
-
-        Raises:
-            StorageError: the store cannot be reached or refuses.
-        """
+        """Take the lease if nobody has it, or if its holder has let it expire."""
         etag = self.location.put_bytes(self.name, _content(), if_absent=True) or self._take_over()
         if etag is None:
             return False

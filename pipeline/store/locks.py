@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -43,11 +43,7 @@ class Lock(Protocol):
 
 
 class FileLock:
-    """Lock of a file that is there, and names its holder, while it is held.
-
-    Args:
-        path: the lock's file; its folder is made.
-    """
+    """Lock of a file that is there, and names its holder, while it is held."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,11 +51,7 @@ class FileLock:
         self._lock = filelock.FileLock(path, thread_local=False)
 
     def try_acquire(self) -> bool:
-        """Take the lock if no other process or thread has it.
-
-        Raises:
-            CoaloraError: the folder cannot be written to.
-        """
+        """Take the lock if no other process or thread has it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
@@ -104,28 +96,21 @@ class LockChain:
         self._refused: Lock = locks[0]
 
     def try_acquire(self) -> bool:
-        for position, lock in enumerate(self.locks):
-            try:
-                taken = lock.try_acquire()
-            except BaseException:
-                self._release(self.locks[:position])
-                raise
-            if not taken:
-                self._refused = lock
-                self._release(self.locks[:position])
-                return False
+        with ExitStack() as taken:
+            for lock in self.locks:
+                if not lock.try_acquire():
+                    self._refused = lock
+                    return False
+                taken.callback(lock.release)
+            taken.pop_all()  # all of them: none is given back here
         return True
 
     def release(self) -> None:
-        self._release(self.locks)
+        for lock in reversed(self.locks):
+            lock.release()
 
     def holder(self) -> str:
         return self._refused.holder()
-
-    @staticmethod
-    def _release(locks: tuple[Lock, ...]) -> None:
-        for lock in reversed(locks):
-            lock.release()
 
 
 def wait_for(lock: Lock, say: Callable[[str, float], None]) -> None:

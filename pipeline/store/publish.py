@@ -56,16 +56,9 @@ class RunManifest(Manifest):
 
 @dataclass(frozen=True)
 class Publication:
-    """What became of a run folder.
+    """What became of a run folder: of all its files, which had to travel, and whether the manifest is new."""
 
-    Attributes:
-        address: of the run, `s3://BUCKET/PREFIX/runs/PIPELINE/RUN`.
-        n_files, nbytes: of the run.
-        sent_files, sent_bytes: that had to travel.
-        changed: whether the manifest is new.
-    """
-
-    address: str
+    address: str  # s3://BUCKET/PREFIX/runs/PIPELINE/RUN
     n_files: int
     nbytes: int
     sent_files: int
@@ -82,26 +75,16 @@ class Publication:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Outcome of a download.
+    """Outcome of a download: the run, and how many of its wanted files were not there already."""
 
-    Attributes:
-        run: name of the run; tells what `latest` was.
-        n_files, nbytes: of the wanted files.
-        fetched_files: that were not there already.
-    """
-
-    run: str
+    run: str  # tells what `latest` was
     n_files: int
     nbytes: int
     fetched_files: int
 
 
 def publish(folder: Path, location: S3Location) -> Publication:
-    """Publish a run folder below a location. Calling it again after any failure goes on with what is missing.
-
-    Raises:
-        CoaloraError: no run folder, a file in it that is no regular file or changes meanwhile, or S3 fails.
-    """
+    """Publish a run folder below a location. Calling it again after any failure goes on with what is missing."""
     folder = folder.resolve()  # `latest` is a link to the run
     manifest = manifest_of(folder)
     location.check()
@@ -114,11 +97,7 @@ def publish(folder: Path, location: S3Location) -> Publication:
 
 
 def manifest_of(folder: Path) -> RunManifest:
-    """The manifest of a run folder; hashes every file.
-
-    Raises:
-        CoaloraError: no run folder, or a file that cannot be published.
-    """
+    """The manifest of a run folder; hashes every file."""
     record = folder / RECORD
     if not record.is_file():
         raise CoaloraError(
@@ -173,11 +152,7 @@ def retrieve(address: S3Address, folder: Path, settings: StorageSettings, *, onl
 
 
 def split_run_address(address: S3Address) -> tuple[S3Address, str, str]:
-    """(prefix, pipeline, run) of `s3://BUCKET/PREFIX/runs/PIPELINE/RUN`; RUN may be `latest`.
-
-    Raises:
-        CoaloraError: an address of another form.
-    """
+    """(prefix, pipeline, run) of `s3://BUCKET/PREFIX/runs/PIPELINE/RUN`; RUN may be `latest`."""
     *prefix, runs, pipeline, run = ["", "", "", *(address.prefix.split("/") if address.prefix else [])]
     if f"{runs}/" != RUNS or not pipeline or not run:
         raise CoaloraError(
@@ -219,11 +194,7 @@ def read_run(shared: SharedStore, pipeline: str, run: str) -> RunManifest:
 
 
 def withdraw(shared: SharedStore, pipeline: str, run: str) -> None:
-    """Make a published run invisible; where it was the latest one, so is that pointer.
-
-    Raises:
-        CoaloraError: there is no such run.
-    """
+    """Make a published run invisible; where it was the latest one, so is that pointer."""
     check_published(shared, pipeline, run)
     if _latest(shared, pipeline) == run:
         shared.location.delete([f"{RUNS}{pipeline}/{LATEST}"])  # first: it never points at a run that is gone

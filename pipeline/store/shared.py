@@ -41,13 +41,7 @@ USED_SECONDS = 24 * 3600.0  # use is noted in the bucket (by writing the manifes
 
 
 class SharedStore:
-    """Objects, manifests, records and leases below one prefix of a bucket.
-
-    Args:
-        location: the prefix.
-        ttl: seconds after which the lease of a machine that is not heard of may be taken over.
-        read_only: nothing is written.
-    """
+    """Objects, manifests, records and leases below one prefix of a bucket."""
 
     def __init__(self, location: S3Location, *, ttl: float = TTL_SECONDS, read_only: bool = False) -> None:
         self.location, self.ttl, self.read_only = location, ttl, read_only
@@ -58,8 +52,7 @@ class SharedStore:
     def put_manifest(self, name: str, manifest: Manifest, folder: Path) -> tuple[list[FileEntry], bool]:
         """Upload the files of a folder that are not there, and then their manifest.
 
-        Returns:
-            (entries whose bytes travelled, whether the manifest is new)
+        Returns (entries whose bytes travelled, whether the manifest is new).
         """
         contents = list({entry.sha256: entry for entry in manifest.files}.values())
         sent = self._send(contents, folder)
@@ -74,7 +67,7 @@ class SharedStore:
         found = self.location.get(name)
         if found is not None and found.content == json_bytes(content):
             return False
-        self.location.put_json(name, content)
+        self.location.put_bytes(name, json_bytes(content))
         return True
 
     def get_files(self, entries: Sequence[FileEntry], folder: Path, label: str) -> None:
@@ -107,9 +100,6 @@ class SharedStore:
         """Download an artifact into a folder, which then holds these files alone; whole files in it are kept.
 
         An artifact that turns out to be damaged, or to have lost a file, loses its manifest: it is made anew.
-
-        Raises:
-            CoaloraError: the artifact is not there, or its files are not those of its digest.
         """
         manifest = self.manifest(artifact)
         if manifest is None:
@@ -140,7 +130,7 @@ class SharedStore:
     def write_record(self, cache_key: str, artifact: Artifact) -> None:
         """Say which artifact answers a key; nothing where the store is only read."""
         if not self.read_only:
-            self.location.put_json(record_name(cache_key), {"artifact": artifact.model_dump(mode="json")})
+            self.location.put_bytes(record_name(cache_key), json_bytes({"artifact": artifact.model_dump(mode="json")}))
 
     def lease(self, cache_key: str) -> Lease:
         """The lock of a key among the machines that share this store."""
@@ -188,11 +178,7 @@ def parse_record(content: bytes) -> Artifact | None:
 
 
 def open_shared(url: str, *, read_only: bool = False) -> SharedStore:
-    """The shared store at `s3://bucket/prefix`. Server and credentials: AWS's own variables.
-
-    Raises:
-        CoaloraError: it is no such address.
-    """
+    """The shared store at `s3://bucket/prefix`. Server and credentials: AWS's own variables."""
     endpoint = [os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_PROFILE")]
     return _opened(url, read_only, *endpoint, os.getpid())
 

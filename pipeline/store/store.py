@@ -2,7 +2,7 @@
 
 `<home>/store/<digest[:2]>/<digest>/` holds the files and `manifest.json`, which is written last, before one atomic
 rename: a folder that has its final name is complete. Prefect keeps only the small `Artifact` reference, and a cache hit
-says nothing about the bytes: `Store.verify` hashes them again each time.
+says nothing about the bytes: `Store.problems` does.
 
 With a shared store (`pipeline.store.shared`) the folder is a cache of it: `path` downloads what is not here, `share`
 uploads what is new.
@@ -14,8 +14,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ import filelock
 from pydantic import ValidationError
 
 from coalora.errors import CoaloraError
-from coalora.files import json_bytes, replace_file
+from coalora.files import json_bytes, replace_file, write_json
 from pipeline.environment import READ_ONLY_VARIABLE, STORE_VARIABLE, coalora_home
 from pipeline.faults import disk_faults
 from pipeline.store.artifacts import (
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "MARKER", "Artifact", "FileEntry", "Scalar", "Store", "default_store"]
 
 STALE_SECONDS = 24 * 3600.0  # after which the workspace of a killed process is swept away
+SETTLED_NS = 100_000_000
+Stats = dict[str, tuple[int, int, int]]  # file -> inode, size, time of modification
+
+_whole: dict[Path, Stats] = {}  # folders of artifacts that this process has hashed
 
 
 class Store:
@@ -81,9 +86,6 @@ class Store:
         """Folder of the artifact's files (read only); downloaded from the shared store where it is not here.
 
         Without a shared store: whether or not it is there.
-
-        Raises:
-            CoaloraError: the shared store does not have it either, or does not answer.
         """
         folder = self.place(artifact)
         if not folder.is_dir() and (shared := self.shared) is not None:
@@ -119,12 +121,18 @@ class Store:
             self._finish(work, artifact, manifest)
         return artifact
 
-    def manifest(self, artifact: Artifact) -> Manifest:
-        """The artifact's files.
+    def put_json(self, kind: str, files: Mapping[str, object], meta: Mapping[str, Scalar] | None = None) -> Artifact:
+        """Keep JSON files, by their names."""
 
-        Raises:
-            CoaloraError: the artifact is not in the store, or its manifest is damaged.
-        """
+        def write(folder: Path) -> Mapping[str, Scalar] | None:
+            for name, content in files.items():
+                write_json(folder / name, content)
+            return meta
+
+        return self.put(kind, write)
+
+    def manifest(self, artifact: Artifact) -> Manifest:
+        """The artifact's files."""
         manifest, problem = self._read_manifest(artifact)
         if manifest is None:
             raise _damaged(artifact, problem)
@@ -151,15 +159,25 @@ class Store:
     def problems(self, artifact: Artifact) -> list[str]:
         """Why the artifact cannot be read; empty = it can be, here or after a download from the shared store.
 
-        A copy here that is damaged goes where the shared store has a whole one. Asking counts as use: what was used
-        lately is not pruned.
+        What this process has found whole is hashed again only when a file has changed (inode, size or time). A copy
+        here that is damaged goes where the shared store has a whole one. Asking counts as use: what was used lately is
+        not pruned.
         """
+        folder = self.place(artifact)
         self.touch(artifact)
-        found = self.verify(artifact)
-        if not found or (shared := self.shared) is None or shared.manifest(artifact) is None:
+        before = _stats(folder)
+        if before and _whole.get(folder) == before:
+            return []
+        _whole.pop(folder, None)
+        if not (found := self.verify(artifact)):
+            # Written within a tick of its clock, a file could change unseen: it is hashed again the next time.
+            if time.time_ns() - max(modified for _, _, modified in before.values()) > SETTLED_NS:
+                _whole[folder] = before
+            return []
+        if (shared := self.shared) is None or shared.manifest(artifact) is None:
             return found
-        if self.place(artifact).exists():
-            self._discard(artifact)
+        with self._workspace() as work, self._committing(), suppress(FileNotFoundError):
+            folder.rename(work / "damaged")
         return []
 
     def share(self, artifact: Artifact) -> int:
@@ -169,18 +187,15 @@ class Store:
             return 0
         return shared.push(artifact, self.place(artifact), self.manifest(artifact))
 
-    def materialize(self, artifact: Artifact, destination: str | Path, *, subset: Sequence[str] | None = None) -> Path:
+    def materialize(self, artifact: Artifact, destination: str | Path) -> Path:
         """Copy the files to a folder outside the store, which then holds exactly these files and a marker.
 
         Nothing is written when the folder is as wanted already. A folder with a marker of ours is brought up
         to date: what does not belong to the artifact is removed from it.
 
-        Args:
-            subset: relative paths or shell patterns (`*.json`) of the files to copy; all by default.
-
         Raises:
             CoaloraError: the destination is a file, lies in the store, or is a folder with files but without
-                our marker; a pattern matches nothing; the artifact is damaged.
+                our marker; the artifact is damaged.
         """
         source = self.path(artifact)
         target = Path(os.path.abspath(destination))
@@ -195,8 +210,7 @@ class Store:
                 _copy(source / entry.path, target / entry.path, entry, artifact)
 
         with disk_faults(target):
-            entries = self.manifest(artifact).matching(subset)
-            fill(target, entries, {"digest": artifact.digest}, copy)
+            fill(target, self.manifest(artifact).files, {"digest": artifact.digest}, copy)
         return target
 
     def remove(self, folder: Path, older_than: float) -> bool:
@@ -252,10 +266,6 @@ class Store:
         finally:
             lock.release()
 
-    def _discard(self, artifact: Artifact) -> None:
-        with self._workspace() as work, self._committing(), suppress(FileNotFoundError):
-            self.place(artifact).rename(work / "damaged")
-
     def _read_manifest(self, artifact: Artifact) -> tuple[Manifest | None, str]:
         """(manifest, problem): exactly one of the two says something."""
         name = f"{artifact.kind} {artifact.digest[:12]}"
@@ -309,15 +319,29 @@ class Store:
 
 
 def default_store() -> Store:
-    """The store that the environment names: COALORA_HOME, COALORA_STORE and COALORA_STORE_READ_ONLY.
-
-    Raises:
-        CoaloraError: COALORA_STORE_READ_ONLY is neither 0 nor 1.
-    """
+    """The store that the environment names: COALORA_HOME, COALORA_STORE and COALORA_STORE_READ_ONLY."""
     read_only = os.environ.get(READ_ONLY_VARIABLE) or "0"
     if read_only not in ("0", "1"):
         raise CoaloraError(f"{READ_ONLY_VARIABLE} is {read_only[:80]!r}", remedy="Set it to 1 or 0")
     return Store(coalora_home(), shared_url=os.environ.get(STORE_VARIABLE) or None, read_only=read_only == "1")
+
+
+_current: ContextVar[Store | None] = ContextVar("coalora_store", default=None)
+
+
+def current_store() -> Store:
+    """The store of the run under way: of the runner whose call this is, else the environment's."""
+    return _current.get() or default_store()
+
+
+@contextmanager
+def using(store: Store) -> Iterator[None]:
+    """Calls of the block, in its threads as well, read and write this store."""
+    token = _current.set(store)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def _copy(source: Path, target: Path, entry: FileEntry, artifact: Artifact) -> None:
@@ -333,6 +357,14 @@ def _copy(source: Path, target: Path, entry: FileEntry, artifact: Artifact) -> N
         raise _damaged(artifact, f"{entry.path}: missing") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _stats(folder: Path) -> Stats:
+    try:
+        found = {name: path.lstat() for name, path in files_below(folder).items()}
+    except FileNotFoundError:  # it goes while it is looked at
+        return {}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def _damaged(artifact: Artifact, problem: str) -> CoaloraError:

@@ -9,35 +9,29 @@ from __future__ import annotations
 import getpass
 import logging
 import socket
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeVar
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_GIT_COMMIT,
-    MLFLOW_SOURCE_NAME,
-    MLFLOW_SOURCE_TYPE,
-    MLFLOW_USER,
-)
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
 
 from coalora.calibrate.costs import budget_name
-from coalora.data.benchmark import SPLITS, Benchmark
+from coalora.data.benchmark import SPLITS
 from coalora.files import digest, read_json
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
 from pipeline.report.curves import curves_figure
 from pipeline.report.heatmap import heatmap_figure
 from pipeline.report.rounds import round_figure, round_rows, rounds_figure
-from pipeline.report.schema import RESULT
+from pipeline.report.schema import RESULT, as_result
 from pipeline.report.style import figure_png
 from pipeline.settings.sections import Settings
-from pipeline.store.current import current_store
-from pipeline.store.store import Artifact
+from pipeline.store.store import Artifact, current_store
 from pipeline.tracking.registry import REFERENCE
 from pipeline.tracking.runs import TrackedRun, open_tracker
-from pipeline.tracking.server import default_place, patiently
-from pipeline.versioning.git import git_commit
+from pipeline.tracking.server import patiently, place_of_runs
 
 T = TypeVar("T")
 
@@ -46,33 +40,23 @@ CONTEXTS = {"train": "training", "search": "search", "validation": "evaluation"}
 SEARCHED = ("n_candidates", "n_accepted", "surrogate_error", "hypervolume_before", "hypervolume_after")
 
 
-def open_pipeline_run(pipeline: str, settings: Settings, identity: str) -> TrackedRun:
-    """The run of a pipeline's identity, opened or resumed; named like its folder under runs/.
+def on_run(pipeline: str, settings: Settings, identity: str, use: Callable[[TrackedRun], T]) -> T:
+    """What `use` does with the run of a pipeline's identity, opened or resumed, and named like its folder under runs/.
 
-    Raises:
-        CoaloraError: as `pipeline.tracking.server.patiently`.
+    Tried again while the tracking server is away for a moment.
     """
 
-    def call() -> TrackedRun:
+    def call() -> T:
         tracker = open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri)
         params = settings.model_dump(mode="json", exclude_none=True)
-        return tracker.open_run(identity, f"{pipeline} {identity[:8]}", params, run_tags(pipeline))
+        return use(tracker.open_run(identity, f"{pipeline} {identity[:8]}", params, run_tags(pipeline)))
 
-    return patiently(call, tracking_uri(settings))
-
-
-def on_run(pipeline: str, settings: Settings, identity: str, use: Callable[[TrackedRun], T]) -> T:
-    """What `use` does with the run, tried again while the tracking server is away for a moment.
-
-    Raises:
-        CoaloraError: as `pipeline.tracking.server.patiently`.
-    """
-    return patiently(lambda: use(open_pipeline_run(pipeline, settings, identity)), tracking_uri(settings))
+    return patiently(call, place_of_runs(settings.tracking.tracking_uri))
 
 
-def tracking_uri(settings: Settings) -> str:
-    """Where runs of these settings are tracked."""
-    return default_place(settings.tracking.tracking_uri).tracking_uri
+def open_pipeline_run(pipeline: str, settings: Settings, identity: str) -> TrackedRun:
+    """The run that `on_run` gives to what it calls."""
+    return on_run(pipeline, settings, identity, lambda run: run)
 
 
 def run_url(settings: Settings, run_id: str) -> str:
@@ -97,12 +81,7 @@ def run_tags(pipeline: str) -> dict[str, str]:
 
 
 def version_tags(pipeline: str, result: Mapping[str, Any], benchmark: Artifact, md5: str | None) -> dict[str, str]:
-    """What a registered version was trained and measured on.
-
-    Args:
-        result: content of the run's `result.json`.
-        md5: of the final set in DVC; None where it is not versioned.
-    """
+    """What a registered version was trained and measured on."""
     volume = result["hypervolume"]
     bits = [member["average_bits"] for member in result["members"]]
     tags = {
@@ -141,26 +120,18 @@ def log_datasets(run: TrackedRun, benchmark: Artifact, source: Mapping[str, Any]
     """The three splits as inputs of the run, each with its size."""
     data = load_benchmark(benchmark)
     for name in SPLITS:
+        split = getattr(data, name)
         run.log_dataset(
             f"{data.name}/{name}",
             source,
             f"{name[:3]}-{benchmark.digest[:16]}",
             CONTEXTS[name],
-            profile=_profile(data, name),
+            {"num_rows": len(split), "num_tokens": int(split.lengths.sum()), "task": data.task},
         )
 
 
-def _profile(data: Benchmark, name: str) -> dict[str, Any]:
-    split = getattr(data, name)
-    return {"num_rows": len(split), "num_tokens": int(split.lengths.sum()), "task": data.task}
-
-
 def track_set(parent: TrackedRun, round_index: int, configurations: Artifact, tables: Artifact, md5: str | None) -> str:
-    """Log a round's set to the round's nested run, once; returns the nested run's id.
-
-    Args:
-        md5: of the set's file in DVC; None where it is not versioned.
-    """
+    """Log a round's set to the round's nested run, once; returns the nested run's id."""
     child = _round_run(parent, round_index)
     if md5:
         child.set_tags({"dvc_md5": md5})
@@ -217,6 +188,7 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
     """What the report says: hypervolumes, numbers by budget and method, seconds by stage, figures, files."""
     folder = current_store().path(report)
     result = read_json(folder / RESULT)
+    checked = as_result(result)
     metric = result["benchmark"]["metric"]
     for method in result["arms"]:
         summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
@@ -231,7 +203,7 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
         run.log_artifact(folder / name, "report")
     run.log_artifact(folder / "front.png", "figures")
     for name, draw in (("curves", curves_figure), ("rounds", rounds_figure), ("bits-by-layer", heatmap_figure)):
-        run.log_bytes(figure_png(draw(result)), f"figures/{name}.png")
+        run.log_bytes(figure_png(draw(checked)), f"figures/{name}.png")
     run.set_description((folder / "table.md").read_text(encoding="utf-8"))
 
 
@@ -243,6 +215,19 @@ def _monitor(run: TrackedRun) -> Any:
     )
     monitor.start()
     return monitor
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `-dirty` where tracked files differ; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _user() -> str:

@@ -41,10 +41,7 @@ class BudgetModel(PythonModel):
         self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
 
     def predict(
-        self,
-        context: PythonModelContext,
-        model_input: list[AdaptRequest],
-        params: dict[str, Any] | None = None,
+        self, context: PythonModelContext, model_input: list[AdaptRequest], params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """One answer a request.
 

@@ -7,11 +7,9 @@ A hypervolume only compares with one of the same benchmark and reference point, 
 
 from __future__ import annotations
 
-import math
-import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -27,11 +25,10 @@ from packaging.version import Version
 
 import coalora
 from coalora.errors import CoaloraError
-from coalora.files import digest, file_sha256
+from coalora.files import digest
 from pipeline.scrub import one_line
 from pipeline.settings.sections import TrackingSettings
-from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun, open_tracker
-from pipeline.tracking.values import flatten
+from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun, flatten, open_tracker
 
 CHAMPION = "champion"
 NEWEST = "newest"  # MLflow keeps the word `latest` for itself
@@ -41,56 +38,39 @@ ADDRESS = "s3_address"
 DECISION = "coalora.champion_decision"  # set last: a version without it was cut short
 PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors")
 
+CODE = Path(coalora.__file__).resolve().parent  # travels with the model
+
 _MODEL_CODE = Path(__file__).with_name("registered_model.py")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # goes unquoted into URIs and searches
 
 
 @dataclass(frozen=True)
 class Registered:
-    """What became of a bundle.
-
-    Attributes:
-        name: registered model.
-        version: its version, from 1.
-        champion_moved: whether this call made it the champion.
-        previous_hypervolume: of the champion before, None where there was none.
-        reason: why the alias moved, or why it did not.
-        created: whether this call created the version.
-    """
+    """What became of a bundle."""
 
     name: str
     version: int
-    champion_moved: bool
-    previous_hypervolume: float | None
-    reason: str
-    created: bool
+    champion_moved: bool  # by this call
+    reason: str  # why the alias moved, or why it did not
 
 
-def requirements(packages: Sequence[str] = PACKAGES) -> list[str]:
+def requirements() -> list[str]:
     """Pinned requirements of what is installed.
 
     MLflow's own inference loads the model in a new process and takes tens of seconds. The local part of a
     version (2.13.0+cpu) is left out: no index serves it.
     """
-    return [f"{name}=={Version(installed_version(name)).public}" for name in packages]
-
-
-def bundle_digest(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return digest([[p.relative_to(folder).as_posix(), file_sha256(p)] for p in files])
+    return [f"{name}=={Version(installed_version(name)).public}" for name in PACKAGES]
 
 
 def register(
     run: TrackedRun,
     bundle_folder: Path,
+    content: str,
     model_name: str,
     *,
     hypervolume: float,
     tags: Mapping[str, str],
-    code_paths: Sequence[Path] | None = None,
-    identity: str | None = None,
-    description: str | None = None,
+    description: str,
 ) -> Registered:
     """Register a bundle as a version of a model, and make it champion if it is better.
 
@@ -100,46 +80,24 @@ def register(
     Args:
         run: the run that it comes from.
         bundle_folder: what `Bundle.save` wrote.
+        content: its digest; a version stands for this content of this run.
         model_name: letters, digits, dots, dashes and underscores.
         hypervolume: of the evaluated set; larger is better.
-        tags: of the version; must hold `hypervolume_reference`: benchmark, objectives and reference point.
-        code_paths: packages that travel with the model; by default `coalora`.
-        identity: equal for versions that are the same; by default the run's identity and the bundle's
-            contents.
+        tags: of the version, among them `hypervolume_reference`: benchmark, objectives and reference point.
         description: of the version, in Markdown.
-
-    Raises:
-        CoaloraError: bad name, hypervolume or folder; `hypervolume_reference` is missing.
     """
-    reference = tags.get(REFERENCE)
-    if not reference:
-        raise CoaloraError(
-            f"Tags {sorted(tags)} do not say what the hypervolume was measured on",
-            remedy=f"Set {REFERENCE!r} to the benchmark and the reference point",
-        )
-    if not _NAME.fullmatch(model_name):
-        raise CoaloraError(
-            f"{model_name!r} is no plain name of a registered model", remedy="Use letters, digits, . _ -"
-        )
-    if not math.isfinite(hypervolume):
-        raise CoaloraError(f"A hypervolume of {hypervolume} is not finite")
-    if not bundle_folder.is_dir() or not any(bundle_folder.iterdir()):
-        raise CoaloraError(f"{bundle_folder} is no bundle: it holds no files", remedy="Run the export first")
-
-    identity = identity or digest([run.identity, bundle_digest(bundle_folder)])
-    client = run.client
+    identity, client = digest([run.identity, content]), run.client
     _create_registered_model(client, model_name)
-    found = _find(client, model_name, identity)
-    if found is not None and DECISION in found.tags:
-        return Registered(model_name, int(found.version), False, None, found.tags[DECISION], False)
-    made = found
+    found = client.search_model_versions(f"name = '{model_name}' and tags.`{IDENTITY_TAG}` = '{identity}'")
+    made = min(found, key=lambda version: int(version.version)) if found else None
+    if made is not None and DECISION in made.tags:
+        return Registered(model_name, int(made.version), False, made.tags[DECISION])
     if made is None:
         plain = flatten(tags) | {HYPERVOLUME: repr(float(hypervolume)), IDENTITY_TAG: identity}
-        made = _create(run, bundle_folder, model_name, plain, code_paths or [Path(coalora.__file__).parent])
-    if description:
-        client.update_model_version(model_name, made.version, description)
+        made = _create(run, bundle_folder, model_name, plain)
+    client.update_model_version(model_name, made.version, description)
     client.set_registered_model_alias(model_name, NEWEST, made.version)
-    return _crown(client, model_name, made, created=found is None)
+    return _crown(client, model_name, made)
 
 
 def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[str]:
@@ -162,11 +120,6 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
     return sorted(f"{version.name} version {version.version}" for version in versions)
 
 
-def _find(client: MlflowClient, model_name: str, identity: str) -> ModelVersion | None:
-    found = client.search_model_versions(f"name = '{model_name}' and tags.`{IDENTITY_TAG}` = '{identity}'")
-    return min(found, key=lambda v: int(v.version)) if found else None
-
-
 def _create_registered_model(client: MlflowClient, model_name: str) -> None:
     try:
         client.create_registered_model(model_name)
@@ -175,9 +128,7 @@ def _create_registered_model(client: MlflowClient, model_name: str) -> None:
             raise
 
 
-def _create(
-    run: TrackedRun, bundle_folder: Path, model_name: str, tags: Mapping[str, str], code_paths: Sequence[Path]
-) -> ModelVersion:
+def _create(run: TrackedRun, bundle_folder: Path, model_name: str, tags: Mapping[str, str]) -> ModelVersion:
     # By hand what mlflow.pyfunc.log_model does: that works on the process's tracking URI, not the client's.
     client = run.client
     logged = client.create_logged_model(run.tracker.experiment_id, model_name, source_run_id=run.run_id)
@@ -189,7 +140,7 @@ def _create(
                     path=str(folder),
                     python_model=str(_MODEL_CODE),
                     artifacts={"bundle": str(bundle_folder.resolve())},
-                    code_paths=[str(Path(p).resolve()) for p in code_paths],
+                    code_paths=[str(CODE)],
                     pip_requirements=requirements(),
                     mlflow_model=Model(
                         artifact_path=logged.artifact_location, model_id=logged.model_id, run_id=run.run_id
@@ -236,29 +187,28 @@ def _champion(client: MlflowClient, model_name: str) -> ModelVersion | None:
         raise
 
 
-def _crown(client: MlflowClient, model_name: str, made: ModelVersion, *, created: bool) -> Registered:
+def _crown(client: MlflowClient, model_name: str, made: ModelVersion) -> Registered:
     champion = _champion(client, model_name)
-    moved, previous, reason = _compare(made.tags, None if champion is None else champion.tags)
+    moved, reason = _compare(made.tags, None if champion is None else champion.tags)
     if champion is not None and champion.version == made.version:
         moved, reason = True, "made champion by a call that was cut short"
     if moved:
         client.set_registered_model_alias(model_name, CHAMPION, made.version)
     client.set_model_version_tag(model_name, made.version, DECISION, reason)
-    return Registered(model_name, int(made.version), moved, previous, reason, created)
+    return Registered(model_name, int(made.version), moved, reason)
 
 
-def _compare(new: Mapping[str, str], old: Mapping[str, str] | None) -> tuple[bool, float | None, str]:
-    """(becomes champion, hypervolume before, reason) from the tags of two versions."""
+def _compare(new: Mapping[str, str], old: Mapping[str, str] | None) -> tuple[bool, str]:
+    """(becomes champion, reason) from the tags of two versions."""
     if old is None:
-        return True, None, "the first champion"
+        return True, "the first champion"
     try:
         previous = float(old[HYPERVOLUME])
     except (KeyError, ValueError):
-        return False, None, "the champion has no hypervolume to compare with: move the alias by hand"
+        return False, "the champion has no hypervolume to compare with: move the alias by hand"
     if old.get(REFERENCE) != new[REFERENCE]:
         yardsticks = f"measured on {new[REFERENCE]!r}, the champion on {old.get(REFERENCE)!r}"
-        return False, previous, f"{yardsticks}: move the alias by hand"
+        return False, f"{yardsticks}: move the alias by hand"
     hypervolume = float(new[HYPERVOLUME])
-    if hypervolume > previous:
-        return True, previous, f"hypervolume {hypervolume:.6g} is above the champion's {previous:.6g}"
-    return False, previous, f"hypervolume {hypervolume:.6g} is not above the champion's {previous:.6g}"
+    better = hypervolume > previous
+    return better, f"hypervolume {hypervolume:.6g} is {'' if better else 'not '}above the champion's {previous:.6g}"

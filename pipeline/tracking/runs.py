@@ -8,16 +8,16 @@ and its tracking URI are state of a thread and of the process, and mapped tasks 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -25,13 +25,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from coalora.errors import CoaloraError
-from pipeline.scrub import scrub, scrub_text
-from pipeline.tracking.server import default_place
-from pipeline.tracking.values import flatten
+from pipeline.environment import coalora_home
+from pipeline.scrub import is_secret, scrub, scrub_text
+from pipeline.tracking.server import place_of_runs
 
 IDENTITY_TAG = "coalora.identity"
 LOGGED_TAG = "coalora.logged"  # {part: first digits of its digest}
 MAX_LOGGED = 150  # parts that the tag holds: MLflow cuts tags at 8000 characters
+MAX_VALUE = 500  # MLflow's older servers refuse longer parameters
 MAX_METRICS_PER_BATCH = 1000  # MLflow refuses more; likewise below
 MAX_PARAMS_PER_BATCH = 100
 MAX_DATASET_DIGEST = 36
@@ -45,18 +46,15 @@ EXPERIMENT_TAGS = {
     "mlflow.note.content": "One run for each pipeline run, with a nested run for each round's configuration set. "
     "`hypervolume/coa` compares runs of one benchmark: higher is better.",
 }
-_IDENTITY = re.compile(r"[A-Za-z0-9._:-]{1,200}")
-_PLAIN = "Use a digest, or 1 to 200 of A-Z a-z 0-9 . _ : -"
 _SEARCH_OR_CREATE = threading.Lock()  # two threads must not both find nothing and create
+_READ_AND_WRITE = threading.Lock()  # of the tag of what is logged, by threads of this process
+_NO_NAME = re.compile(r"[^\w .:/-]")
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_READ_AND_WRITE = threading.Lock()  # of the tag above, by threads of this process
 
 
 def open_tracker(experiment: str, tracking_uri: str | None = None) -> Tracker:
-    """A tracker at `default_place(tracking_uri)`."""
-    place = default_place(tracking_uri)
-    return Tracker(place.tracking_uri, experiment, place.artifact_root)
+    """The tracker of the place that settings name; artifacts of a database lie in COALORA_HOME."""
+    return Tracker(place_of_runs(tracking_uri), experiment, coalora_home() / "mlartifacts")
 
 
 class Tracker:
@@ -87,8 +85,7 @@ class Tracker:
         self.tracking_uri, self.experiment = tracking_uri, experiment
         # The registry is named too: by default it is the process's, not the client's.
         self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        location = artifact_root.resolve().as_uri() if artifact_root and tracking_uri.startswith("sqlite:") else None
-        self.experiment_id = self._experiment(location)
+        self.experiment_id = self._experiment(artifact_root.resolve().as_uri() if artifact_root and database else None)
 
     def _experiment(self, artifact_location: str | None) -> str:
         found = self.client.get_experiment_by_name(self.experiment)
@@ -115,54 +112,29 @@ class Tracker:
         name: str,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
+        parent: TrackedRun | None = None,
     ) -> TrackedRun:
         """The run of an identity: resumed if it was cut short, left as it is if finished, else created.
 
         Args:
-            identity: equal for runs that are the same piece of work, such as a digest of settings and code.
+            identity: equal for runs that are the same piece of work: a digest, below its parent's.
             name: shown in MLflow.
             params: nested settings; see `flatten`.
             tags: such as the git commit; secrets are dropped.
-
-        Raises:
-            CoaloraError: the identity has characters that a search cannot quote.
         """
-        if not _IDENTITY.fullmatch(identity):
-            raise CoaloraError(f"Identity {identity!r} is no plain word", remedy=_PLAIN)
-        return self._open(identity, name, params or {}, tags or {}, None)
-
-    def open_child(
-        self,
-        parent: TrackedRun,
-        name: str,
-        key: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
-    ) -> TrackedRun:
-        """As `TrackedRun.child`."""
-        if not _IDENTITY.fullmatch(key):
-            raise CoaloraError(f"Key {key!r} of a nested run is no plain word", remedy=_PLAIN)
-        return self._open(f"{parent.identity}/{key}", name, params or {}, tags or {}, parent.run_id)
-
-    def _open(
-        self, identity: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any], parent: str | None
-    ) -> TrackedRun:
-        plain = flatten(tags) | {IDENTITY_TAG: identity}
+        plain = flatten(tags or {}) | {IDENTITY_TAG: identity}
         if parent is not None:
-            plain[MLFLOW_PARENT_RUN_ID] = parent
+            plain[MLFLOW_PARENT_RUN_ID] = parent.run_id
         with _SEARCH_OR_CREATE:
             found = self._find(identity)
             if found is not None and found.info.status == "FINISHED":
                 return TrackedRun(self, found.info.run_id, identity)
-            if found is None:
-                run_id = self.client.create_run(self.experiment_id, run_name=name, tags=plain).info.run_id
-            else:
-                run_id = found.info.run_id
-        run = TrackedRun(self, run_id, identity)
+            made = found or self.client.create_run(self.experiment_id, run_name=name, tags=plain)
+        run = TrackedRun(self, made.info.run_id, identity)
         if found is not None:
             run.set_tags(plain)
-            self.client.update_run(run_id, status="RUNNING")
-        run.log_params(params)
+            self.client.update_run(run.run_id, status="RUNNING")
+        run.log_params(params or {})
         return run
 
     def _find(self, identity: str) -> Run | None:
@@ -183,12 +155,7 @@ class Tracker:
 
 
 class TrackedRun:
-    """A run of a `Tracker`; made by `Tracker.open_run` and `child`. Methods may be called from any thread.
-
-    Attributes:
-        run_id: MLflow's id.
-        identity: what makes this the same run when it is opened again.
-    """
+    """A run of a `Tracker`; made by `Tracker.open_run` and `child`. Methods may be called from any thread."""
 
     def __init__(self, tracker: Tracker, run_id: str, identity: str) -> None:
         self.tracker, self.run_id, self.identity = tracker, run_id, identity
@@ -204,31 +171,15 @@ class TrackedRun:
         return self.client.get_run(self.run_id).info.status
 
     def child(
-        self,
-        name: str,
-        key: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
+        self, name: str, key: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
     ) -> TrackedRun:
-        """The nested run of a key, resumed by the same rule as `Tracker.open_run`.
-
-        Args:
-            name: shown in MLflow.
-            key: tells the children of this run apart.
-        """
-        return self.tracker.open_child(self, name, key, params, tags)
+        """The nested run of a key, which tells the children of this run apart; resumed as by `Tracker.open_run`."""
+        return self.tracker.open_run(f"{self.identity}/{key}", name, params, tags, parent=self)
 
     def log_once(self, part: str, digest: str, fn: Callable[[TrackedRun], None]) -> bool:
-        """Run `fn(self)` unless it has been logged under this digest already.
+        """Run `fn(self)` unless it has been logged under this digest already; whether it was run.
 
         The tag is set after `fn` has returned: a part that was cut short is logged again as a whole.
-
-        Args:
-            part: name of what is logged, such as "calibration".
-            digest: of the content that is logged.
-
-        Returns:
-            Whether `fn` was run.
         """
         if self._logged().get(part) == digest[:DIGITS]:
             return False
@@ -246,8 +197,7 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; nested ones are flattened, secrets dropped."""
-        for chunk in _chunks([RunTag(k, v) for k, v in flatten(tags).items()], MAX_PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, tags=chunk, synchronous=True)
+        self._log("tags", [RunTag(k, v) for k, v in flatten(tags).items()], MAX_PARAMS_PER_BATCH)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log nested parameters, flattened and without secrets.
@@ -260,30 +210,20 @@ class TrackedRun:
         changed = sorted(k for k, v in flat.items() if k in known and known[k] != v)
         if changed:
             _log.warning("run %s keeps its first values of %s", self.run_id, ", ".join(changed))
-        new = [Param(k, v) for k, v in flat.items() if k not in known]
-        for chunk in _chunks(new, MAX_PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, params=chunk, synchronous=True)
+        self._log("params", [Param(k, v) for k, v in flat.items() if k not in known], MAX_PARAMS_PER_BATCH)
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log numbers at one step; None is left out."""
         self.log_history([{**metrics, "step": step}])
 
     def log_history(self, rows: Sequence[Mapping[str, Any]], prefix: str = "") -> None:
-        """Log rows of numbers, each with its "step", in batches; points that the run has are left out.
-
-        Args:
-            rows: such as {"step": 10, "loss": 2.1, "lr": 1e-3}; None is left out.
-            prefix: put before every name, such as "round-1/".
-
-        Raises:
-            CoaloraError: a row has no whole-number step, or a value is no number.
-        """
+        """Log rows of numbers, each with its "step", in batches; points that the run has are left out."""
         now = int(time.time() * 1000)
-        metrics = [Metric(f"{prefix}{k}", v, now, step) for step, k, v in _points(rows)]
+        points = [(row["step"], f"{prefix}{k}", float(v)) for row in rows for k, v in row.items() if v is not None]
+        metrics = [Metric(name, value, now, step) for step, name, value in points if name != f"{prefix}step"]
         known = self._known({m.key for m in metrics})
         new = {(m.key, m.step, repr(m.value)): m for m in metrics}
-        for chunk in _chunks([m for k, m in new.items() if k not in known], MAX_METRICS_PER_BATCH):
-            self.client.log_batch(self.run_id, metrics=chunk, synchronous=True)
+        self._log("metrics", [m for k, m in new.items() if k not in known], MAX_METRICS_PER_BATCH)
 
     def _known(self, keys: set[str]) -> set[tuple[str, int, str]]:
         """Points whose (name, step, value) is the newest of that step: these need no second entry."""
@@ -295,18 +235,13 @@ class TrackedRun:
                     newest[at] = m
         return {(key, step, repr(m.value)) for (key, step), m in newest.items()}
 
-    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
-        """Copy a file, or a folder's contents, to the run's artifacts under `artifact_path`."""
-        if path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), artifact_path)
-        elif path.is_file():
-            self.client.log_artifact(self.run_id, str(path), artifact_path)
-        else:
-            raise CoaloraError(f"Artifact {path} is neither a file nor a folder")
+    def _log(self, what: Literal["tags", "params", "metrics"], items: Sequence[Any], most: int) -> None:
+        for start in range(0, len(items), most):
+            self.client.log_batch(self.run_id, **{what: items[start : start + most]}, synchronous=True)
 
-    def log_dict(self, content: Mapping[str, Any], artifact_file: str) -> None:
-        """Write a mapping as a JSON or YAML artifact (by the name's ending), without secrets."""
-        self.client.log_dict(self.run_id, scrub(content), artifact_file)
+    def log_artifact(self, file: Path, artifact_path: str | None = None) -> None:
+        """Copy a file to the run's artifacts, under `artifact_path`."""
+        self.client.log_artifact(self.run_id, str(file), artifact_path)
 
     def log_bytes(self, content: bytes, artifact_file: str) -> None:
         """Write bytes, such as a picture, as an artifact."""
@@ -317,12 +252,13 @@ class TrackedRun:
             self.log_artifact(file, str(at.parent) if at.parent.name else None)
 
     def log_table(self, rows: Sequence[Mapping[str, Any]], artifact_file: str) -> None:
-        """Write rows as an artifact that MLflow's page shows as a table, in place of what it held before.
+        """Write rows, without secrets, as an artifact that MLflow's page shows as a table, in place of what it held.
 
         MLflow's own `log_table` appends, which would double a table that is logged again.
         """
         columns = list(rows[0]) if rows else []
-        self.log_dict({"columns": columns, "data": [[row[c] for c in columns] for row in rows]}, artifact_file)
+        content = {"columns": columns, "data": [[row[c] for c in columns] for row in rows]}
+        self.client.log_dict(self.run_id, scrub(content), artifact_file)
         known = json.loads(self.client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         entry = {"path": artifact_file, "type": "table"}
         if entry not in known:
@@ -333,31 +269,12 @@ class TrackedRun:
         self.client.set_tag(self.run_id, MLFLOW_RUN_NOTE, markdown)
 
     def log_dataset(
-        self,
-        name: str,
-        source: str | Mapping[str, Any],
-        digest: str,
-        context: str = "training",
-        profile: Mapping[str, Any] | None = None,
+        self, name: str, source: Mapping[str, Any], digest: str, context: str, profile: Mapping[str, Any]
     ) -> None:
-        """Record a data set as an input of the run.
-
-        Args:
-            source: where it comes from, such as a path in the checkout, or a hub id with its revision.
-            digest: of its content; MLflow keeps the first 36 characters.
-            context: what it was used for.
-            profile: its size.
-        """
-        plain = {"uri": source} if isinstance(source, str) else source
-        dataset = Dataset(
-            name,
-            digest[:MAX_DATASET_DIGEST],
-            "coalora",
-            json.dumps(scrub(plain), sort_keys=True),
-            profile=None if profile is None else json.dumps(profile, sort_keys=True),
-        )
-        tag = InputTag("mlflow.data.context", context)
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+        """Record a data set as an input of the run."""
+        origin, size = json.dumps(scrub(source), sort_keys=True), json.dumps(profile, sort_keys=True)
+        dataset = Dataset(name, digest[:MAX_DATASET_DIGEST], "coalora", origin, profile=size)
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the run; a finished one stays finished with its first end time."""
@@ -365,25 +282,29 @@ class TrackedRun:
             self.client.set_terminated(self.run_id, status)
 
 
-def _points(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, float]]:
-    for row in rows:
-        step = row.get("step")
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise CoaloraError(f"A row of metrics has step {step!r}", remedy="Give it a whole number")
-        for key, value in row.items():
-            if key == "step" or value is None:
-                continue
-            try:
-                if isinstance(value, str | bool):
-                    raise TypeError
-                yield step, key, float(value)
-            except (TypeError, ValueError):
-                raise CoaloraError(
-                    f"Metric {key} is no number but {value!r}", remedy="Log words as parameters or tags"
-                ) from None
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mapping -> {"a.b": text}, as MLflow keeps parameters and tags: no secrets, no value above `MAX_VALUE`.
+
+    Lists become one JSON value. Values that are None are kept as "None": an absent parameter says nothing.
+    """
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        # A key may be a glob (ranks by layer), which MLflow refuses in a name.
+        name = f"{prefix}{_NO_NAME.sub('_', str(key))}"
+        if is_secret(str(key)):
+            continue
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            flat[name] = shorten(json.dumps(scrub(value), sort_keys=True, default=str))
+        else:
+            flat[name] = shorten(scrub_text(str(value)))
+    return flat
 
 
-def _chunks(items: Sequence[_T], size: int) -> Iterator[list[_T]]:
-    rest = iter(items)
-    while chunk := list(islice(rest, size)):
-        yield chunk
+def shorten(text: str) -> str:
+    """The text, or its beginning with a digest of the whole: two long values stay distinct after the cut."""
+    if len(text) <= MAX_VALUE:
+        return text
+    end = f"... sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text[: MAX_VALUE - len(end)] + end

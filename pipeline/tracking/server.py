@@ -13,8 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from coalora.errors import CoaloraError
@@ -37,32 +35,13 @@ _DENIED = re.compile(r"\b(401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED", re.IGNO
 _ARTIFACTS = re.compile(r"mlflow-artifacts|/artifacts/", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where runs go.
-
-    Attributes:
-        tracking_uri: MLflow server or database.
-        artifact_root: folder of the artifacts; None where the server decides.
-    """
-
-    tracking_uri: str
-    artifact_root: Path | None
-
-
-def default_place(tracking_uri: str | None = None) -> Place:
-    """The settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db` with `mlartifacts` by it."""
-    home = coalora_home()
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    return Place(uri, home / "mlartifacts" if uri.startswith("sqlite:") else None)
+def place_of_runs(tracking_uri: str | None = None) -> str:
+    """MLflow server or database: the settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db`."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / 'mlflow.db'}"
 
 
 def require_server(uri: str, *, seconds: float = 10.0) -> None:
-    """Refuse the URI of a server that does not answer, before anything is computed; databases pass.
-
-    Raises:
-        CoaloraError: no answer, or not MLflow's.
-    """
+    """Refuse the URI of a server that does not answer, before anything is computed; databases pass."""
     if not uri.startswith(("http://", "https://")):
         return
     try:
@@ -141,10 +120,7 @@ def _unreachable(uri: str, reason: str) -> CoaloraError:
 
 def _chain(error: BaseException) -> str:
     """The texts of an error and its causes."""
-    texts, seen = [], set[int]()
-    at: BaseException | None = error
-    while at is not None and id(at) not in seen:
-        seen.add(id(at))
-        texts.append(f"{type(at).__name__}: {at}")
-        at = at.__cause__ or at.__context__
-    return "\n".join(texts)
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return "\n".join(f"{type(at).__name__}: {at}" for at in chain)

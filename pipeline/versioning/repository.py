@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coalora.errors import CoaloraError
-from pipeline.progress import format_seconds, get_logger
+from pipeline.progress import get_logger
 from pipeline.scrub import one_line, scrub_text
+from pipeline.words import human_seconds
 
 LOCK_TIMEOUT_SECONDS = 600.0
 _T = TypeVar("_T")
 
 
 def initialised(repo_root: Path) -> Path:
-    """The absolute root of a DVC repository.
-
-    Raises:
-        CoaloraError: there is none.
-    """
+    """The absolute root of a DVC repository."""
     root = repo_root.resolve()
     if not (root / ".dvc").is_dir():
         raise CoaloraError(
@@ -54,7 +51,7 @@ def with_repository(
         except LockError as error:
             if time.monotonic() >= deadline:
                 raise CoaloraError(
-                    f"Another DVC command has held the lock of {root} for {format_seconds(timeout_seconds)} "
+                    f"Another DVC command has held the lock of {root} for {human_seconds(timeout_seconds)} "
                     f"({one_line(error)})",
                     remedy=f"Wait for it or end it (`fuser {root / '.dvc/tmp/lock'}` shows it), then run again: "
                     "finished stages are kept",
@@ -66,11 +63,7 @@ def with_repository(
 
 
 def with_remotes(root: Path, command: str, do: Callable[[Any], _T], *, problem: str, remedy: str) -> _T:
-    """`with_repository` for what asks a remote, whose file system raises errors of its own library.
-
-    Raises:
-        CoaloraError: with this problem and remedy where the remote fails; else as `with_repository`.
-    """
+    """`with_repository` for what asks a remote, whose file system raises errors of its own library."""
     try:
         return with_repository(root, command, do)
     except CoaloraError:

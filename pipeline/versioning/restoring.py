@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -103,7 +103,7 @@ def from_dvc(
     def read(_: Any) -> RestoredSet:
         # Its own, read-only view of the repository: any revision, nothing is checked out.
         fs = DVCFileSystem(str(root), rev=rev)
-        names = _folders(fs, FOLDER)
+        names = _names(fs, FOLDER, "directory")
         if not names or (pipeline is not None and pipeline not in names):
             raise CoaloraError(
                 f"DVC has no configuration set of {pipeline or 'any pipeline'} at {at}, only of "
@@ -113,7 +113,7 @@ def from_dvc(
         if pipeline is None and len(names) > 1:
             raise CoaloraError(f"DVC has sets of several pipelines ({', '.join(names)})", remedy="Add --pipeline NAME")
         folder = f"{FOLDER}/{pipeline or names[0]}"
-        rounds = {int(m[1]): n for n in _files(fs, folder) if (m := _ROUND.fullmatch(n))}
+        rounds = {int(m[1]): n for n in _names(fs, folder, "file") if (m := _ROUND.fullmatch(n))}
         if not rounds:
             raise CoaloraError(f"{folder} holds no round at {at}", remedy="Name another revision with --rev")
         found = _pick(rounds, round_index, f"{folder} at {at}")
@@ -129,11 +129,7 @@ def from_dvc(
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; one that is there already stays, and is an error unless it is the same.
-
-    Raises:
-        CoaloraError: the file exists with other content.
-    """
+    """Write a file, whole or not at all; one that is there already stays, and is an error unless it is the same."""
     if path.exists():
         if path.is_file() and path.read_bytes() == content:
             return
@@ -179,13 +175,8 @@ def _by_md5(md5: str, root: Path) -> bytes:
 
 
 def _asking_remotes(root: Path, command: str, do: Callable[[Any], Any]) -> Any:
-    return with_remotes(
-        root,
-        command,
-        do,
-        problem="DVC's remote cannot be read",
-        remedy="See what `dvc pull` says (`dvc remote list`, credentials, network)",
-    )
+    remedy = "See what `dvc pull` says (`dvc remote list`, credentials, network)"
+    return with_remotes(root, command, do, problem="DVC's remote cannot be read", remedy=remedy)
 
 
 def _not_in_dvc(what: str) -> CoaloraError:
@@ -215,16 +206,8 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
     return RestoredSet(content, round_index, source)
 
 
-def _folders(fs: Any, folder: str) -> list[str]:
-    return sorted(Path(e["name"]).name for e in _entries(fs, folder) if e["type"] == "directory")
-
-
-def _files(fs: Any, folder: str) -> list[str]:
-    return sorted(Path(e["name"]).name for e in _entries(fs, folder) if e["type"] == "file")
-
-
-def _entries(fs: Any, folder: str) -> list[dict[str, Any]]:
+def _names(fs: Any, folder: str, kind: Literal["file", "directory"]) -> list[str]:
     try:
-        return list(fs.ls(folder, detail=True))
+        return sorted(Path(e["name"]).name for e in fs.ls(folder, detail=True) if e["type"] == kind)
     except FileNotFoundError:
         return []

@@ -28,50 +28,31 @@ _ROUND_FILE = re.compile(r"round-(\d{2,})\.json(\.dvc)?")
 
 @dataclass(frozen=True)
 class DvcRecord:
-    """A file under DVC; paths are relative to the root.
-
-    Attributes:
-        path: the file.
-        md5: of its content, under which DVC's cache and remotes keep it.
-        dvc_file: what git tracks in its place.
-        added: whether this call added it; False where DVC had this content already.
-    """
+    """A file under DVC; paths are relative to the root."""
 
     path: Path
-    md5: str
-    dvc_file: Path
-    added: bool
+    md5: str  # under which DVC's cache and remotes keep its content
+    dvc_file: Path  # what git tracks in its place
+    added: bool  # False where DVC had this content already
 
 
 def write_set(pipeline: str, round_index: int, payload: Mapping[str, Any], root: Path) -> Path:
     """Write a round's set to `configurations/<pipeline>/round-<02d>.json`; untouched if identical.
 
     Canonical JSON: equal sets are equal bytes, so that DVC and git see no change.
-
-    Raises:
-        CoaloraError: bad pipeline name or round, or a payload that is not JSON (NaN included).
     """
-    if round_index < 0:
-        raise CoaloraError(f"Round {round_index} is below 0")
-    path = _folder(pipeline, root) / f"round-{round_index:02d}.json"
-    try:
-        content = json_bytes(payload)
-    except (TypeError, ValueError) as error:
-        raise CoaloraError(f"A configuration set cannot be written as JSON ({error})") from error
-    if path.is_file() and path.read_bytes() == content:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content)
+    path, content = _folder(pipeline, root) / f"round-{round_index:02d}.json", json_bytes(payload)
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
     return path
 
 
 def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | None = None) -> DvcRecord:
     """`dvc add` of a file, unless DVC has this content of it already (DVC is not even imported then).
 
-    A cache in another place than `.dvc/cache` is not looked into: DVC is asked there every time.
-
-    Waits for another DVC command to end instead of failing. Nothing is committed to git; where DVC's
-    `core.autostage` is on, the .dvc file is staged as by the command.
+    A cache in another place than `.dvc/cache` is not looked into: DVC is asked there every time. Nothing is committed
+    to git; where DVC's `core.autostage` is on, the .dvc file is staged as by the command.
 
     Args:
         path: inside `repo_root` and outside every stage's outputs.
@@ -94,7 +75,8 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     with absolute.open("rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     # A clone has the .dvc file that git brought, and a cache without the content.
-    added = _recorded_md5(dvc_file) != md5 or not _in_usual_cache(root, md5)
+    usual_cache = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    added = _recorded_md5(dvc_file) != md5 or not usual_cache.is_file()
     if added:
         with_repository(root, f"dvc add {relative.as_posix()}", lambda repo: repo.add([str(absolute)]))
         if _recorded_md5(dvc_file) != md5:
@@ -104,16 +86,8 @@ def version_file(path: Path, repo_root: Path, tags: Mapping[str, str | int] | No
     return DvcRecord(relative, md5, dvc_file.relative_to(root), added)
 
 
-def _in_usual_cache(root: Path, md5: str) -> bool:
-    return (root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]).is_file()
-
-
 def push_file(record: DvcRecord, repo_root: Path) -> None:
-    """`dvc push` of a versioned file to the default remote; does nothing where the remote has it.
-
-    Raises:
-        CoaloraError: there is no default remote, it cannot be reached, or DVC refuses.
-    """
+    """`dvc push` of a versioned file to the default remote; does nothing where the remote has it."""
     root = initialised(repo_root)
     target = str(root / record.dvc_file)
     with_remotes(
@@ -130,13 +104,7 @@ def remove_stale_sets(pipeline: str, last_round: int, root: Path) -> list[Path]:
     """Remove the sets of rounds after `last_round`, left by an earlier run with more rounds.
 
     File, .dvc file and the line in .gitignore go; the bytes stay in DVC's cache, and git's history leads to
-    them.
-
-    Returns:
-        The files that were removed, relative to `root`, without their .dvc files.
-
-    Raises:
-        CoaloraError: a set is under DVC, and DVC is not initialised or refuses to remove it.
+    them. Returns the files that were removed, relative to `root`, without their .dvc files.
     """
     folder = _folder(pipeline, root)
     stale = sorted(
@@ -163,18 +131,13 @@ def _folder(pipeline: str, root: Path) -> Path:
     return root / FOLDER / pipeline
 
 
-def _record(dvc_file: Path) -> dict[str, Any]:
-    """What a .dvc file says of its output.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        CoaloraError: it is none of `dvc add`.
-    """
+def _output(dvc_file: Path) -> dict[str, Any]:
+    """What a .dvc file says of its output; empty where there is no such file."""
+    if not dvc_file.is_file():
+        return {}
     try:
         (out,) = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))["outs"]
         return dict(out)
-    except FileNotFoundError:
-        raise
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CoaloraError(
             f"{dvc_file} does not name one output", remedy="Restore it with git, or delete it"
@@ -182,17 +145,14 @@ def _record(dvc_file: Path) -> dict[str, Any]:
 
 
 def _recorded_md5(dvc_file: Path) -> str | None:
-    try:
-        out = _record(dvc_file)
-    except FileNotFoundError:
-        return None
+    out = _output(dvc_file)
     # Without `hash: md5` it is of DVC 2, which hashed text with line ends rewritten.
     return out.get("md5") if out.get("hash") == "md5" else None
 
 
 def _tag(dvc_file: Path, tags: Mapping[str, str | int]) -> None:
     """Set `meta` of the output, DVC's place for facts of the user's; `dvc add` keeps it."""
-    if _record(dvc_file).get("meta") == dict(tags):
+    if _output(dvc_file).get("meta") == dict(tags):
         return
     content = yaml.safe_load(dvc_file.read_text(encoding="utf-8"))
     content["outs"][0]["meta"] = dict(tags)

@@ -12,25 +12,17 @@ RunnerKind = Literal["threads", "processes", "dask", "ray"]
 
 
 def open_pool(kind: RunnerKind, workers: int, *, address: str | None = None) -> WorkerPool | None:
-    """A pool of a kind; None for threads, which need none.
-
-    Raises:
-        CoaloraError: the kind's package is not installed.
-    """
+    """A pool of a kind; None for threads, which need none."""
     check_runner(kind)
     if kind == "processes":
-        from pipeline.workers.processes import ProcessWorkers
-
-        return ProcessWorkers(workers)
-    if kind == "dask":
-        from pipeline.workers.dask_pool import DaskWorkers
-
-        return DaskWorkers(workers, address=address)
-    if kind == "ray":
-        from pipeline.workers.ray_pool import RayWorkers
-
-        return RayWorkers(workers, address=address)
-    return None
+        from pipeline.workers.processes import ProcessWorkers as Workers
+    elif kind == "dask":
+        from pipeline.workers.dask_pool import DaskWorkers as Workers  # type: ignore[assignment]
+    elif kind == "ray":
+        from pipeline.workers.ray_pool import RayWorkers as Workers  # type: ignore[assignment]
+    else:
+        return None
+    return Workers(workers, address=address)
 
 
 def check_runner(kind: RunnerKind) -> None:

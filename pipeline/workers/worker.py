@@ -23,10 +23,8 @@ from pipeline.environment import STORE_VARIABLE
 from pipeline.stages.checkpoints import checkpoint_every, checkpoint_seconds
 from pipeline.stages.keys import artifacts_in
 from pipeline.stages.stage import Stage
-from pipeline.stages.verified import problems
 from pipeline.store.artifacts import Artifact
-from pipeline.store.current import current_store
-from pipeline.store.store import default_store
+from pipeline.store.store import current_store, default_store
 
 # Of this worker:
 _last_stage: list[str] = []
@@ -60,7 +58,7 @@ def work(
         )
     store = default_store()
     for name, artifact in artifacts_in(inputs):
-        if found := problems(store, artifact):
+        if found := store.problems(artifact):
             raise CoaloraError(
                 f"A worker cannot read the run's {name} ({found[0]})",
                 remedy=f"Set {STORE_VARIABLE}, or COALORA_HOME to a folder that all machines see",

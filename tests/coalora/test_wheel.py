@@ -88,6 +88,30 @@ def test_fifteen_lines_do_the_whole_method(site: Path, tiny_llama, tiny_tokenize
     assert said["from"].startswith(str(site))
 
 
+@pytest.mark.parametrize("place", ["a folder", "a checkout"])
+@pytest.mark.parametrize("command", [["run", "demo"], ["prune"], ["pool"]])
+def test_a_command_of_the_pipeline_names_the_extra_that_it_needs(
+    site: Path, tmp_path: Path, place: str, command: list[str]
+) -> None:
+    if place == "a checkout":
+        for name in ("pipeline", "tasks", "flows", "infra", "coalora", "pipelines.yaml"):
+            (tmp_path / name).symlink_to(ROOT / name)
+    blocked = [name for name in BLOCKED if not (ROOT / name).is_dir()]
+    program = f"import sys\nfor name in {blocked!r}:\n    sys.modules[name] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{program}from coalora.cli import main\nsys.exit(main({command!r}))"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": os.environ["PATH"], "PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install 'coalora[pipeline]'" in done.stderr
+
+
 def test_the_wheel_carries_types_and_every_module(site: Path) -> None:
     assert (site / "coalora" / "py.typed").is_file()
     sources = {p.relative_to(ROOT) for p in (ROOT / "coalora").rglob("*.py")}

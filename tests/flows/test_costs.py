@@ -16,7 +16,7 @@ from flows.graph import Calibrated, Exported, Graph, Trained
 from flows.run import Run
 from pipeline.inputs.loaders import load_input_statistics, load_tables
 from pipeline.preflight import preflight
-from pipeline.report.schema import RESULT
+from pipeline.report.schema import RESULT, as_result
 from pipeline.report.table import markdown_table
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
@@ -93,7 +93,7 @@ def test_budgets_sets_bundle_and_result_are_in_microseconds(finished: LatencyRun
     assert "smallest microseconds" in result["hypervolume"]["normalization"]
     assert all(240 <= cost <= 390 for _, cost in record["front"])
     assert record["ref_point"][1] == pytest.approx(390 * 1.01)
-    assert "| budget | µs | bits a weight |" in markdown_table(result)
+    assert "| budget | µs | bits a weight |" in markdown_table(as_result(result))
     assert sum(p.numel() for p in base.parameters()) > 0
 
 

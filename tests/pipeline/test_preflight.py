@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from coalora.errors import CoaloraError
+from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
-from pipeline.preflight import preflight, target_layers
+from pipeline.preflight import preflight, shapes_of_model
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from tests.flows.architectures import ARCHITECTURES, write_model
@@ -177,7 +178,7 @@ def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:
         "block_size": [64],
         "scale_block_size": [64],
     }
-    layers = target_layers(tiny())
+    layers = find_target_layers(shapes_of_model(tiny()))
     nbytes = ChoiceSpace("nf", **one).packed_nbytes_table([layer.shape for layer in layers]).sum()
     only = float(nbytes * 8 / sum(layer.n_weights for layer in layers))
     text = refused(tiny(f"choices.allow={one}", f"evaluation.budgets=[{only!r}]"))
@@ -236,7 +237,7 @@ def test_the_models_of_the_pipelines_have_the_layers_and_weights_that_are_stated
     changes = ["model.pretrain=null", f"model.name_or_path={json.dumps(str(model))}"]
     if known.config["model_type"] in ("bert", "roberta"):
         changes += ["benchmark.builtin=null", "benchmark.task=classification", "benchmark.hub.path=nyu-mll/glue"]
-    layers = target_layers(tiny(*changes))
+    layers = find_target_layers(shapes_of_model(tiny(*changes)))
     assert len(layers) == known.n_layers
     assert sum(layer.n_weights for layer in layers) == known.n_weights
 

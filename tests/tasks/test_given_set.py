@@ -14,8 +14,7 @@ from coalora.errors import CoaloraError
 from coalora.method.initial import given_set as start_members
 from flows.graph import Graph
 from flows.run import Run
-from pipeline.inputs.loaders import load_set, load_tables
-from pipeline.inputs.sets import read_set_file
+from pipeline.inputs.loaders import load_set, load_tables, read_set_file
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings

@@ -144,7 +144,7 @@ def test_curves_cover_every_step_of_the_methods_that_train(run: TinyRun, result:
 def test_rounds_are_those_of_the_search(run: TinyRun, result: dict[str, Any]) -> None:
     (row,) = result["rounds"]
     assert row["round"] == 1
-    assert row["n_members"] == run.trained.searches[0].meta["n_members"]
+    assert row["n_members"] == run.trained.sets[1:][0].meta["n_members"]
     assert row["hypervolume_after"] >= row["hypervolume_before"]
 
 
@@ -159,14 +159,14 @@ def test_time_is_counted_by_stage_and_training_by_method(run: TinyRun, result: d
 def test_a_methods_scores_cannot_be_left_out(run: TinyRun) -> None:
     with pytest.raises(KeyError):
         assemble(
-            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
+            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.sets[1:],
             selection=run.evaluated.selection, states=run.trained.states,
             scores={"coa": run.evaluated.scores["coa"]}, exports=run.exported.exports,
             references={},
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"shorter|longer"):
         assemble(
-            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.searches,
+            pipeline="tiny", settings=run.settings, **run.calibrated.inputs(), searches=run.trained.sets[1:],
             selection=run.evaluated.selection, states=run.trained.states, scores=run.evaluated.scores,
             exports=run.exported.exports[:1], references={},
         )  # fmt: skip

@@ -102,15 +102,13 @@ def test_examples_come_from_files_with_the_named_columns(tmp_path: Path) -> None
         (tmp_path / f"{part}.csv").write_text(f"premise,hypothesis,y\na,b,{label}\n")
     files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "validation")}
     settings = classes(files=files, text_columns=["premise", "hypothesis"], label_column="y")
-    parts = examples(settings)
-    assert parts["train"] is not None
-    assert parts["validation"] is not None
-    assert parts["train"].texts == [("a", "b")]
-    assert (parts["train"].labels, parts["validation"].labels, parts["search"]) == ([0], [1], None)
+    train, validation, search = examples(settings)
+    assert train.texts == [("a", "b")]
+    assert (train.labels, validation.labels, search) == ([0], [1], None)
     with_search = settings.model_copy(
         update={"files": settings.files.model_copy(update={"search": files["train"]})}  # type: ignore[union-attr]
     )
-    assert examples(with_search)["search"] == parts["train"]
+    assert examples(with_search)[2] == train
 
 
 def test_hub_is_asked_for_path_name_revision_and_splits(hub: Callable[..., Any]) -> None:
@@ -119,7 +117,7 @@ def test_hub_is_asked_for_path_name_revision_and_splits(hub: Callable[..., Any])
     parts = examples(classes(hub=source, text_columns=["s"]))
     expected = {"path": "nyu-mll/glue", "name": "sst2", "revision": "abc", "streaming": False}
     assert calls == [{**expected, "split": "train"}, {**expected, "split": "dev"}]
-    assert parts == {"train": Examples([("x",)], [1]), "validation": Examples([("y",)], [0]), "search": None}
+    assert parts == (Examples([("x",)], [1]), Examples([("y",)], [0]), None)
 
 
 def test_hub_without_streaming_is_read_whole(hub: Callable[..., Any]) -> None:
@@ -211,8 +209,6 @@ def test_a_single_label_reads_values(tmp_path: Path) -> None:
     for part in ("train", "validation"):
         (tmp_path / f"{part}.csv").write_text("text,label\na,0.25\nb,5\n", encoding="utf-8")
     files = {part: str(tmp_path / f"{part}.csv") for part in ("train", "validation")}
-    found = examples(classes(files=files, num_labels=1))["train"]
-    assert found is not None
-    assert found.labels == [0.25, 5.0]
+    assert examples(classes(files=files, num_labels=1))[0].labels == [0.25, 5.0]
     with pytest.raises(CoaloraError, match=r"0\.25 among the labels of train\.csv"):
         examples(classes(files=files, num_labels=2))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 
-from coalora.errors import CoaloraError
 from pipeline.report.curves import curves_figure, grouped
 from pipeline.report.front import front_figure, non_dominated
 from pipeline.report.heatmap import block_runs, heatmap_figure
 from pipeline.report.rounds import rounds_figure
-from pipeline.report.schema import Step
+from pipeline.report.schema import Step, as_result
 
 
 def texts(figure: Figure) -> str:
@@ -22,7 +20,7 @@ def texts(figure: Figure) -> str:
 
 
 def test_front_figure_joins_the_budgets_of_every_arm(result: dict[str, Any]) -> None:
-    figure = front_figure(result)
+    figure = front_figure(as_result(result))
     lines = [np.atleast_1d(np.asarray(line.get_ydata(), dtype=float)) for line in figure.axes[0].lines]
     drawn = [line for line in lines if len(line) == 6]
     expected = [[b["metric"][arm] for b in result["budgets"]] for arm in ("none", "shared", "coa")]
@@ -33,14 +31,14 @@ def test_front_figure_joins_the_budgets_of_every_arm(result: dict[str, Any]) -> 
 
 
 def test_front_figure_says_what_is_off_the_scale(result: dict[str, Any]) -> None:
-    assert "off the scale" not in texts(front_figure(result))
+    assert "off the scale" not in texts(front_figure(as_result(result)))
     result["members"][0]["metric"]["none"] = 14.25
-    assert "no adapter: 1 point off the scale, to 14.250" in texts(front_figure(result))
+    assert "no adapter: 1 point off the scale, to 14.250" in texts(front_figure(as_result(result)))
 
 
 def test_adapter_arms_never_leave_the_scale(result: dict[str, Any]) -> None:
     result["members"][0]["metric"]["coa"] = 9.0
-    low, high = front_figure(result).axes[0].get_ylim()
+    low, high = front_figure(as_result(result)).axes[0].get_ylim()
     assert low < 1.929
     assert high > 9.0
 
@@ -68,7 +66,7 @@ def test_curves_are_grouped_means_and_lose_no_step() -> None:
 
 
 def test_curves_figure_names_arms_and_rounds(result: dict[str, Any]) -> None:
-    shown = texts(curves_figure(result))
+    shown = texts(curves_figure(as_result(result)))
     for word in ("CoA-LoRA", "Shared-LoRA", "round 3"):
         assert word in shown
     assert "no adapter" not in shown
@@ -76,17 +74,17 @@ def test_curves_figure_names_arms_and_rounds(result: dict[str, Any]) -> None:
 
 def test_rounds_figure_shows_a_round_that_made_things_worse(result: dict[str, Any]) -> None:
     result["rounds"][1].update(hypervolume_before=0.6, hypervolume_after=0.58)
-    assert "\u22120.020\n7/16" in texts(rounds_figure(result))
+    assert "\u22120.020\n7/16" in texts(rounds_figure(as_result(result)))
 
 
 def test_pictures_without_data_say_so(result: dict[str, Any]) -> None:
     result.update(rounds=[], curves={})
-    assert "no search rounds" in texts(rounds_figure(result))
-    assert "no training curves" in texts(curves_figure(result))
+    assert "no search rounds" in texts(rounds_figure(as_result(result)))
+    assert "no training curves" in texts(curves_figure(as_result(result)))
 
 
 def test_heatmap_prints_every_value_in_its_row(result: dict[str, Any]) -> None:
-    ax = heatmap_figure(result).axes[0]
+    ax = heatmap_figure(as_result(result)).axes[0]
     cells = {
         (int(text.get_position()[1]), text.get_position()[0]): text.get_text()
         for text in ax.texts
@@ -102,10 +100,3 @@ def test_blocks_are_found_in_names_of_decoders_and_encoders() -> None:
     assert block_runs(names) == [(None, [0]), (0, [1, 2]), (11, [3]), (None, [4])]
     assert block_runs(["roberta.encoder.layer.3.attention.self.query"])[0][0] == 3
     assert block_runs(["fc1", "fc2"]) == [(None, [0, 1])]
-
-
-@pytest.mark.parametrize("draw", [front_figure, curves_figure, rounds_figure, heatmap_figure])
-def test_pictures_refuse_nan(result: dict[str, Any], draw: Any) -> None:
-    result["budgets"][0]["loss"]["coa"] = float("nan")
-    with pytest.raises(CoaloraError, match="finite"):
-        draw(result)

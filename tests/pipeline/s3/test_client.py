@@ -14,7 +14,7 @@ import pytest
 from coalora.errors import CoaloraError
 from coalora.files import file_sha256
 from pipeline.s3.client import Megabytes, S3Address, S3Location, Transfer
-from pipeline.s3.errors import StorageError, StorageRefused, StorageUnavailable
+from pipeline.s3.errors import StorageError
 from pipeline.settings.sections import StorageSettings
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, FaultProxy
 
@@ -128,7 +128,7 @@ def test_an_upload_that_fails_for_good_leaves_no_object_and_no_parts(
     place: S3Location, proxy: FaultProxy, large: Path
 ) -> None:
     fault = proxy.fail("partNumber=3", "busy", times=99)
-    with pytest.raises(StorageUnavailable, match=r"overloaded.*SlowDown.*Run the same command again"):
+    with pytest.raises(StorageError, match=r"overloaded.*SlowDown.*Run the same command again"):
         send(place, large)
     assert fault.met == 3  # settings.attempts, no more
     assert place.head("x/large") is None
@@ -189,7 +189,7 @@ def test_files_that_are_whole_are_kept_when_another_fails(
         Transfer(tmp_path / "out" / "a", "x/empty", 0, file_sha256(empty)),
         Transfer(tmp_path / "out" / "b", "x/large", 11 * MIB, file_sha256(large)),
     ]
-    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+    with pytest.raises(StorageError, match="cannot be reached"):
         place.get_files(files, "downloading")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
 
@@ -233,14 +233,14 @@ def test_whoever_may_set_no_rule_is_told_what_to_ask_for(place: S3Location, prox
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
 def test_wrong_credentials_are_said_at_once(place: S3Location, proxy: FaultProxy, code: str) -> None:
     fault = proxy.fail(".", "forbidden", times=99, code=code)
-    with pytest.raises(StorageRefused, match=f"does not know the credentials.*{code}.*AWS_PROFILE"):
+    with pytest.raises(StorageError, match=f"does not know the credentials.*{code}.*AWS_PROFILE"):
         place.check()
     assert fault.met == 1
 
 
 def test_credentials_that_allow_too_little_are_told_from_wrong_ones(place: S3Location, proxy: FaultProxy) -> None:
     proxy.fail("PUT", "forbidden", times=99, code="AccessDenied")
-    with pytest.raises(StorageRefused, match=r"do not allow.*s3:PutObject"):
+    with pytest.raises(StorageError, match=r"do not allow.*s3:PutObject"):
         place.put_bytes("a", b"")
 
 
@@ -266,7 +266,7 @@ def test_a_server_that_is_not_there_is_named(settings: StorageSettings) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     place = S3Location.of(settings.model_copy(update={"endpoint_url": url}))
-    with pytest.raises(StorageUnavailable, match=f"cannot be reached.*{url}.*storage.endpoint_url"):
+    with pytest.raises(StorageError, match=f"cannot be reached.*{url}.*storage.endpoint_url"):
         place.check()
 
 
@@ -275,9 +275,9 @@ def test_no_credentials_and_no_profile_are_told_apart(
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name)
-    with pytest.raises(StorageRefused, match=r"No credentials.*locate credentials.*never write them"):
+    with pytest.raises(StorageError, match=r"No credentials.*locate credentials.*never write them"):
         S3Location.of(settings).check()
-    with pytest.raises(StorageRefused, match="profile \\(nobody\\) could not be found"):
+    with pytest.raises(StorageError, match="profile \\(nobody\\) could not be found"):
         S3Location.of(settings.model_copy(update={"profile": "nobody"}))
 
 
@@ -307,7 +307,7 @@ def test_no_error_and_no_log_line_holds_a_credential(
         proxy.fail("partNumber=1", "busy")
         send(place, large)
         proxy.fail(".", "forbidden", times=9, code="SignatureDoesNotMatch")
-        with pytest.raises(StorageRefused) as caught:
+        with pytest.raises(StorageError) as caught:
             place.check()
     said = caplog.text + str(caught.value) + repr(pickle.loads(pickle.dumps(caught.value)))
     for secret in (SECRET_KEY, SESSION_TOKEN, ACCESS_KEY):

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from prefect.utilities.schema_tools import validate
 from pydantic import BaseModel, ValidationError
 
 from coalora.config import CoaLoraConfig
 from coalora.errors import CoaloraError
 from coalora.models.loading import resolved
+from coalora.quant.registry import SCHEMES
 from coalora.recipes import (
     AdapterRecipe,
     CalibrationRecipe,
@@ -32,6 +34,7 @@ from coalora.recipes import (
     SearchRecipe,
     TrainingRecipe,
 )
+from coalora.search.strategies import STRATEGIES
 from pipeline.settings.sections import (
     BenchmarkSettings,
     EvaluationSettings,
@@ -132,6 +135,19 @@ def test_a_hyperparameter_is_a_setting_with_the_library_s_default_range_title_an
     assert {key: number[name] for key, name in names.items() if name in number} == {
         key: item.metadata[key] for key in names if key in item.metadata
     }
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "names"), [("SearchRecipe", "strategy", STRATEGIES), ("ChoiceSettings", "scheme", SCHEMES)]
+)
+def test_a_form_offers_the_registered_names_and_takes_another_one_s(section: str, key: str, names: Any) -> None:
+    shown = SCHEMA["$defs"][section]["properties"][key]
+    registered, own = shown["anyOf"]
+    assert registered["enum"] == list(names)
+    assert shown["default"] in registered["enum"]
+    assert (own["type"], "enum" in own, "type" in shown) == ("string", False, False)
+    for name in (*names, "my_package.mine:Mine"):
+        validate({key: name}, {"type": "object", "properties": {key: shown}, "required": [key]}, raise_on_error=True)
 
 
 def test_the_pipeline_declares_no_field_of_a_recipe_again() -> None:

@@ -15,6 +15,7 @@ import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.errors import CoaloraError
+from coalora.files import json_bytes
 from pipeline.s3.errors import StorageError
 from pipeline.stages.runner import DirectRunner, stage
 from pipeline.store.lease import Lease
@@ -293,7 +294,7 @@ def test_a_hostile_manifest_with_the_right_digest_writes_nothing(
 ) -> None:
     digest = sha(json.dumps(sorted(files), separators=(",", ":")))
     rows = [dict(zip(("path", "size", "sha256"), row, strict=True)) for row in files]
-    shared.location.put_json(manifest_name(digest), {"files": rows})
+    shared.location.put_bytes(manifest_name(digest), json_bytes({"files": rows}))
     for row in rows:
         shared.location.put_bytes(f"objects/{row['sha256'][:2]}/{row['sha256']}".replace("/../", "/"), b"x")
     with machine("b") as home:

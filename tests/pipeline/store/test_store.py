@@ -307,14 +307,6 @@ def test_materialize_never_writes_into_a_linked_file(store: Store, artifact: Art
     assert (out / "a.txt").read_text() == "alpha"
 
 
-def test_materialize_of_a_subset(store: Store, artifact: Artifact, tmp_path: Path) -> None:
-    out = store.materialize(artifact, tmp_path / "out", subset=["sub/*"])
-    assert contents(out) == {"sub/b.txt": "beta"}
-    assert contents(store.materialize(artifact, out)) == {"a.txt": "alpha", "sub/b.txt": "beta"}
-    with pytest.raises(CoaloraError, match=r"nothing\*.*fits no file"):
-        store.materialize(artifact, out, subset=["nothing*"])
-
-
 def test_materialize_refuses_what_is_not_ours(store: Store, artifact: Artifact, tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.mkdir()

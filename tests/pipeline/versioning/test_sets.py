@@ -71,15 +71,6 @@ def test_a_pipeline_name_cannot_leave_its_folder(tmp_path: Path, pipeline: str) 
         write_set(pipeline, 0, {}, tmp_path)
 
 
-def test_a_payload_that_is_not_json_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    for payload in ({"loss": float("nan")}, {"path": tmp_path}):
-        with pytest.raises(CoaloraError, match="JSON"):
-            write_set("demo", 0, payload, tmp_path)
-    with pytest.raises(CoaloraError, match="below 0"):
-        write_set("demo", -1, {}, tmp_path)
-    assert not (tmp_path / "configurations").exists()
-
-
 def test_adding_records_the_md5_and_keeps_the_bytes(
     repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -297,7 +297,11 @@ def test_bad_weights_and_hessians_are_refused() -> None:
     for weight, statistics, message in (
         (torch.ones(4, 64), good, "is not one of 64 input features"),
         (torch.full((4, 32), float("nan")), good, "weight of a layer to quantize has entries that are NaN"),
-        (torch.ones(4, 32), InputStatistics(torch.ones(32), torch.eye(32) / 0), "Hessian of a layer to quantize has entries"),
+        (
+            torch.ones(4, 32),
+            InputStatistics(torch.ones(32), torch.eye(32) / 0),
+            "Hessian of a layer to quantize has entries",
+        ),
         (torch.ones(4, 32, dtype=torch.int64), good, "floating-point matrix"),
         (torch.ones(4, 32), InputStatistics(torch.ones(32), indefinite), "No damping makes"),
         (torch.full((4, 32), 1e30), good, "beyond fp16"),

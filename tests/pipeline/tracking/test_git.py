@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.versioning.git import git_commit
+from pipeline.tracking.pipeline_run import git_commit
 
 
 def git(folder: Path, *arguments: str) -> str:

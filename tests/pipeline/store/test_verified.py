@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import verified
-from pipeline.stages.verified import problems
-from pipeline.store.store import Artifact, Store
+from pipeline.store.store import SETTLED_NS, Artifact, Store
 
 
 @pytest.fixture
@@ -32,24 +30,24 @@ def artifact(store: Store) -> Artifact:
 @pytest.fixture
 def hashed(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
-    original = store.problems
+    original = store.verify
 
     def count(artifact: Artifact) -> list[str]:
         asked.append(artifact.digest)
         return original(artifact)
 
-    monkeypatch.setattr(store, "problems", count)
+    monkeypatch.setattr(store, "verify", count)
     return asked
 
 
 def test_a_whole_artifact_is_hashed_once(store: Store, artifact: Artifact, hashed: list[str]) -> None:
-    assert problems(store, artifact) == problems(store, artifact) == []
+    assert store.problems(artifact) == store.problems(artifact) == []
     assert len(hashed) == 1
 
 
 @pytest.mark.parametrize("how", ["altered", "deleted", "extra", "replaced"])
 def test_a_change_is_found(store: Store, artifact: Artifact, how: str) -> None:
-    assert problems(store, artifact) == []
+    assert store.problems(artifact) == []
     file = store.path(artifact) / "a.txt"
     file.chmod(0o644)
     if how == "altered":
@@ -63,17 +61,17 @@ def test_a_change_is_found(store: Store, artifact: Artifact, how: str) -> None:
         other.write_text("gamma")
         os.utime(other, (1e9, 1e9))
         other.replace(file)
-    assert problems(store, artifact)
+    assert store.problems(artifact)
 
 
 def test_what_was_written_just_now_is_hashed_again(store: Store, artifact: Artifact, hashed: list[str]) -> None:
-    os.utime(store.path(artifact) / "a.txt", (time.time(), time.time() + verified._SETTLED_NS / 1e9))
-    assert problems(store, artifact) == problems(store, artifact) == []
+    os.utime(store.path(artifact) / "a.txt", (time.time(), time.time() + SETTLED_NS / 1e9))
+    assert store.problems(artifact) == store.problems(artifact) == []
     assert len(hashed) == 2
 
 
 def test_asking_counts_as_use(store: Store, artifact: Artifact) -> None:
-    problems(store, artifact)
+    store.problems(artifact)
     os.utime(store.path(artifact), (0, 0))
-    problems(store, artifact)
+    store.problems(artifact)
     assert store.path(artifact).stat().st_mtime > 0
