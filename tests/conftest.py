@@ -5,11 +5,14 @@ gain. And no servers, stores or credentials of the user's, who may have sourced 
 (`.coalora/stack/env`): tests that need any start their own.
 """
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests import preloaded, shared
 
 if TYPE_CHECKING:
     from tests.s3_server import FaultProxy
@@ -18,6 +21,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for _name in list(os.environ):
     if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
         del os.environ[_name]
+shared.begin()
+# Processes that tests and what they call start by multiprocessing begin with the libraries imported, and theirs too.
+os.environ["PRELOADED_PYTHON"] = str(preloaded.python(shared.folder() / f"bin-{os.getpid()}"))
+multiprocessing.set_executable(os.environ["PRELOADED_PYTHON"])
+
+
+def pytest_unconfigure() -> None:
+    shared.end()
 
 
 @pytest.fixture(scope="session")

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import preloaded, shared
 from tests.flows.checkout import CODE, PROJECT, Checkout
+
+
+def _new_database(folder: Path) -> None:
+    """A database of Prefect: its migration takes longer than a run."""
+    preloaded.run("-m", "prefect", "server", "database", "upgrade", "-y", PREFECT_HOME=str(folder))
+
+
+def _new_checkout(folder: Path) -> None:
+    """The code, compiled once for all checkouts, in a repository of git and DVC."""
+    for item in CODE:
+        source = PROJECT / item
+        if source.is_dir():
+            shutil.copytree(source, folder / item, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / item)
+    shutil.copy(PROJECT / "tests" / "flows" / "tiny.yaml", folder / "pipelines.yaml")
+    compileall.compile_dir(folder, quiet=1)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, env=os.environ | _NO_SETTINGS, check=True)
+    preloaded.run("-m", "dvc", "init", "--quiet", cwd=folder, **_NO_SETTINGS)
+
+
+_NO_SETTINGS = {"GIT_CONFIG_GLOBAL": os.devnull}
 
 
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all runs of the session: its migration takes longer than a run."""
-    return tmp_path_factory.mktemp("prefect")
+    """One database for all runs of the session."""
+    shared.once("prefect-home", _new_database)
+    return shutil.copytree(shared.folder() / "prefect-home", tmp_path_factory.mktemp("prefect") / "home")
 
 
 @pytest.fixture(scope="session")
 def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Callable[[str], Checkout]:
+    # The stages of `dvc repro` are forks as well, but for one: its numbers do not depend on the seed of hashes.
+    python = preloaded.python(tmp_path_factory.mktemp("bin"), real='*"stage training"*')
+
     def make(name: str) -> Checkout:
-        root = tmp_path_factory.mktemp(name)
-        for item in CODE:
-            source = PROJECT / item
-            if source.is_dir():
-                shutil.copytree(source, root / item, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, root / item)
-        shutil.copy(PROJECT / "tests" / "flows" / "tiny.yaml", root / "pipelines.yaml")
+        shared.once("checkout", _new_checkout)
+        root = shutil.copytree(shared.folder() / "checkout", tmp_path_factory.mktemp(name) / name)
         own = ("COALORA_", "PREFECT_", "MLFLOW_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(own)} | _NO_SETTINGS
         # One thread: two processes of tiny matrices on two cores lose more than they gain.
         environment |= {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
-        environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        checkout = Checkout(root, environment)
-        subprocess.run(["git", "init", "--quiet"], cwd=root, env=environment, check=True)
-        checkout.run("-m", "dvc", "init", "--quiet")
-        return checkout
+        environment |= {"PRELOADED_PYTHON": str(python), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        return Checkout(root, environment)
 
     return make
 

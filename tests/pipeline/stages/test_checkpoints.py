@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from pipeline.settings.sections import StageSettings
 from pipeline.stages.checkpoints import Memo, checkpoint_every, checkpoints_folder, discard, place, scratch_of
 from tasks.search import search_round
 from tasks.train import train_round
+from tests.preloaded import Process
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 ROOT = Path(__file__).parents[3]
@@ -186,35 +185,46 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
-    run: TinyRun, tmp_path: Path, number: signal.Signals
-) -> None:
-    """A signal to the parent, caught or not: the processes stop at a boundary, the next call goes on there."""
-    steps = 60
+@dataclass(frozen=True)
+class Apart:
+    """A first round of two processes, in a process of its own that is told what to do by a file."""
+
+    folder: Path
+    home: Path
+    steps: int = 60
+
+    def start(self, results: str) -> Process:
+        environment = os.environ | {
+            "COALORA_HOME": str(self.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(self.folder / results),
+            "PREFECT_HOME": str(self.folder / "prefect"),
+        }  # fmt: skip
+        return Process((str(self.folder / "program.py"), str(self.folder / "given.json")), self.folder, environment)
+
+
+@pytest.fixture(scope="module")
+def apart(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Apart, str]:
+    """How to start it, and what it prints when nothing disturbs it."""
+    made = Apart(tmp_path_factory.mktemp("apart"), run.home)
     runtime = replace(run.settings.runtime, processes=2)
-    training = replace(run.settings.training, initial_steps=steps, sampling="adaptive")
+    training = replace(run.settings.training, initial_steps=made.steps, sampling="adaptive")
     artifacts = run.calibrated.inputs() | {"configurations": run.trained.sets[0]}
     write_json(
-        tmp_path / "given.json",
+        made.folder / "given.json",
         {"artifacts": {k: v.model_dump(mode="json") for k, v in artifacts.items()}, "runtime": runtime.to_dict(),
          "adapter": run.settings.adapter.to_dict(), "training": training.to_dict()},
     )  # fmt: skip
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    (made.folder / "program.py").write_text(PROGRAM)
+    return made, made.start("undisturbed").read(timeout=200)
 
-    def start(results: str) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "COALORA_HOME": str(run.home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-            "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(tmp_path / results), "PREFECT_HOME": str(tmp_path / "prefect"),
-        }  # fmt: skip
-        return subprocess.Popen(
-            [sys.executable, str(program), str(tmp_path / "given.json")], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
 
-    killed = start("results")
-    assert killed.stdout is not None
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
+    apart: tuple[Apart, str], number: signal.Signals
+) -> None:
+    """A signal to the parent, caught or not: the processes stop at a boundary, the next call goes on there."""
+    program, undisturbed = apart
+    killed = program.start(number.name)
     lines = []
     for line in killed.stdout:
         lines.append(line)
@@ -222,10 +232,9 @@ def test_two_processes_that_were_ended_resume_to_the_state_of_undisturbed_ones(
             os.kill(killed.pid, number)
             break
     code = killed.wait(60)
-    assert code == -number if number == signal.SIGKILL else code != 0, "".join(lines)
+    assert code == -number if number == signal.SIGKILL else code not in (0, None), "".join(lines)
     killed.stdout.read()  # until its children are gone, too
-    resumed = start("results").communicate(timeout=120)[0]
-    assert f"of {steps}" in resumed.split("resumed from the checkpoint at step ")[1]
-    undisturbed = start("others").communicate(timeout=120)[0]
+    resumed = program.start(number.name).read(timeout=200)
+    assert f"of {program.steps}" in resumed.split("resumed from the checkpoint at step ")[1]
     assert "resumed" not in undisturbed
     assert resumed.split("DIGEST ")[1].split()[0] == undisturbed.split("DIGEST ")[1].split()[0]

@@ -1,0 +1,53 @@
+"""A folder for what all test processes of one session share, and what is made in it once.
+
+pytest-xdist starts a process for each core, and each would make its own servers and runs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+_VARIABLE = "TESTS_SHARED"
+T = TypeVar("T")
+
+
+def begin() -> None:
+    """Make the folder; in the first process alone, whose children inherit it."""
+    if _VARIABLE not in os.environ:
+        os.environ[_VARIABLE] = f"{os.getpid()}:{tempfile.mkdtemp(prefix='coalora-tests-')}"
+
+
+def end() -> None:
+    """Remove the folder; in the process that made it."""
+    if owner() == os.getpid():
+        shutil.rmtree(folder(), ignore_errors=True)
+
+
+def owner() -> int:
+    """Number of the process that made the folder."""
+    return int(os.environ[_VARIABLE].partition(":")[0])
+
+
+def folder() -> Path:
+    return Path(os.environ[_VARIABLE].partition(":")[2])
+
+
+def once(name: str, make: Callable[[Path], T]) -> T:
+    """What `make` returns for a new folder of this name, made by the first process that asks for it."""
+    from filelock import FileLock
+
+    place = folder() / name
+    known = folder() / f"{name}.pickle"
+    with FileLock(folder() / f"{name}.lock"):
+        if not known.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            made = make(place)
+            known.write_bytes(pickle.dumps(made))
+    return pickle.loads(known.read_bytes())
