@@ -12,9 +12,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin
 
 from coalora.errors import CoaloraError
+
+if TYPE_CHECKING:  # this module is read without torch
+    from coalora.models.targets import TargetLayer
 
 Task = Literal["classification", "language-modeling"]
 Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
@@ -112,16 +115,6 @@ class CalibrationRecipe(Recipe):
     )
 
 
-class NamedLayer(Protocol):
-    """A layer as patterns see it (`coalora.models.targets.TargetLayer`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class AdapterRecipe(Recipe):
     """LoRA, the configuration-aware model theta, and what else follows the choices.
@@ -198,7 +191,7 @@ class AdapterRecipe(Recipe):
             expert_start = "compensation" if language else "zero"
         return replace(self, compensation_rank=compensation_rank, expert_bits=expert_bits, expert_start=expert_start)
 
-    def ranks(self, layers: Sequence[NamedLayer]) -> list[int]:
+    def ranks(self, layers: "Sequence[TargetLayer]") -> list[int]:
         """Total rank of every layer (N,), compensation included.
 
         Raises:
@@ -363,7 +356,7 @@ def _strategies() -> Any:
     return STRATEGIES
 
 
-def _matches(layer: NamedLayer, pattern: str) -> bool:
+def _matches(layer: "TargetLayer", pattern: str) -> bool:
     return fnmatch.fnmatchcase(layer.name, pattern) or fnmatch.fnmatchcase(layer.kind, pattern)
 
 

@@ -7,8 +7,7 @@ terms for low bit-widths and the closed-form compensation of each choice beside 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import AdapterRecipe, MasterMode, Task, WeightMode
+from coalora.recipes import AdapterRecipe, Task
 
 
 class AdaptedModel:
@@ -38,11 +37,12 @@ class AdaptedModel:
         task: decides PEFT's task type, and so whether a head is trained.
         method: a name of `METHODS`.
         recipe: the adapter's sizes; what it leaves open is decided by the task.
-        statistics, cache_bytes, master, weights, checkpoint, device: as in `QuantizedBase`.
         seed: initial adapter and theta; the same seed gives methods of equal trained rank the same initial pair, but
             for a start of experts, which aligns lora_A to it.
         compensation: factors by (layer, choice) that are known already; others are computed when first needed.
         start: whether experts are set to their start; False spares the time where a state is loaded anyway.
+        statistics: of the layers' inputs, for calibrated schemes and for compensation.
+        memory: `cache_bytes`, `master`, `weights`, `checkpoint` and `device` of `QuantizedBase`.
     """
 
     def __init__(
@@ -56,29 +56,15 @@ class AdaptedModel:
         recipe: AdapterRecipe,
         seed: int,
         statistics: Sequence[InputStatistics] | None = None,
-        cache_bytes: int | None = None,
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
         start: bool = True,
-        master: MasterMode = "device",
-        weights: WeightMode = "dequantized",
-        checkpoint: Path | str | None = None,
-        device: torch.device | None = None,
+        **memory: Any,
     ) -> None:
         self.method, described = method, METHODS[method]
         self.is_language_model = task == "language-modeling"
         self.recipe = recipe = recipe.resolved(task)
         self.layers = list(layers)
-        self.base = QuantizedBase(
-            model,
-            layers,
-            space,
-            statistics=statistics,
-            cache_bytes=cache_bytes,
-            master=master,
-            weights=weights,
-            checkpoint=checkpoint,
-            device=device,
-        )
+        self.base = QuantizedBase(model, layers, space, statistics=statistics, **memory)
         self.device = next(model.parameters()).device
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from coalora.errors import CoaloraError
-from coalora.search.checks import Bool, Float, Int, as_objectives, as_point
+from coalora.search.checks import Bool, Float, as_objectives, as_point
 
 
 def is_non_dominated(Y: ArrayLike, *, deduplicate: bool = True) -> Bool:
@@ -114,29 +114,13 @@ def normalized_hypervolume(Y: ArrayLike, ideal: ArrayLike, ref_point: ArrayLike)
     return hypervolume(np.maximum(as_objectives(Y), low), high) / float(np.prod(high - low))
 
 
-def segment_index(cost: Float, n_segments: int, cost_range: tuple[float, float]) -> Int:
-    """Segment (n,) of every cost (n,): [low, high) cut in equal parts; costs outside belong to the end
-    segments.
-
-    Raises:
-        CoaloraError: `n_segments` < 1, or `cost_range` is not two finite rising numbers.
-    """
-    low, high = cost_range
-    if n_segments < 1:
-        raise CoaloraError(f"n_segments is {n_segments}", remedy="Set it to at least 1")
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise CoaloraError(f"cost_range is {cost_range}", remedy="Give two finite rising numbers, (low, high)")
-    position = np.clip((np.asarray(cost) - low) / (high - low), 0.0, 1.0)
-    return np.minimum((position * n_segments).astype(np.int64), n_segments - 1)
-
-
 def segment_filter(Y: ArrayLike, n_segments: int, cost_range: tuple[float, float]) -> Bool:
     """Mask (n,) of the points that are non-dominated within their own segment of cost.
 
     Args:
         Y: points (n, 2): loss, cost, both minimised.
         n_segments: U, the number of equal parts of `cost_range`.
-        cost_range: (low, high) in units of cost; points outside count to the first or last segment.
+        cost_range: (low, high) in units of cost, cut into [a, b); points outside count to the first or last segment.
 
     Returns:
         Mask (n,): every segment that has a member keeps at least one; of equal points the first stays.
@@ -144,8 +128,13 @@ def segment_filter(Y: ArrayLike, n_segments: int, cost_range: tuple[float, float
     Raises:
         CoaloraError: wrong shapes, NaN, or a bad `n_segments` or `cost_range`.
     """
-    points = as_objectives(Y)
-    segment = segment_index(points[:, 1], n_segments, cost_range)
+    points, (low, high) = as_objectives(Y), cost_range
+    if n_segments < 1:
+        raise CoaloraError(f"n_segments is {n_segments}", remedy="Set it to at least 1")
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise CoaloraError(f"cost_range is {cost_range}", remedy="Give two finite rising numbers, (low, high)")
+    position = np.clip((points[:, 1] - low) / (high - low), 0.0, 1.0)
+    segment = np.minimum((position * n_segments).astype(np.int64), n_segments - 1)
     keep = np.zeros(points.shape[0], dtype=np.bool_)
     for u in np.unique(segment):
         members = np.flatnonzero(segment == u)

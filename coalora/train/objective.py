@@ -13,6 +13,7 @@ the teacher's own mean square. Two teachers:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +42,9 @@ def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Obje
     adapted.full_precision()
     adapted.peft_model.eval()
     try:
-        with torch.no_grad():
-            if objective.teacher == "base" or (objective.teacher == "auto" and adapted.is_language_model):
-                with adapted.peft_model.disable_adapter():
-                    out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
-            else:
-                out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
+        alone = objective.teacher == "base" or (objective.teacher == "auto" and adapted.is_language_model)
+        with torch.no_grad(), adapted.peft_model.disable_adapter() if alone else nullcontext():
+            out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
     finally:
         adapted.peft_model.train(training)
     return TeacherOutput(out.logits, tuple(out.hidden_states or ()))

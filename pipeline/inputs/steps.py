@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coalora.method.training import train_round
+from coalora.method.loop import train_round
 from coalora.recipes import TrainingRecipe
 from coalora.train.parallel import Parallel, post, spawn
 from pipeline.inputs.adapted import ModelInputs, load_state, release_models
