@@ -214,6 +214,7 @@ class CoaLoraModel:
         initial: ConfigurationSet | None = None,
         budgets: Sequence[float] = (),
         progress: Progress | None = None,
+        checkpoint_dir: Path | str | None = None,
     ) -> Fitted:
         """Train over a set of configurations, and let a Pareto search improve it, round by round.
 
@@ -226,6 +227,7 @@ class CoaLoraModel:
             initial: the set of round 0; None makes `initial_set`.
             budgets: budgets that will be asked for: more is measured for them at the end.
             progress: makes a listener (done, total, **values) for what is named.
+            checkpoint_dir: folder from which the same call on the same model goes on if it broke off.
         """
         config, tables = self.config, self.tables
         recipe = config.search if rounds is None else replace(config.search, rounds=rounds)
@@ -247,6 +249,7 @@ class CoaLoraModel:
             search=recipe,
             seed=config.seed,
             progress=progress,
+            checkpoint_dir=checkpoint_dir,
         )
         meter = LossMeter(self._adapted, data, recipe.batch_size, progress)
         final, selected = select_budgets(meter, self.fitted.members, tables, budgets)

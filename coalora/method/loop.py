@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.methods import METHODS
@@ -12,8 +17,10 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
 from coalora.evaluate.losses import LossMeter
+from coalora.files import digest
 from coalora.method.search import search_round
 from coalora.recipes import SearchRecipe, TrainingRecipe
+from coalora.train.checkpoint import Checkpoint, Checkpoints
 from coalora.train.loop import TrainingState, train
 
 
@@ -49,6 +56,7 @@ def fit(
     search: SearchRecipe,
     seed: int,
     progress: Callable[[str], Callable[..., None]] | None = None,
+    checkpoint_dir: Path | str | None = None,
 ) -> Fitted:
     """Train `adapted` in place: `initial_steps` on `members`, then for each round a search and `round_steps`.
 
@@ -56,6 +64,8 @@ def fit(
         members: the set of round 0, such as `initial_set` makes it.
         search_split: examples that guide the search; nothing is trained on them.
         progress: makes a listener (done, total, **values) for what is named.
+        checkpoint_dir: folder from which the same call, if it broke off, goes on with the same numbers bit for bit;
+            training is not done again, searches are. What another call wrote there is left alone.
 
     The pipeline runs the same steps as cached stages, with the same numbers bit for bit.
 
@@ -70,6 +80,7 @@ def fit(
         2
     """
     fitted = Fitted(members)
+    identity = _identity(adapted, train_split, tables, training, search.rounds, seed) if checkpoint_dir else ""
     for round_index in range(search.rounds + 1):
         label = f"round {round_index}"
         if round_index:
@@ -89,6 +100,10 @@ def fit(
                 progress=progress(f"search, {label}, proposals") if progress else None,
             )
             fitted.searches.append(record)
+        checkpoints, begin = None, fitted.state.step
+        if checkpoint_dir:
+            identity = digest([identity, fitted.members.configurations.tolist()])
+            checkpoints = Checkpoints(Path(checkpoint_dir) / f"round-{round_index}-{identity[:16]}")
         fitted.state, records = train_round(
             adapted,
             train_split,
@@ -100,9 +115,24 @@ def fit(
             seed=seed,
             state=fitted.state if round_index else None,
             progress=progress(f"training, {label}") if progress else None,
+            checkpoints=checkpoints,
         )
+        if checkpoints and records:
+            step = fitted.state.step
+            checkpoints.save((begin, step), Checkpoint(step, fitted.state.tensors, records, []))
         fitted.history += records
     return fitted
+
+
+def _identity(
+    adapted: AdaptedModel, split: Split, tables: CalibrationTables, training: TrainingRecipe, rounds: int, seed: int
+) -> str:
+    """Digest of what decides the steps of a training, but for its configurations."""
+    recipes = [adapted.method, adapted.recipe.to_dict(), training.to_dict(), tables.space.to_dict(), rounds, seed]
+    found = hashlib.sha256(digest([tables.base_digest, recipes]).encode())
+    for tensor in [*adapted.state_dict().values(), *(x for x in vars(split).values() if isinstance(x, Tensor))]:
+        found.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def train_round(
