@@ -43,6 +43,7 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.states import Cancelling
 
 from infra.processes import free_port
+from tests import shared
 
 _PREFECT = (sys.executable, "-m", "prefect")
 
@@ -192,7 +193,8 @@ def prefect_server(home: Path, *, port: int | None = None) -> Iterator[Server]:
         "OMP_NUM_THREADS": "1", "COLUMNS": "140", "GIT_CONFIG_GLOBAL": os.devnull,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    home.mkdir(parents=True, exist_ok=True)
+    if not (home / "prefect.db").exists():
+        shared.prefect_home(home)
     path = home / "server.log"
     with path.open("a") as log:
         command = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]

@@ -38,6 +38,17 @@ def folder() -> Path:
     return Path(os.environ[_VARIABLE].partition(":")[2])
 
 
+def prefect_home(to: Path) -> Path:
+    """A new home of Prefect at `to`, whose database is migrated: that takes longer than a run."""
+    from tests import preloaded
+
+    def migrate(place: Path) -> None:
+        preloaded.run("-m", "prefect", "server", "database", "upgrade", "-y", PREFECT_HOME=str(place))
+
+    once("prefect-home", migrate)
+    return shutil.copytree(folder() / "prefect-home", to, dirs_exist_ok=True)
+
+
 def once(name: str, make: Callable[[Path], T]) -> T:
     """What `make` returns for a new folder of this name, made by the first process that asks for it."""
     from filelock import FileLock

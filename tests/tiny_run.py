@@ -1,6 +1,7 @@
 """One run of the tiny pipeline without cache or server: its artifacts, made by the stages' own functions.
 
-What publishes, adapts and reports needs real artifacts; they are made once for all tests of a session.
+What publishes, adapts and reports needs real artifacts; they are made once for all tests of a session, by whichever
+process asks first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from pipeline.settings.sections import Settings
 from pipeline.stages.runner import Stage
 from pipeline.store.store import Artifact
 from tasks.write_run_folder import write_run_folder
+from tests import shared
 
 CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",
@@ -75,13 +76,11 @@ def at_home(home: Path) -> Iterator[None]:
 
 
 @cache
-def _home() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="coalora-tiny-")
-
-
-@cache
 def tiny_run() -> TinyRun:
-    root = Path(_home().name)
+    return shared.once("tiny-run", _make)
+
+
+def _make(root: Path) -> TinyRun:
     home = root / "home"
     settings = load_settings("tiny", file=Path(__file__).parent / "flows" / "tiny.yaml", changes=CHANGES)
     with at_home(home):

@@ -15,11 +15,6 @@ from tests import preloaded, shared
 from tests.flows.checkout import CODE, PROJECT, Checkout
 
 
-def _new_database(folder: Path) -> None:
-    """A database of Prefect: its migration takes longer than a run."""
-    preloaded.run("-m", "prefect", "server", "database", "upgrade", "-y", PREFECT_HOME=str(folder))
-
-
 def _new_checkout(folder: Path) -> None:
     """The code, compiled once for all checkouts, in a repository of git and DVC."""
     for item in CODE:
@@ -40,8 +35,7 @@ _NO_SETTINGS = {"GIT_CONFIG_GLOBAL": os.devnull}
 @pytest.fixture(scope="session")
 def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One database for all runs of the session."""
-    shared.once("prefect-home", _new_database)
-    return shutil.copytree(shared.folder() / "prefect-home", tmp_path_factory.mktemp("prefect") / "home")
+    return shared.prefect_home(tmp_path_factory.mktemp("prefect"))
 
 
 @pytest.fixture(scope="session")

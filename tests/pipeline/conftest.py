@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests import shared
 
 if TYPE_CHECKING:  # boto3 and moto are imported by the tests that need them
     from pipeline.s3.client import S3Location
@@ -38,12 +44,26 @@ def repository(tmp_path: Path, own_dvc: None) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Prefect's own harness, with a database that is migrated already and a server that has its libraries."""
+    import prefect.testing.utilities
     from prefect.settings import PREFECT_HOME, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
 
-    home = tmp_path_factory.mktemp("prefect-home")
-    with temporary_settings({PREFECT_HOME: home}), prefect_test_harness(server_startup_timeout=120):
-        yield
+    home = shared.prefect_home(tmp_path_factory.mktemp("prefect-home"))
+
+    def make_folder() -> str:
+        folder = tempfile.mkdtemp()
+        shutil.copy(home / "prefect.db", Path(folder) / "prefect-test.db")
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefect.testing.utilities, "mkdtemp", make_folder)
+        patch.setattr(sys, "executable", os.environ["PRELOADED_PYTHON"])
+        with (
+            temporary_settings({PREFECT_HOME: home}),
+            prefect.testing.utilities.prefect_test_harness(server_startup_timeout=120),
+        ):
+            patch.undo()
+            yield
 
 
 @pytest.fixture

@@ -34,8 +34,12 @@ def _own_records(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def evaluate(run: TinyRun, runner: DirectRunner, **changes: Any) -> Evaluated:
+def evaluate(run: TinyRun, runner: DirectRunner, *, references: bool = False, **changes: Any) -> Evaluated:
+    """The evaluation, with the methods that are trained for each budget only where they are asked for."""
     settings = run.settings.model_copy(update={"evaluation": run.settings.evaluation.model_copy(update=changes)})
+    if not references:
+        baselines = settings.baselines.model_copy(update={"per_budget": []})
+        settings = settings.model_copy(update={"baselines": baselines})
     return Graph(Run("tiny", settings, runner), calibrated=run.calibrated, trained=run.trained).evaluated
 
 
@@ -109,7 +113,7 @@ def test_a_model_is_loaded_once_for_all_shards_of_a_method(run: TinyRun, monkeyp
         return original(self, method, **options)
 
     monkeypatch.setattr(ModelInputs, "build", build)
-    evaluate(run, DirectRunner(), shard_size=1)
+    evaluate(run, DirectRunner(), references=True, shard_size=1)
     alone = [method for method in run.settings.baselines.per_budget for _ in run.settings.evaluation.budgets]
     assert loaded == [*METHODS, *alone]  # the choice for the budgets shares that of `coa`
     assert not pipeline.inputs.adapted._held  # and forgotten afterwards

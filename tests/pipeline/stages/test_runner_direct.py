@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.preloaded import Process
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,15 +37,9 @@ def test_direct_runner_starts_no_server_and_reads_its_own_record(tmp_path: Path)
     }
 
     def run(**more: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "program.py"],
-            cwd=tmp_path,
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout
+        process = Process(("program.py",), tmp_path, environment | more)
+        printed = process.read(timeout=120)
+        return process.returncode, printed
 
     results = tmp_path / "home" / "results"
     assert run(KILL="1") == (9, "")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.preloaded import Process
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -59,16 +59,10 @@ class Traced:
         own = {"PYTHONPATH": str(ROOT), "TRACES": str(folder), "PREFECT_HOME": str(folder / "prefect")}
         return cls(folder, kept | own | environment)
 
-    def prepare(self, name: str, home: str = "home", **environment: str) -> subprocess.Popen[str]:
-        """Start a process that imports what it needs and waits for `let`: imports take longest."""
-        return subprocess.Popen(
-            [sys.executable, "program.py", name],
-            cwd=self.traces,
-            env=self.environment | {"COALORA_HOME": str(self.traces / home)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def prepare(self, name: str, home: str = "home", **environment: str) -> Process:
+        """Start a process that imports what it needs and waits for `let`."""
+        environment = self.environment | {"COALORA_HOME": str(self.traces / home)} | environment
+        return Process(("program.py", name), self.traces, environment)
 
     def let(self, name: str) -> None:
         (self.traces / f"start-{name}").touch()
@@ -82,9 +76,8 @@ class Traced:
         return len((self.traces / "calls").read_text().split())
 
 
-def until(process: subprocess.Popen[str], words: str) -> str:
+def until(process: Process, words: str) -> str:
     """Output up to the line with these words."""
-    assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -26,7 +26,7 @@ def test_of_three_processes_one_waits_for_the_other_is_let_in_by_its_death_and_c
     until(killed, "begun")
     traced.let("heir")
     assert f"traced: waiting for process {killed.pid} on " in until(heir, "waiting for")
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     assert killed.wait(30) == -signal.SIGKILL
     until(heir, "begun")  # the kernel let it in
     traced.let("third")

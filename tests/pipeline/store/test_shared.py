@@ -397,7 +397,7 @@ def test_machines_wait_for_each_other_and_inherit_from_the_killed(
     until(killed, "begun")
     traced.let("heir")
     assert f"waiting for process {killed.pid} on " in until(heir, "waiting for")
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     assert killed.wait(30) == -signal.SIGKILL
     assert "taken over from process" in until(heir, "begun")
     traced.let("third")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from coalora.errors import CoaloraError
 from pipeline.store.store import MANIFEST, MARKER, Artifact, Store, default_store
+from tests import preloaded
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -203,8 +202,7 @@ Store(sys.argv[1]).put("table", build)
 
 
 def test_a_killed_build_leaves_the_store_consistent_and_is_swept_after_a_day(store: Store, artifact: Artifact) -> None:
-    done = subprocess.run([sys.executable, "-c", _KILLED, str(store.root)], cwd=ROOT, check=False)
-    assert done.returncode == 9
+    preloaded.run("-c", _KILLED, str(store.root), cwd=ROOT, expect=9)
     assert store.verify(artifact) == []
     finished = [p.parent.name for p in store.folder.glob("*/*/" + MANIFEST)]
     assert finished == [artifact.digest]
@@ -248,9 +246,9 @@ print(artifact.digest)
 
 
 def test_two_processes_putting_the_same_content_both_succeed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _RACER, str(tmp_path)]
-    racers = [subprocess.Popen([*command, f"ready-{i}"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for i in (0, 1)]
-    digests = {racer.communicate(timeout=60)[0] for racer in racers}
+    command = ("-c", _RACER, str(tmp_path))
+    racers = [preloaded.Process((*command, f"ready-{i}"), ROOT, dict(os.environ)) for i in (0, 1)]
+    digests = {racer.read(timeout=60) for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0]
     assert len(digests) == 1
 

@@ -7,8 +7,6 @@ The bundle's class is a small stand-in with the interface of `coalora.export.bun
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import pipeline.tracking.registry as registry
 from pipeline.tracking.registry import DECISION, Registered, register, requirements
 from pipeline.tracking.runs import TrackedRun, Tracker
+from tests import preloaded
 
 BUNDLE = """
 from pathlib import Path
@@ -175,16 +174,9 @@ def test_the_champion_loads_by_its_own_code_and_answers_typed_budgets(
     model.add("the bundle", 0.5)
     script = tmp_path / "load.py"
     script.write_text(textwrap.dedent(LOAD))
-    done = subprocess.run(
-        [sys.executable, str(script), tracker.tracking_uri, f"models:/{model.name}@champion"],
-        cwd=tmp_path,  # not the checkout
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    # Not in the checkout.
+    printed = preloaded.run(str(script), tracker.tracking_uri, f"models:/{model.name}@champion", cwd=tmp_path)
+    result = json.loads(printed.splitlines()[-1])
     assert result["answers"] == [
         {
             "budget": 3.0,

@@ -20,6 +20,7 @@ from coalora.errors import CoaloraError
 from pipeline.versioning.repository import with_repository
 from pipeline.versioning.restoring import from_dvc
 from pipeline.versioning.sets import push_file, remove_stale_sets, version_file, write_set
+from tests import preloaded
 from tests.s3_server import SECRET_KEY, create_bucket, s3_server, set_credentials
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -30,8 +31,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _dvc(root: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=120).stdout
+    return preloaded.run("-m", "dvc", *arguments, cwd=root)
 
 
 pytestmark = pytest.mark.usefixtures("own_dvc")
@@ -141,19 +141,9 @@ def test_adding_works_inside_a_running_stage(repository: Path) -> None:
             Path("out.txt").write_text(record.md5)
         """)
     )
-    stage = {"cmd": f"{sys.executable} stage.py", "deps": ["stage.py"], "outs": ["out.txt"]}
+    stage = {"cmd": f"{os.environ['PRELOADED_PYTHON']} stage.py", "deps": ["stage.py"], "outs": ["out.txt"]}
     (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"search": stage}}))
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "repro"],
-        cwd=repository,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    preloaded.run("-m", "dvc", "repro", cwd=repository, PYTHONPATH=str(CHECKOUT))
     path = repository / "configurations" / "demo" / "round-01.json"
     assert (repository / "out.txt").read_text() == _md5(path)
     (out,) = yaml.safe_load(path.with_name("round-01.json.dvc").read_text())["outs"]
