@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from coalora.data.build import classification, language_modeling
 from coalora.data.classification import read_table
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
+from coalora.evaluate.losses import score
 from coalora.files import digest, file_sha256
-from coalora.models.loading import load_model, load_tokenizer
+from coalora.models.loading import default_device, load_model, load_tokenizer
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
@@ -51,27 +51,15 @@ class Setting:
 
     def load(self) -> PreTrainedModel:
         """The base model anew, in full precision."""
-        torch.manual_seed(0)
-        return load_model(
-            self.model,
-            self.benchmark.task,
-            num_labels=self.benchmark.num_labels,
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype=torch.float32,
-        )
+        return _load(self.model, self.benchmark)
 
-    def full_precision(self, score: Callable[..., object]) -> float:
+    def full_precision(self) -> float:
         """The metric of the base without quantization and adapter."""
+        tables = self.tables
         adapted = AdaptedModel(
-            self.load(),
-            self.tables.layers,
-            self.tables.space,
-            self.benchmark.task,
-            method="none",
-            recipe=AdapterRecipe(),
-            seed=0,
+            self.load(), tables.layers, tables.space, self.benchmark.task, method="none", recipe=AdapterRecipe(), seed=0
         )
-        return score(adapted, self.benchmark.validation, batch_size=64).metric  # type: ignore[attr-defined]
+        return score(adapted, self.benchmark.validation, batch_size=64).metric
 
 
 def prepare(name: str, source: Path | None, model: str | None, space: str = "bits") -> Setting:
@@ -104,12 +92,18 @@ def prepare(name: str, source: Path | None, model: str | None, space: str = "bit
     else:
         assert source is not None
         made = _sst2(source, where)
-    setting = Setting(
-        identity, where, made, _NO_TABLES, [], 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
+    tables, statistics = _calibrated(folder, _load(where, made), made, identity, space)
+    return Setting(
+        identity, where, made, tables, statistics, 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
         "base" if language else "adapted",
     )  # fmt: skip
-    tables, statistics = _calibrated(folder, setting, space)
-    return Setting(**{**vars(setting), "tables": tables, "statistics": statistics})
+
+
+def _load(model: str, benchmark: Benchmark) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return load_model(
+        model, benchmark.task, num_labels=benchmark.num_labels, device=default_device(), dtype=torch.float32
+    )
 
 
 def _sst2(folder: Path, model: str) -> Benchmark:
@@ -120,19 +114,17 @@ def _sst2(folder: Path, model: str) -> Benchmark:
     )  # fmt: skip
 
 
-def _calibrated(folder: Path, setting: Setting, space: str) -> tuple[CalibrationTables, list[InputStatistics]]:
-    model = setting.load()
+def _calibrated(
+    folder: Path, model: PreTrainedModel, benchmark: Benchmark, identity: str, space: str
+) -> tuple[CalibrationTables, list[InputStatistics]]:
     layers = find_target_layers(model)
     kept, file = folder / "statistics.safetensors", folder / f"tables-{space}.safetensors"
     if not kept.is_file():
-        known = collect_statistics(model, layers, setting.benchmark.train.head(64), batch_size=16, hessians=True)
+        known = collect_statistics(model, layers, benchmark.train.head(64), batch_size=16, hessians=True)
         save_statistics(kept, layers, known)
     known = load_statistics(kept, layers)
     if not file.is_file():
         choices = ChoiceSpace("nf", **SPACES[space])
         weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-        calibration_tables(layers, choices, error_table(weights, known, choices), setting.identity).save(file)
+        calibration_tables(layers, choices, error_table(weights, known, choices), identity).save(file)
     return CalibrationTables.load(file), known
-
-
-_NO_TABLES: CalibrationTables = None  # type: ignore[assignment]

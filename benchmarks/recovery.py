@@ -28,7 +28,7 @@ import coalora
 from benchmarks._report import report
 from benchmarks._settings import CACHE, SPACES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
-from coalora.evaluate.losses import measure_configurations, score
+from coalora.evaluate.losses import measure_configurations
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
 from coalora.recipes import AdapterRecipe, Objective, TrainingRecipe
 from coalora.search.knapsack import allocate
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             closed = gap_closed({k: v["loss"] for k, v in found.items()}, low, "one LoRA each", "ours")
             mean = {f"{b:g}": f"{value:.0%}" for b, value in zip(BUDGETS, np.nanmean(closed, axis=0), strict=True)}
             rows.append({"method": f"gap closed in loss, from {low}", "steps": None, **mean})
-    full = setting.full_precision(score)
+    full = setting.full_precision()
     metric = "bits per byte" if setting.benchmark.task == "language-modeling" else "accuracy"
     note = f"{metric} ± standard deviation over {options.seeds} seeds; full precision, no adapter: {full:.4f}"
     report(f"recovery-{where}", rows, notes=note)

@@ -194,13 +194,7 @@ class CoaLoraModel:
         split, recipe = self.split(data), self.config.calibration
         recipe = replace(recipe, n_samples=min(recipe.n_samples, len(split)))
         self._tables, self.statistics = calibrate(
-            self.base,
-            self.layers,
-            split,
-            self.config.choices,
-            recipe,
-            base_digest=self.base_digest,
-            progress=progress,
+            self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest, progress=progress
         )
         return self._tables
 

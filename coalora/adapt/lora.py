@@ -127,12 +127,7 @@ class Product(torch.autograd.Function):
 
 
 def lora_config(
-    layers: Sequence[TargetLayer],
-    task: Task,
-    *,
-    ranks: Sequence[int],
-    scale: float,
-    lora_dropout: float = 0.0,
+    layers: Sequence[TargetLayer], task: Task, *, ranks: Sequence[int], scale: float, lora_dropout: float = 0.0
 ) -> LoraConfig:
     """PEFT's config for the target layers. The task head of a classifier is trained and saved with the adapter.
 

@@ -41,15 +41,13 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def text_file(path: str | Path, *, separator: str | None = None) -> list[str]:
-    """The documents of a UTF-8 text file: cut at `separator`, or at blank lines into pieces of about 2 kB.
+def text_file(path: str | Path) -> list[str]:
+    """The documents of a UTF-8 text file: cut at blank lines into pieces of about 2 kB.
 
     Raises:
         CoaloraError: no such file, or not UTF-8.
     """
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    if separator is not None:
-        return [piece for piece in text.split(separator) if piece.strip()]
     pieces: list[str] = [""]
     for paragraph in text.split("\n\n"):
         if len(pieces[-1]) > 2048:

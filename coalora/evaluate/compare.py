@@ -37,11 +37,7 @@ class Comparison:
 
 
 def compare(
-    losses: Mapping[str, np.ndarray],
-    costs: np.ndarray,
-    *,
-    cost_range: tuple[float, float],
-    guess_loss: float,
+    losses: Mapping[str, np.ndarray], costs: np.ndarray, *, cost_range: tuple[float, float], guess_loss: float
 ) -> Comparison:
     """Hypervolumes of methods measured on the same configurations.
 

@@ -37,10 +37,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], 
     # PEFT keeps sets; their order changes from run to run.
     saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
     write_json(folder / "adapter_config.json", saved)
-    binding = {
-        "base_configuration_digest": configuration["digest"],
-        "base_digest": configuration["base_digest"],
-    }
+    binding = {"base_configuration_digest": configuration["digest"], "base_digest": configuration["base_digest"]}
     write_tensors(folder / WEIGHTS, tensors, binding)
     write_json(folder / BINDING, binding)
 

@@ -139,12 +139,7 @@ class Bundle:
             )
         members, tables = self.members, self.tables
         return best_within(
-            members.configurations,
-            members.losses,
-            tables.search_cost,
-            tables.err,
-            budget,
-            allowed=tables.allowed,
+            members.configurations, members.losses, tables.search_cost, tables.err, budget, allowed=tables.allowed
         )
 
     @torch.no_grad()
@@ -206,12 +201,7 @@ class Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         self.tables.save(folder / "tables.safetensors")
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
-        header = {
-            "format": _FORMAT,
-            "recipe": self.recipe.to_dict(),
-            "task": self.task,
-            "base_model": self.base_model,
-        }
+        header = {"format": _FORMAT, "recipe": self.recipe.to_dict(), "task": self.task, "base_model": self.base_model}
         stored = {
             f"{_COMPENSATION}{index}.{k}.lora_{side}": factor.half()  # exact: the factors are float16 values
             for (index, k), pair in self.compensation.items()

@@ -59,7 +59,6 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     seed: int = 0,
-    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A base model in eval mode, its parameters frozen.
@@ -82,7 +81,6 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             dtype=dtype or default_dtype(device),
-            revision=revision or "main",
             trust_remote_code=trust_remote_code,
             **options,
         )
@@ -122,18 +120,14 @@ def load_config(
         raise _no_such_architecture(name_or_path, "either task", error) from error
 
 
-def load_tokenizer(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token (the end-of-text token where it has none).
 
     Raises:
         CoaloraError: there is no such model, or it comes without a tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     except (OSError, HFValidationError) as error:
         raise _not_found(name_or_path, error) from error
     except (TypeError, ImportError):  # of transformers 4 where a folder has no tokenizer

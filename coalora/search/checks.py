@@ -12,17 +12,17 @@ Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
 
-def as_objectives(Y: ArrayLike, *, name: str = "Y", n_objectives: int | None = 2) -> Float:
+def as_objectives(Y: ArrayLike, *, n_objectives: int | None = 2) -> Float:
     """`Y` as float64 (n, m); an empty `Y` becomes (0, m). Raises CoaloraError on NaN or another shape."""
     array = np.asarray(Y, dtype=np.float64)
     if array.size == 0:
         return np.empty((0, n_objectives or 2))
     if array.ndim != 2 or (n_objectives is not None and array.shape[1] != n_objectives) or array.shape[1] < 2:
         columns = "m" if n_objectives is None else n_objectives
-        raise CoaloraError(f"{name} has the shape {array.shape}", remedy=f"Give one row per point, (n, {columns})")
+        raise CoaloraError(f"Y has the shape {array.shape}", remedy=f"Give one row per point, (n, {columns})")
     if np.isnan(array).any():
         raise CoaloraError(
-            f"{name} has NaN in {int(np.isnan(array).any(axis=1).sum())} rows",
+            f"Y has NaN in {int(np.isnan(array).any(axis=1).sum())} rows",
             remedy="Drop configurations whose evaluation failed",
         )
     return array
@@ -64,8 +64,7 @@ def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name
         )
     if array.min() < 0 or array.max() >= shape[1]:
         raise CoaloraError(
-            f"{name} goes from {array.min()} to {array.max()}",
-            remedy=f"Give indices of choices, 0 to {shape[1] - 1}",
+            f"{name} goes from {array.min()} to {array.max()}", remedy=f"Give indices of choices, 0 to {shape[1] - 1}"
         )
     return array.astype(np.int64)
 

@@ -239,12 +239,7 @@ def within(budget: Float | float, cost: ArrayLike) -> Float:
 
 
 def allocate(
-    err: ArrayLike,
-    cost: ArrayLike,
-    budgets: ArrayLike,
-    *,
-    allowed: ArrayLike | None = None,
-    tolerance: float = 9e-4,
+    err: ArrayLike, cost: ArrayLike, budgets: ArrayLike, *, allowed: ArrayLike | None = None, tolerance: float = 9e-4
 ) -> Int:
     """Configurations of least total error for every budget.
 

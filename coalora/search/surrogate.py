@@ -102,13 +102,7 @@ def negative_log_likelihood(vector: Float, inner: Float, squared_distance: Float
 
 
 def fit_hyperparameters(
-    inner: Float,
-    squared_distance: Float,
-    y: Float,
-    *,
-    noise: float | None,
-    n_restarts: int,
-    rng: np.random.Generator,
+    inner: Float, squared_distance: Float, y: Float, *, noise: float | None, n_restarts: int, rng: np.random.Generator
 ) -> Hyperparameters:
     """Best of L-BFGS-B from one data-scaled start and `n_restarts` perturbations of it.
 

@@ -106,11 +106,7 @@ def train(
         )
     optimizer = _optimizer(parameters, recipe, state)
     sampler = Sampler(
-        average_bits,
-        sampling=recipe.sampling,
-        power=recipe.sampling_power,
-        seed=seed,
-        estimates=_read_estimates(state),
+        average_bits, sampling=recipe.sampling, power=recipe.sampling_power, seed=seed, estimates=_read_estimates(state)
     )
     parallel = parallel or Parallel()
     records: list[dict[str, float]] = list(resumed.records) if resumed else []

@@ -35,6 +35,7 @@ from coalora.files import read_tensors, write_tensors
 Configurations = Literal["own", "same"]
 Message = tuple[str, Any]
 
+_RESULT = "result.safetensors"
 _PATIENCE = 20.0  # seconds for processes that were told to stop
 _stop = threading.Event()
 _messages: Any = None
@@ -74,11 +75,9 @@ class Parallel:
         state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, configurations)
 
-    def draw_step(self, step: int, rank: int | None = None) -> int:
-        """The step whose configuration this process (or `rank`) takes at `step`."""
-        if self.configurations == "same":
-            return step
-        return step * self.world_size + (self.rank if rank is None else rank)
+    def draw_step(self, step: int) -> int:
+        """The step whose configuration this process takes at `step`."""
+        return step if self.configurations == "same" else self.batch_step(step)
 
     def batch_step(self, step: int) -> int:
         """The step whose examples this process takes at `step`."""
@@ -150,7 +149,8 @@ def spawn(
             raise
         finally:
             _deliver(messages, on_message)
-        return _read(Path(folder))
+        tensors, rest = read_tensors(Path(folder) / _RESULT)
+        return {**tensors, **rest}
 
 
 def _deliver(messages: Any, on_message: Callable[[str, Any], None] | None) -> None:
@@ -208,18 +208,9 @@ def _process(
     try:
         result = function(*arguments)
         if rank == 0:
-            _write(Path(folder), result)
+            tensors = {k: v for k, v in result.items() if isinstance(v, Tensor)}
+            write_tensors(Path(folder) / _RESULT, tensors, {k: v for k, v in result.items() if k not in tensors})
     except Stopped:
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
         PartialState(cpu=not torch.cuda.is_available()).destroy_process_group()
-
-
-def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    tensors = {k: v for k, v in result.items() if isinstance(v, Tensor)}
-    write_tensors(folder / "result.safetensors", tensors, {k: v for k, v in result.items() if k not in tensors})
-
-
-def _read(folder: Path) -> Mapping[str, Any]:
-    tensors, rest = read_tensors(folder / "result.safetensors")
-    return {**tensors, **rest}

@@ -102,10 +102,7 @@ def pretrain(
         if progress:
             progress(step + 1, recipe.steps, loss=records[-1]["loss"])
     if not math.isfinite(records[-1]["loss"]):
-        raise CoaloraError(
-            f"Pre-training ended with a loss of {records[-1]['loss']}",
-            remedy="Lower model.pretrain.lr",
-        )
+        raise CoaloraError(f"Pre-training ended with a loss of {records[-1]['loss']}", remedy="Lower model.pretrain.lr")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return records

@@ -140,12 +140,6 @@ def test_a_text_file_is_cut_at_blank_lines_without_losing_a_paragraph(tmp_path: 
     assert [p for piece in pieces for p in piece.split("\n\n") if p] == paragraphs
 
 
-def test_a_text_file_is_cut_at_a_separator(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one\n---\n two\n---\n   \n---\n", encoding="utf-8")
-    assert text_file(path, separator="---\n") == ["one\n", " two\n"]
-
-
 def test_missing_and_undecodable_text_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match=r"none\.txt does not exist"):
         text_file(tmp_path / "none.txt")
