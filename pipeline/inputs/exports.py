@@ -21,7 +21,7 @@ from coalora.export.bundle import Bundle
 from coalora.export.formats import ExportSource, write_export
 from coalora.files import digest
 from coalora.models.loading import load_config
-from pipeline.inputs.adapted import hold
+from pipeline.inputs.adapted import hold, release_models
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
 from pipeline.store.store import Artifact, Scalar, current_store
@@ -90,6 +90,7 @@ class ExportInputs:
         with TemporaryDirectory(prefix="coalora-") as name:
             folder = Path(name)
             facts = self.write(folder, self.loaded.select(budget), ["peft", "packed"])
+            release_models()  # the base need not fit beside the model
             device, dtype = torch.device(self.runtime.device), getattr(torch, self.runtime.dtype)
             yield load_adapted(folder / "base", folder / "adapter", device=device, dtype=dtype), facts
 

@@ -171,13 +171,14 @@ class Store:
         _whole.pop(folder, None)
         if not (found := self.verify(artifact)):
             # Written within a tick of its clock, a file could change unseen: it is hashed again the next time.
-            if time.time_ns() - max(modified for _, _, modified in before.values()) > SETTLED_NS:
+            if before and time.time_ns() - max(modified for _, _, modified in before.values()) > SETTLED_NS:
                 _whole[folder] = before
             return []
         if (shared := self.shared) is None or shared.manifest(artifact) is None:
             return found
-        with self._workspace() as work, self._committing(), suppress(FileNotFoundError):
-            folder.rename(work / "damaged")
+        if folder.exists():
+            with self._workspace() as work, self._committing(), suppress(FileNotFoundError):
+                folder.rename(work / "damaged")
         return []
 
     def share(self, artifact: Artifact) -> int:
