@@ -56,14 +56,11 @@ class ConfigurationSet:
         return self.take(np.lexsort(keys))
 
     def take(self, index: np.ndarray) -> ConfigurationSet:
-        return ConfigurationSet(self.configurations[index], self.losses[index], self.joined[index])
+        return ConfigurationSet(*(values[index] for values in vars(self).values()))
 
     def merge(self, other: ConfigurationSet) -> ConfigurationSet:
-        return ConfigurationSet(
-            np.concatenate([self.configurations, other.configurations]),
-            np.concatenate([self.losses, other.losses]),
-            np.concatenate([self.joined, other.joined]),
-        )
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return ConfigurationSet(*map(np.concatenate, both))
 
     def distinct(self) -> ConfigurationSet:
         """Each configuration once, as its first member."""

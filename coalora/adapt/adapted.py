@@ -188,17 +188,12 @@ class AdaptedModel:
         LQ-LoRA (arXiv 2311.12023, section 3) alternates quantization and decomposition; here the base stays
         q(W, c), as for every other method, and the decomposition is made once.
         """
-        for index, choice in enumerate(configuration):
-            A, B = self._decomposed(index, int(choice))
-            self.lora_A[index].weight.copy_(A)
-            self.lora_B[index].weight.copy_(B)
-
-    def _decomposed(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
-        """(A, B) of the trained shapes: the compensation of a choice, each factor taking the root of its size."""
-        r, known = self.lora_A[index].weight.shape[0], _known(self._known_statistics)[index]
-        A, B = compensation(self.base.residual(index, choice), known, r)
-        size = A.norm(dim=1).clamp_min(1e-12).sqrt()
-        return A / size[:, None], B * size / self.recipe.scale
+        known = _known(self._known_statistics)
+        for index, (choice, lora_A, lora_B) in enumerate(zip(configuration, self.lora_A, self.lora_B, strict=True)):
+            A, B = compensation(self.base.residual(index, int(choice)), known[index], lora_A.weight.shape[0])
+            size = A.norm(dim=1).clamp_min(1e-12).sqrt()  # each factor takes the root of the term's size
+            lora_A.weight.copy_(A / size[:, None])
+            lora_B.weight.copy_(B * size / self.recipe.scale)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from coalora.errors import CoaloraError
-from coalora.search.checks import Int, as_allowed, as_configurations, as_table, is_allowed, table_sum
+from coalora.search.checks import Int, as_allowed, as_configurations, as_losses, as_table, is_allowed, table_sum
 from coalora.search.knapsack import allocate, fill, within
 
 
@@ -42,12 +41,7 @@ def best_within(
     err = as_table(err_table, name="err_table")
     cost = as_table(cost_table, name="cost_table", shape=err.shape)
     C = as_configurations(configurations, (err.shape[0], err.shape[1]), name="configurations")
-    loss = np.asarray(losses, dtype=np.float64)
-    if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
-        raise CoaloraError(
-            f"Losses of shape {loss.shape} are not one finite number for each of {C.shape[0]} configurations",
-            remedy="Drop configurations whose evaluation failed",
-        )
+    loss = as_losses(losses, len(C))
     mask = as_allowed(allowed, err.shape)
     fits = np.flatnonzero((table_sum(cost, C) <= within(budget, cost_table)) & is_allowed(mask, C))
     if fits.size == 0:

@@ -69,6 +69,18 @@ def as_configurations(configurations: ArrayLike, shape: tuple[int, int], *, name
     return array.astype(np.int64)
 
 
+def as_losses(losses: ArrayLike, n: int) -> Float:
+    """`losses` as float64 (n,), finite. Raises CoaloraError otherwise."""
+    array = np.asarray(losses, dtype=np.float64)
+    if array.shape != (n,) or not np.isfinite(array).all():
+        raise CoaloraError(
+            f"Losses of shape {array.shape}, {int((~np.isfinite(array)).sum())} of them not finite, are not those of "
+            f"{n} configurations",
+            remedy="Drop configurations whose evaluation failed",
+        )
+    return array
+
+
 def table_sum(table: Float, configurations: Int) -> Float:
     """Sum over layers of `table[l, C_l]`: (N, K) and (n, N) give (n,); average bits for a table of bits / N."""
     return table[np.arange(table.shape[0]), configurations].sum(axis=-1)

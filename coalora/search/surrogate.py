@@ -21,7 +21,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky, lapack, solve_triangu
 from scipy.optimize import minimize
 
 from coalora.errors import CoaloraError
-from coalora.search.checks import Float, Int, as_configurations, as_table
+from coalora.search.checks import Float, Int, as_configurations, as_losses, as_table
 
 
 class Hyperparameters(NamedTuple):
@@ -300,14 +300,7 @@ class Surrogate:
 
 def _training_data(table: Float, configurations: ArrayLike, losses: ArrayLike) -> tuple[Int, Float]:
     C = as_configurations(configurations, (table.shape[0], table.shape[1]), name="configurations")
-    loss = np.asarray(losses, dtype=np.float64)
-    if loss.shape != (C.shape[0],) or not np.isfinite(loss).all():
-        raise CoaloraError(
-            f"Losses of shape {loss.shape}, {int((~np.isfinite(loss)).sum())} of them not finite, are not those of "
-            f"{C.shape[0]} configurations",
-            remedy="Drop configurations whose evaluation failed",
-        )
-    return C, loss
+    return C, as_losses(losses, len(C))
 
 
 def _products(a: Float, b: Float) -> tuple[Float, Float]:
