@@ -73,7 +73,9 @@ def source_closure(module: str | Path, packages: Sequence[str] = PACKAGES) -> di
     found, pending = {name: file}, [name]
     while pending:
         current = pending.pop()
-        for target in _targets(current, found[current], packages):
+        file = found[current]
+        package = current if file.name == "__init__.py" else current.rpartition(".")[0]
+        for target in _targets(file.read_bytes(), package, tuple(packages)):
             parts = target.split(".")
             for length in range(1, len(parts) + 1):
                 step = ".".join(parts[:length])
@@ -218,14 +220,14 @@ def _locate(module: str, root: Path) -> Path | None:
     return None
 
 
-def _targets(module: str, file: Path, packages: Sequence[str]) -> Iterator[str]:
-    """Names in `packages` that the file mentions: modules, and perhaps names inside them."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for level, name in _parse(file.read_bytes())[0]:
+@lru_cache(maxsize=4096)
+def _targets(source: bytes, package: str, packages: tuple[str, ...]) -> tuple[str, ...]:
+    """Names in `packages` that a file of `package` mentions: modules, and perhaps names inside them."""
+    found = []
+    for level, name in _parse(source)[0]:
         with suppress(ImportError):  # beyond the top-level package: Python refuses it as well
-            target = resolve_name("." * level + name, package or None)
-            if target.split(".")[0] in packages:
-                yield target
+            found.append(resolve_name("." * level + name, package or None))
+    return tuple(target for target in found if target.split(".")[0] in packages)
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +243,6 @@ def _parse(source: bytes) -> tuple[tuple[tuple[int, str], ...], str]:
             imports += [(node.level, ".".join([*base, alias.name])) for alias in node.names]
         elif isinstance(node, ast.Constant) and (dotted := _DOTTED.fullmatch(str(node.value))):
             imports.append((0, dotted[1]))  # registries of lazily imported modules
-    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             _drop_docstring(node)
     code = ast.dump(tree, annotate_fields=False)
@@ -255,6 +256,7 @@ def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Asyn
         node.body = node.body[1:]
 
 
+@lru_cache(maxsize=64)  # the metadata of a package is a file that is read and parsed whole
 def _version(package: str) -> str | None:
     try:
         return version(package)
