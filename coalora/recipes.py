@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # this module is read without torch
 
 Task = Literal["classification", "language-modeling"]
 Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
+Rounding = Literal["absmax", "searched", "feedback"]
 Teacher = Literal["auto", "base", "adapted"]
 MasterMode = Literal["device", "cpu", "mmap"]
 WeightMode = Literal["dequantized", "packed"]
@@ -111,7 +112,18 @@ class CalibrationRecipe(Recipe):
     hessians: bool = hyper(
         True,
         "Whole Hessians",
-        "Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is.",
+        "Collect all of E[x x^T], not its diagonal alone: compensation is weighted by what there is. "
+        "Error feedback needs them.",
+    )
+    rounding: Rounding = hyper(
+        "feedback",
+        "Rounding",
+        "How scales and codes are found: absmax (a group's extremes, to nearest), searched (scales of least error) or "
+        "feedback (GPTQ's error feedback under searched scales). absmax alone is quick enough to be done at every "
+        "switch; of the others each layer is quantized once under every choice, and kept.",
+    )
+    kept_mb: int = hyper(
+        4096, "Kept quantized weights (MB)", "Most that all layers under all choices may take, packed.", ge=0
     )
 
 

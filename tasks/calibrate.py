@@ -9,7 +9,7 @@ from coalora.calibrate.statistics import save_statistics
 from coalora.models.targets import find_target_layers
 from coalora.recipes import CalibrationRecipe
 from pipeline.inputs.choices import choices_of
-from pipeline.inputs.loaders import STATISTICS, TABLES, BaseModel, load_benchmark
+from pipeline.inputs.loaders import TABLES, BaseModel, load_benchmark
 from pipeline.progress import Progress
 from pipeline.settings.sections import ChoiceSettings, RuntimeSettings
 from pipeline.stages.runner import stage
@@ -27,7 +27,8 @@ def calibrate(
     runtime: RuntimeSettings,
     seed: int,
 ) -> Artifact:
-    """Calibration tables (`tables.safetensors`) and input statistics (`statistics.safetensors`)."""
+    """Calibration tables (`tables.safetensors`), input statistics (`statistics.safetensors`) and, where rounding takes
+    long, all weights under all choices (`quantized.safetensors`)."""
     source, data = BaseModel(base), load_benchmark(benchmark)
     model = source.load(data, runtime, seed=seed)
     layers = find_target_layers(model, target_modules)
@@ -38,7 +39,7 @@ def calibrate(
 
     def write(folder: Path) -> dict[str, Scalar]:
         tables.save(folder / TABLES)
-        save_statistics(folder / STATISTICS, layers, statistics)
+        save_statistics(folder, layers, statistics, space)
         low, high = tables.bits_range()
         return {"n_layers": len(layers), "n_weights": tables.n_weights, "min_bits": low, "max_bits": high}
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.inputs.choices import priced_tables
-from pipeline.inputs.loaders import STATISTICS, TABLES, load_tables
+from pipeline.inputs.loaders import TABLES, load_tables
 from pipeline.settings.sections import CostSettings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, current_store
@@ -24,11 +24,13 @@ def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> 
 
     def write(folder: Path) -> dict[str, Scalar]:
         priced.save(folder / TABLES)
-        source = current_store().path(tables) / STATISTICS
-        try:  # read-only on both sides, and Hessians are large
-            os.link(source, folder / STATISTICS)
-        except OSError:
-            shutil.copyfile(source, folder / STATISTICS)
+        for source in current_store().path(tables).iterdir():
+            if source.name == TABLES:
+                continue
+            try:  # read-only on both sides, and Hessians are large
+                os.link(source, folder / source.name)
+            except OSError:
+                shutil.copyfile(source, folder / source.name)
         low, high = priced.cost_range()
         return {**tables.meta, "cost": cost.kind, "min_cost": low, "max_cost": high}
 

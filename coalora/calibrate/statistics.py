@@ -9,17 +9,22 @@ GGUF); the whole matrix is what calibrated quantizers and closed-form compensati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
-from coalora.quant.scheme import InputStatistics
+from coalora.quant.scheme import Choice, InputStatistics
+from coalora.quant.space import ChoiceSpace
+
+STATISTICS, QUANTIZED = "statistics.safetensors", "quantized.safetensors"
 
 
 @torch.no_grad()
@@ -93,30 +98,69 @@ def collect_statistics(
     ]
 
 
-def save_statistics(path: Path, layers: Sequence[TargetLayer], statistics: Sequence[InputStatistics]) -> None:
-    """Write `<layer>.second_moment`, and `<layer>.hessian` where there is one."""
+def save_statistics(
+    folder: Path, layers: Sequence[TargetLayer], statistics: Sequence[InputStatistics], space: ChoiceSpace
+) -> None:
+    """Write `statistics.safetensors` (`<layer>.second_moment`, and `<layer>.hessian` where there is one) and, where
+    weights were kept, `quantized.safetensors` (`<layer>.<choice>.<part>`)."""
     tensors: dict[str, Tensor] = {}
+    packed: dict[str, Tensor] = {}
     for layer, known in zip(layers, statistics, strict=True):
         tensors[f"{layer.name}.second_moment"] = known.second_moment
         if known.hessian is not None:
             tensors[f"{layer.name}.hessian"] = known.hessian
-    write_tensors(path, tensors)
+        for choice, parts in known.packed.items():
+            packed |= {f"{layer.name}.{space.index(choice)}.{part}": tensor for part, tensor in parts.items()}
+    write_tensors(folder / STATISTICS, tensors, {"rounding": statistics[0].rounding})
+    if packed:
+        write_tensors(folder / QUANTIZED, packed)
 
 
-def load_statistics(path: Path, layers: Sequence[TargetLayer]) -> list[InputStatistics]:
-    """Read `save_statistics`, in the order of `layers`.
+def load_statistics(folder: Path, layers: Sequence[TargetLayer], space: ChoiceSpace) -> list[InputStatistics]:
+    """Read `save_statistics`, in the order of `layers`; kept weights are read when they are asked for.
 
     Raises:
         CoaloraError: a layer has no statistics in the file.
     """
-    tensors, _ = read_tensors(path)
+    tensors, header = read_tensors(folder / STATISTICS)
     absent = [layer.name for layer in layers if f"{layer.name}.second_moment" not in tensors]
     if absent:
         raise CoaloraError(
-            f"{path.name} has no statistics of {', '.join(absent[:3])} ({len(absent)} of {len(layers)} layers)",
+            f"{STATISTICS} has no statistics of {', '.join(absent[:3])} ({len(absent)} of {len(layers)} layers)",
             remedy="Calibrate this model with these target_modules anew",
         )
+    packed = _kept(folder / QUANTIZED, space) if (folder / QUANTIZED).exists() else {}
     return [
-        InputStatistics(tensors[f"{layer.name}.second_moment"], tensors.get(f"{layer.name}.hessian"))
+        InputStatistics(
+            tensors[f"{layer.name}.second_moment"],
+            tensors.get(f"{layer.name}.hessian"),
+            (header or {}).get("rounding"),
+            packed.get(layer.name, {}),
+        )
         for layer in layers
     ]
+
+
+class _Kept(Mapping[Choice, Mapping[str, Tensor]]):
+    """Packed weights of one layer by choice, in a file that is mapped into memory."""
+
+    def __init__(self, file: Any, names: Mapping[Choice, Mapping[str, str]]) -> None:
+        self._file, self._names = file, names
+
+    def __getitem__(self, choice: Choice) -> dict[str, Tensor]:
+        return {part: self._file.get_tensor(name) for part, name in self._names[choice].items()}
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _kept(path: Path, space: ChoiceSpace) -> dict[str, _Kept]:
+    file = safe_open(path, framework="pt")
+    names: dict[str, dict[Choice, dict[str, str]]] = {}
+    for name in file.keys():  # noqa: SIM118 (no mapping)
+        layer, k, part = name.rsplit(".", 2)
+        names.setdefault(layer, {}).setdefault(space.choices[int(k)], {})[part] = name
+    return {layer: _Kept(file, own) for layer, own in names.items()}

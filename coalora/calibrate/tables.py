@@ -11,9 +11,9 @@ Bits are counted, not computed from a nominal rule: every byte that packing stor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
 from coalora.models.targets import TargetLayer
-from coalora.quant.scheme import InputStatistics
+from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import CalibrationRecipe
+from coalora.recipes import CalibrationRecipe, Rounding
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class CalibrationTables:
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
         cost_kind: what budgets and the search count (`coalora.calibrate.costs`).
         latency: (N, K) float64 microseconds where that is the cost.
+        rounding: how weights were quantized (`CalibrationRecipe.rounding`); they are never quantized otherwise.
 
     Example:
         >>> C = allocate(tables.err, tables.search_cost, [3.0, 4.0])  # tables: what `CoaLoraModel.calibrate` returned
@@ -58,6 +59,7 @@ class CalibrationTables:
     allowed: np.ndarray
     cost_kind: CostKind = "average_bits"
     latency: np.ndarray | None = None
+    rounding: Rounding = "absmax"
 
     @property
     def n_weights(self) -> int:
@@ -134,6 +136,7 @@ class CalibrationTables:
         tensors |= {} if self.allowed.all() else {"allowed": self.allowed}
         tensors |= {} if self.latency is None else {"latency": self.latency}
         header |= {} if self.cost_kind == "average_bits" else {"cost": self.cost_kind}
+        header |= {} if self.rounding == "absmax" else {"rounding": self.rounding}
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -148,6 +151,7 @@ class CalibrationTables:
             tensors["allowed"].numpy() if "allowed" in tensors else np.ones(tensors["err"].shape, dtype=np.bool_),
             header.get("cost", "average_bits"),
             tensors["latency"].numpy() if "latency" in tensors else None,
+            header.get("rounding", "absmax"),
         )
 
 
@@ -164,19 +168,29 @@ def error_table(
     space: ChoiceSpace,
     *,
     allowed: np.ndarray | None = None,
+    keep: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """err (N, K) float64 of the formula above; weights are out x in.
 
     What is not `allowed` (N, K) is not quantized, and has the layer's largest error: finite, and never worth taking.
+
+    Args:
+        keep: put the packed weights into each layer's `InputStatistics.packed`.
     """
     err = np.zeros((len(weights), len(space.choices)))
     may = np.ones(err.shape, dtype=np.bool_) if allowed is None else allowed
     for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
         measure = _OutputNorm(known, weight.device)
         norm = measure(weight.float()) or 1.0
-        for k, quantized in space.fake_quantize_many(weight, np.flatnonzero(may[index]).tolist(), known):
-            err[index, k] = measure(quantized.float().sub_(weight.float())) / norm
+        packed = {}
+        for k, state in space.quantize_many(weight, np.flatnonzero(may[index]).tolist(), known):
+            scheme, choice = space.scheme_of(k), space.choices[k]
+            quantized = scheme.dequantize(state, choice, weight.shape)
+            err[index, k] = measure(quantized.sub_(weight.float())) / norm
+            if keep:
+                packed[choice] = {n: t.cpu() for n, t in scheme.pack(state, choice, weight.shape).items()}
+        cast(dict[Choice, Any], known.packed).update(packed)
         err[index, ~may[index]] = err[index].max()
         if progress:
             progress(index + 1, len(weights))
@@ -225,29 +239,44 @@ def calibrate(
         progress: makes a listener (done, total) for what is named.
 
     Raises:
-        CoaloraError: fewer examples than `recipe.n_samples`; a layer that no example reaches.
+        CoaloraError: fewer examples than `recipe.n_samples`; a layer that no example reaches; more to keep than
+            `recipe.kept_mb`.
     """
     if recipe.n_samples > len(split):
         raise CoaloraError(
             f"calibration asks for {recipe.n_samples} examples, and there are {len(split)}",
             remedy="Lower calibration.n_samples",
         )
+    rounding = recipe.rounding
+    keep = rounding != "absmax" or space.needs_statistics
+    nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
+    kept = int(nbytes.sum() if allowed is None else nbytes[allowed].sum())
+    if kept > recipe.kept_mb * 1e6:
+        if rounding != "absmax":
+            raise CoaloraError(
+                f"Rounding {rounding} keeps the weights of {len(layers)} layers under {len(space)} choices: "
+                f"{kept / 1e6:,.0f} MB, above calibration.kept_mb {recipe.kept_mb:,}",
+                remedy="Allow fewer choices, raise calibration.kept_mb, or set calibration.rounding to absmax",
+            )
+        keep = False
     statistics = collect_statistics(
         model,
         layers,
         split.head(recipe.n_samples),
         batch_size=recipe.batch_size,
-        hessians=recipe.hessians or space.needs_statistics,
+        hessians=recipe.hessians or rounding == "feedback" or space.needs_statistics,
         progress=progress("input statistics") if progress else None,
     )
+    statistics = [replace(known, rounding=rounding) for known in statistics]
     err = error_table(
         [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers],
         statistics,
         space,
         allowed=allowed,
+        keep=keep,
         progress=progress(f"errors of {len(space)} choices by layer") if progress else None,
     )
-    return calibration_tables(layers, space, err, base_digest, allowed), statistics
+    return calibration_tables(layers, space, err, base_digest, allowed, rounding), statistics
 
 
 def calibration_tables(
@@ -256,8 +285,9 @@ def calibration_tables(
     err: np.ndarray,
     base_digest: str,
     allowed: np.ndarray | None = None,
+    rounding: Rounding = "absmax",
 ) -> CalibrationTables:
     """Join the error table with the exact packed sizes; `allowed` None lets every layer take every choice."""
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
     may = np.ones(nbytes.shape, dtype=np.bool_) if allowed is None else allowed
-    return CalibrationTables(list(layers), space, nbytes, err, base_digest, may)
+    return CalibrationTables(list(layers), space, nbytes, err, base_digest, may, rounding=rounding)

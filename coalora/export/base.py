@@ -50,6 +50,12 @@ def write_base(
     Raises:
         CoaloraError: a configuration outside of the tables' layers or choices, or a model without their layers.
     """
+    if statistics is None and tables.rounding != "absmax":
+        raise CoaloraError(
+            f"The weights of this configuration were quantized with rounding {tables.rounding}, and there are no "
+            "statistics of the layers' inputs to do so again",
+            remedy="Give the statistics that calibration returned",
+        )
     content = configuration_dict(configuration, tables)
     names = {f"{layer.name}.weight" for layer in tables.layers}
     if absent := sorted(names - model.state_dict().keys()):
@@ -64,7 +70,7 @@ def write_base(
     for layer, k, seen in zip(tables.layers, configuration, known, strict=True):
         weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
         scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
-        parts = scheme.pack(scheme.quantize(weight, choice, seen), choice, layer.shape)
+        parts = scheme.quantize_packed(weight, choice, seen)
         packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
     content |= {
         "average_bits": round(float(tables.average_bits(configuration)), 6),

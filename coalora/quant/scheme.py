@@ -15,29 +15,16 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from coalora.errors import CoaloraError
+from coalora.recipes import Rounding
 
 FieldValue = int | str
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """What calibration saw of a layer's inputs x (in_features,).
-
-    Attributes:
-        second_moment: float32 (in,), E[x_j^2].
-        hessian: float32 (in, in), E[x x^T], the Hessian of the layer's output error up to a factor; None where
-            nothing in the run asks for it.
-    """
-
-    second_moment: Tensor
-    hessian: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +58,52 @@ class Choice:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.as_dict().items())
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration knows of one layer: its inputs x (in_features,), and what it has quantized already.
+
+    Attributes:
+        second_moment: float32 (in,), E[x_j^2].
+        hessian: float32 (in, in), E[x x^T], the Hessian of the layer's output error up to a factor; None where
+            nothing in the run asks for it.
+        rounding: how group-wise schemes find scales and codes (`coalora.quant.grouped`); None: the best that is known
+            enough for, `feedback` with a Hessian and `searched` without.
+        packed: by choice, the packed weight that was made with these statistics, read in place of quantizing again.
+    """
+
+    second_moment: Tensor
+    hessian: Tensor | None = None
+    rounding: Rounding | None = None
+    packed: Mapping[Choice, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Rounding:
+        """`rounding`, decided.
+
+        Raises:
+            CoaloraError: error feedback without a Hessian.
+        """
+        if self.rounding == "feedback" and self.hessian is None:
+            raise CoaloraError(
+                "Error feedback has no Hessian of a layer's inputs to work with",
+                remedy="Collect it with coalora.calibrate.statistics.collect_statistics(hessians=True)",
+            )
+        return self.rounding or ("searched" if self.hessian is None else "feedback")
+
+    def check(self, in_features: int) -> None:
+        """Compare sizes with those of a weight.
+
+        Raises:
+            CoaloraError: statistics of another number of features.
+        """
+        for tensor, name in ((self.second_moment, "Second moments"), (self.hessian, "A Hessian")):
+            if tensor is not None and tensor.shape != (in_features,) * tensor.dim():
+                raise CoaloraError(
+                    f"{name} of shape {tuple(tensor.shape)} are not those of {in_features} input features",
+                    remedy="Calibrate with this model and these layers",
+                )
 
 
 class Scheme(ABC):
@@ -127,7 +160,8 @@ class Scheme(ABC):
         """Quantize ``weight`` (out, in) to unpacked codes and their scales.
 
         Args:
-            statistics: of the layer's inputs; read by calibrated schemes alone.
+            statistics: of the layer's inputs; without them scales are those of the extremes, and calibrated schemes
+                refuse.
 
         Raises:
             CoaloraError: the weight is empty, not floating point, or not finite.
@@ -162,23 +196,11 @@ class Scheme(ABC):
             CoaloraError: a tensor is missing, or has not the size or dtype of ``choice`` and ``shape``.
         """
 
-    def measure(self, weight: Tensor) -> Tensor | None:
-        """A small tensor that depends on the weight alone and that `quantize` takes as ``measured`` to be faster.
-
-        None (the default) where there is nothing to gain; `quantize` need not take ``measured`` then.
-        """
-        return None
-
     def quantize_packed(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        measured: Tensor | None = None,
+        self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None
     ) -> dict[str, Tensor]:
-        """``pack(quantize(weight))``, or a faster equal; ``measured`` is what `measure` returned for the weight."""
-        known = {} if measured is None else {"measured": measured}
-        return self.pack(self.quantize(weight, choice, statistics, **known), choice, weight.shape)
+        """``pack(quantize(weight))``, or a faster equal."""
+        return self.pack(self.quantize(weight, choice, statistics), choice, weight.shape)
 
     def dequantize_packed(
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
@@ -208,31 +230,9 @@ class Scheme(ABC):
         """Write the weights of all rows, on their device, in one launch; ``n_weights``: of the largest layer."""
         raise NotImplementedError
 
-    def requantize(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        *,
-        out: Tensor,
-        measured: Tensor | None = None,
-    ) -> None:
-        """Write `fake_quantize` of ``weight``, rounded to its dtype, into ``out`` (out, in)."""
-        out.copy_(self.fake_quantize(weight, choice, statistics))
-
     def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
         """``dequantize(quantize(weight))`` in float32 on the weight's device, or a faster equal."""
         return self.dequantize(self.quantize(weight, choice, statistics), choice, weight.shape)
-
-    def fake_quantize_many(
-        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
-    ) -> Iterator[Tensor]:
-        """`fake_quantize` for every choice in turn, exactly, sharing work between choices where a scheme can.
-
-        One result exists at a time unless the caller keeps them.
-        """
-        for choice in choices:
-            yield self.fake_quantize(weight, choice, statistics)
 
 
 C = TypeVar("C", bound=Choice)

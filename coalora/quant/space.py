@@ -149,14 +149,13 @@ class ChoiceSpace:
         """The scheme of choice k."""
         return self.schemes[self.scheme_index[k]]
 
-    def fake_quantize_many(
+    def quantize_many(
         self, weight: Tensor, indices: Sequence[int], statistics: InputStatistics | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(k, weight quantized and dequantized under choice k), scheme by scheme; see `Scheme.fake_quantize_many`."""
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(k, state of the weight under choice k), scheme by scheme; see `Scheme.quantize_many`."""
         for s, scheme in enumerate(self.schemes):
             own = [k for k in indices if self.scheme_index[k] == s]
-            results = scheme.fake_quantize_many(weight, [self.choices[k] for k in own], statistics)
-            yield from zip(own, results, strict=True)
+            yield from zip(own, scheme.quantize_many(weight, [self.choices[k] for k in own], statistics), strict=True)
 
     def index(self, choice: Choice | Mapping[str, Any]) -> int:
         """The index k of a choice, given as the object or as its dictionary (`choice_dict`).

@@ -29,7 +29,6 @@ from pipeline.store.store import Artifact, Scalar, current_store
 REFERENCE = "reference.json"
 MODEL = "model"
 TABLES = "tables.safetensors"
-STATISTICS = "statistics.safetensors"
 SET = "configurations.json"
 ROUND = "round.json"  # beside the set that a search round made
 SELECTED = "selected.json"
@@ -105,7 +104,7 @@ def load_tables(artifact: Artifact) -> CalibrationTables:
 
 def load_input_statistics(artifact: Artifact, measured: CalibrationTables) -> list[InputStatistics]:
     """Statistics of the layers' inputs from a calibration artifact, in the order of its layers."""
-    return load_statistics(current_store().path(artifact) / STATISTICS, measured.layers)
+    return load_statistics(current_store().path(artifact), measured.layers, measured.space)
 
 
 def put_set(members: ConfigurationSet, measured: CalibrationTables, meta: dict[str, Scalar]) -> Artifact:

@@ -209,7 +209,9 @@ def small_space() -> ChoiceSpace:
 def input_statistics(layers: list[TargetLayer], seed: int) -> list[InputStatistics]:
     """Second moments as calibration would find them, drawn."""
     generator = torch.Generator().manual_seed(seed)
-    return [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]
+    return [
+        InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1, rounding="absmax") for layer in layers
+    ]
 
 
 @pytest.fixture(scope="session")

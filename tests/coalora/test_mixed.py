@@ -60,7 +60,9 @@ def mixed(tiny_llama: Any) -> Mixed:
     layers = find_target_layers(model, [*ARCHITECTURES["llama"].target_modules, "lm_head"])
     space, allowed = layer_choices(layers, [NF], RULES)
     generator = torch.Generator().manual_seed(0)
-    moments = [InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1) for layer in layers]
+    moments = [
+        InputStatistics(torch.rand(layer.shape[1], generator=generator) + 0.1, rounding="absmax") for layer in layers
+    ]
     weights = [model.get_submodule(layer.name).get_parameter("weight").data for layer in layers]
     err = error_table(weights, moments, space, allowed=allowed)
     return Mixed(make, calibration_tables(layers, space, err, "0" * 64, allowed))
@@ -84,13 +86,13 @@ def test_tables_hold_errors_of_allowed_choices_and_finite_stand_ins_for_the_rest
 def test_what_is_not_allowed_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     space = ChoiceSpace("int", bits=[2, 4], group_size=[32], mode=["sym"])
     seen: list[str] = []
-    own = type(space.scheme).fake_quantize_many
+    own = type(space.scheme).quantize_many
 
     def spy(scheme: Any, weight: Any, choices: Any, statistics: Any = None) -> Any:
         seen.extend(map(str, choices))
         return own(scheme, weight, choices, statistics)
 
-    monkeypatch.setattr(type(space.scheme), "fake_quantize_many", spy)
+    monkeypatch.setattr(type(space.scheme), "quantize_many", spy)
     allowed = np.array([[True, False], [False, True]])
     error_table([torch.ones(2, 32)] * 2, [InputStatistics(torch.ones(32))] * 2, space, allowed=allowed)
     assert seen == ["int2 g32 sym", "int4 g32 sym"]

@@ -17,8 +17,7 @@ L weights, C = cache_bytes, b = average bits of the configuration held now:
     cpu           P w in RAM (none more than the model's own weights had, for `packed`)
     mmap          none (pages of the checkpoint that the system may drop)
 
-On a CPU `P/4` more for the scales measured once for each layer. K choices never exist side by side: nothing grows with
-the size of the choice space.
+K choices never exist side by side: nothing grows with the size of the choice space.
 """
 
 from __future__ import annotations
@@ -100,7 +99,6 @@ class QuantizedBase:
         self.layers = list(layers)
         self.space = space
         self.weight_mode: WeightMode = weights
-        self._measured: dict[tuple[int, str], Tensor | None] = {}
         modules = [model.get_submodule(layer.name) for layer in self.layers]
         modules = [getattr(module, "base_layer", module) for module in modules]
         stored = [module.get_parameter("weight").data for module in modules]
@@ -227,11 +225,10 @@ class QuantizedBase:
         return lambda: self._dequantized(index, k, packed)
 
     def held(self) -> list[Tensor]:
-        """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers, scales."""
+        """Every tensor that this object keeps, the model's own weights aside: masters, cache, packed layers."""
         packed = [*self.cache.values(), *(self._held or [])]
-        measured = [tensor for tensor in self._measured.values() if tensor is not None]
         parked = [] if self._slots is None else self._slots.parked.values()
-        return [*self.masters.held(), *(t for tensors in packed for t in tensors.values()), *measured, *parked]
+        return [*self.masters.held(), *(t for tensors in packed for t in tensors.values()), *parked]
 
     @property
     def _weights(self) -> list[Tensor]:
@@ -249,9 +246,7 @@ class QuantizedBase:
         """Put choice `k` into layer `index`, from the cache's tensors where there are some; what was packed for it."""
         scheme, choice = self.space.scheme_of(k), self.space.choices[k]
         if packed is None and (self.cache.limit or self._held is not None):
-            packed = scheme.quantize_packed(
-                self.masters[index], choice, self._statistics[index], self._measure(index, scheme)
-            )
+            packed = scheme.quantize_packed(self.masters[index], choice, self._statistics[index])
         if self._held is not None:
             self._held[index] = packed or {}
         elif packed is not None:
@@ -259,13 +254,7 @@ class QuantizedBase:
                 return packed
             scheme.dequantize_packed(packed, choice, self.layers[index].shape, self._weights[index])
         else:
-            scheme.requantize(
-                self.masters[index],
-                choice,
-                self._statistics[index],
-                out=self._weights[index],
-                measured=self._measure(index, scheme),
-            )
+            self._weights[index].copy_(scheme.fake_quantize(self.masters[index], choice, self._statistics[index]))
         return packed
 
     def _write_together(self, changed: list[int], target: np.ndarray, made: list[Packed | None]) -> None:
@@ -280,14 +269,6 @@ class QuantizedBase:
                 groups.setdefault(self.space.scheme_of(k).name, []).append(job)
         for name, jobs in groups.items():
             get_scheme(name).dequantize_packed_many(jobs)
-
-    def _measure(self, index: int, scheme: Scheme) -> Tensor | None:
-        if self._device.type != "cpu":  # reading the weight once more costs nothing there
-            return None
-        key = (index, scheme.name)
-        if key not in self._measured:
-            self._measured[key] = scheme.measure(self.masters[index])
-        return self._measured[key]
 
     def _dequantized(self, index: int, k: int, packed: Packed) -> Tensor:
         layer = self.layers[index]

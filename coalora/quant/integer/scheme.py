@@ -1,57 +1,50 @@
-"""Group-wise integers, rounded to nearest: the ``int`` scheme, 24 choices.
+"""Group-wise integers: the ``int`` scheme, 24 choices.
 
-The grid of GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978) and of torch's observers. Every row of a weight (out, in) is
-cut along the input dimension into groups of g, the last of which may be short; with Q = 2^b - 1, a group's least and
-greatest weights lo <= 0 <= hi (zero is always in range) give
+The grid of GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978) and of torch's observers. Rows are cut into groups of g
+(`coalora.quant.grouped`); with Q = 2^b - 1, a group's least and greatest weights lo <= 0 <= hi (zero is in range) give
 
     asym:  s = (hi - lo) / Q                z = round(-lo / s), a code of b bits
     sym:   s = 2 max(hi, -lo) / Q           z = 2^(b-1), not stored
     code = clamp(round(w / s) + z, 0, Q)    w^ = (code - z) s
 
-s is stored in fp16, as the kernels of GPTQ, AWQ and GGUF read it, and codes are taken under the stored s. Rounding s by
-2^-11 can clip a group's ends by an eighth of an 8-bit step; bf16 would clip them by a whole one.
-Conventions: ties round to even; padding of a short group is arithmetic only and never stored; s = 0 (a group of zeros,
-or one below the smallest fp16) gives zeros; s saturates at the largest fp16.
+unless scales are searched: then lo and hi are drawn together by a factor, and s, with zero points lo as well, refitted
+by least squares for the codes that follow. A searched s of sym may be negative: codes reach further on one side.
+
+s is stored in fp16, as the kernels of GPTQ, AWQ and GGUF read it, and codes are taken under the stored s. Rounding s
+by 2^-11 can clip a group's ends by an eighth of an 8-bit step; bf16 would clip them by a whole one.
+Conventions: ties round to even; s = 0 (a group of zeros, or one below the smallest fp16) gives zeros; s saturates at
+the largest fp16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from coalora.errors import CoaloraError
-from coalora.quant.integer.choice import IntChoice
-from coalora.quant.kernels.available import contiguous, use_triton
-from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import (
-    Choice,
-    InputStatistics,
-    Scheme,
-    check_tensors,
-    check_weight,
-    not_finite,
-    own_choice,
-)
-
-_CHUNK = 2**17  # weights
+from coalora.quant.grouped import SEARCHED, Grid, GroupedScheme, Stored, Tensors
+from coalora.quant.scheme import Choice, own_choice
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Of every group, (n_groups, 1) float32: the stored scale, its inverse (0 for 0), and the ends of code - z."""
+class IntChoice(Choice):
+    """One choice: b, g, and whether the groups have zero points (``asym``) or not (``sym``)."""
 
-    scale: Tensor
-    inverse: Tensor
-    low: Tensor
-    high: Tensor
+    field_values: ClassVar = {"bits": (2, 3, 4, 8), "group_size": (32, 64, 128), "mode": ("sym", "asym")}
+    bits: int
+    group_size: int
+    mode: str
+
+    def __str__(self) -> str:
+        """For example ``int4 g64 asym``."""
+        return f"int{self.bits} g{self.group_size} {self.mode}"
 
 
-class IntScheme(Scheme):
+class IntScheme(GroupedScheme[IntChoice]):
     """Group-wise integers; see the module docstring for the arithmetic.
 
     State: ``codes`` uint8 (n,), ``scales`` fp16 (n_groups,), and for ``asym`` ``zero_points`` uint8 (n_groups,), all
@@ -59,220 +52,119 @@ class IntScheme(Scheme):
     """
 
     name = "int"
-    has_kernels = True
-    choice_type: ClassVar[type[Choice]] = IntChoice
+    choice_type: ClassVar[type[Any]] = IntChoice
 
     def nominal_bits(self, choice: Choice) -> float:
         c = own_choice(choice, IntChoice)
         return c.bits + (16 + (c.bits if c.mode == "asym" else 0)) / c.group_size
 
-    def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
-        c = own_choice(choice, IntChoice)
-        count, n_groups = _counts(c, shape)
-        zero_points = packed_size(n_groups, c.bits) if c.mode == "asym" else 0
-        return packed_size(count, c.bits) + 2 * n_groups + zero_points
+    def group_size(self, choice: IntChoice) -> int:
+        return choice.group_size
 
-    def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
-        c = own_choice(choice, IntChoice)
-        groups = _groups(weight, c.group_size)
-        grid = _grid(_ends(groups), c)
-        codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
-        for rows, steps in _steps(groups, grid, c, torch.empty_like(groups)):
-            codes[rows] = steps.sub_(_rows(grid.low, rows)).to(torch.uint8)
-        state = {
-            "codes": codes.view(weight.shape[0], -1)[:, : weight.shape[1]].reshape(-1),
-            "scales": grid.scale.view(-1).to(torch.float16),
-        }
-        return state | ({"zero_points": grid.low.neg().view(-1).to(torch.uint8)} if c.mode == "asym" else {})
+    def layout(self, choice: IntChoice, n_weights: int, n_groups: int) -> dict[str, Stored]:
+        return integer_layout(choice.bits, n_weights, n_groups, "zero_points" if choice.mode == "asym" else None)
 
-    def dequantize(
-        self,
-        state: Mapping[str, Tensor],
-        choice: Choice,
-        shape: Sequence[int],
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        c = own_choice(choice, IntChoice)
-        _check(state, c, shape, packed=False)
-        rows, columns = shape
-        steps = pad(state["codes"].view(rows, columns), (0, -columns % c.group_size)).to(torch.float32)
-        steps = steps.view(-1, c.group_size)
-        zero = state["zero_points"].to(torch.float32)[:, None] if c.mode == "asym" else 2.0 ** (c.bits - 1)
-        weight = steps.sub_(zero).mul_(state["scales"].to(torch.float32)[:, None])
-        return weight.view(rows, -1)[:, :columns].to(dtype).contiguous()
+    def grid(self, choice: IntChoice) -> Grid:
+        return IntGrid(choice.bits, "zero_points" if choice.mode == "asym" else None)
 
-    def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = own_choice(choice, IntChoice)
-        _check(state, c, shape, packed=False)
-        return {k: v.clone() if k == "scales" else pack_codes(v, c.bits) for k, v in state.items()}
+    def parameters(self, state: Mapping[str, Tensor], choice: IntChoice) -> Tensors:
+        return integer_parameters(state, choice.bits, "zero_points" if choice.mode == "asym" else None)
 
-    def unpack(self, tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = own_choice(choice, IntChoice)
-        _check(tensors, c, shape, packed=True)
-        count, n_groups = _counts(c, shape)
-        counts = {"codes": count, "zero_points": n_groups}
-        return {k: unpack_codes(v, c.bits, counts[k]) if k in counts else v for k, v in tensors.items()}
+    def kernels(self) -> ModuleType:
+        from coalora.quant.integer import triton
 
-    def quantize_packed(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        measured: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        if not _kernels_take(weight):
-            return super().quantize_packed(weight, choice, statistics, measured)
-        from coalora.quant.integer.jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
-
-        return quantize_packed_many([(weight, own_choice(choice, IntChoice), None)])[0]
-
-    def dequantize_packed(
-        self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
-    ) -> None:
-        if use_triton(out):
-            self.dequantize_packed_many([(packed, choice, out)])
-        else:
-            super().dequantize_packed(packed, choice, shape, out)
-
-    def dequantize_packed_many(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> None:
-        if not all(use_triton(out) for _, _, out in layers):
-            super().dequantize_packed_many(layers)
-            return
-        from coalora.quant.integer.jobs import dequantize_packed_many
-
-        for packed, choice, out in layers:
-            _check(packed, own_choice(choice, IntChoice), out.shape, packed=True)
-        with contiguous([out for _, _, out in layers]) as written:
-            dequantize_packed_many(
-                [(dict(p), own_choice(c, IntChoice), w) for (p, c, _), w in zip(layers, written, strict=True)]
-            )
-
-    def requantize(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        *,
-        out: Tensor,
-        measured: Tensor | None = None,
-    ) -> None:
-        if not (_kernels_take(weight) and use_triton(out)):
-            super().requantize(weight, choice, statistics, out=out, measured=measured)
-            return
-        from coalora.quant.integer.jobs import quantize_packed_many
-
-        with contiguous([out]) as (written,):
-            quantize_packed_many([(weight, own_choice(choice, IntChoice), written)])
-
-    def quantize_packed_many(
-        self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
-    ) -> list[dict[str, Tensor]]:
-        if not all(use_triton(weight) and use_triton(out) and out.is_contiguous() for weight, _, _, out in layers):
-            return super().quantize_packed_many(layers)
-        from coalora.quant.integer.jobs import quantize_packed_many
-
-        return quantize_packed_many([(weight, own_choice(choice, IntChoice), out) for weight, choice, _, out in layers])
-
-    def kernel_rows(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> Tensor:
-        from coalora.quant.integer.jobs import kernel_rows
-
-        return kernel_rows([(dict(packed), own_choice(choice, IntChoice), out) for packed, choice, out in layers])
-
-    def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
-        from coalora.quant.integer.triton import dequantize_rows
-
-        dequantize_rows(rows, n_weights)
-
-    def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
-        """About 1.2 ms for a million weights on one core, without large temporaries."""
-        return next(self.fake_quantize_many(weight, [choice]))
-
-    def fake_quantize_many(
-        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
-    ) -> Iterator[Tensor]:
-        by_size: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-        for choice in choices:
-            c = own_choice(choice, IntChoice)
-            if c.group_size not in by_size:
-                groups = _groups(weight, c.group_size)
-                by_size[c.group_size] = groups, _ends(groups)
-            groups, ends = by_size[c.group_size]
-            grid = _grid(ends, c)
-            result = torch.empty_like(groups)
-            for rows, steps in _steps(groups, grid, c, result):
-                steps.mul_(grid.scale[rows])
-            yield result.view(weight.shape[0], -1)[:, : weight.shape[1]].contiguous()
+        return triton
 
 
-def _kernels_take(weight: Tensor) -> bool:
-    """Whether the weight is quantized by kernels; one that is none is left to the plain path, which says so."""
-    return use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
+def integer_layout(bits: int, n_weights: int, n_groups: int, zero_points: str | None) -> dict[str, Stored]:
+    """Codes, scales in fp16 and, where they have a name, zero points."""
+    layout = {"codes": Stored(n_weights, bits), "scales": Stored(n_groups, torch.float16)}
+    return layout | ({zero_points: Stored(n_groups, bits)} if zero_points else {})
 
 
-def _groups(weight: Tensor, group_size: int) -> Tensor:
-    """Groups float32 (n_groups, g), row by row, short ones padded with zeros; may alias the weight."""
-    check_weight(weight)
-    matrix = weight.detach().to(torch.float32)
-    short = -matrix.shape[1] % group_size
-    return (pad(matrix, (0, short)) if short else matrix.contiguous()).view(-1, group_size)
+def integer_parameters(state: Mapping[str, Tensor], bits: int, zero_points: str | None) -> Tensors:
+    """s and z, float32 (n_groups,)."""
+    scale = state["scales"].to(torch.float32)
+    return scale, state[zero_points].to(torch.float32) if zero_points else torch.full_like(scale, 2.0 ** (bits - 1))
 
 
-def _ends(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """lo and hi (n_groups, 1), zero between them."""
-    # Two reductions: torch.aminmax over rows takes five times as long on a CPU.
-    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
-    # NaN and inf come through, so the weight itself need not be read once more.
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise not_finite()
-    return low.clamp_(max=0), high.clamp_(min=0)
+class IntGrid(Grid):
+    """See the module docstring; parameters are s and, with zero points, lo; once rounded s, z and 1/s.
 
+    Args:
+        zero_points: their name in a state; None: codes are symmetric.
+    """
 
-def _grid(ends: tuple[Tensor, Tensor], choice: IntChoice) -> _Grid:
-    low, high = ends
-    levels = 2**choice.bits - 1
-    # A number would be multiplied by: on a GPU torch takes its inverse, which is off by a bit.
-    divisor = low.new_full((), levels)
-    # Divided before they are added: the width of a group may exceed the largest float32.
-    width = high / divisor - low / divisor if choice.mode == "asym" else torch.maximum(high, -low) / divisor * 2
-    scale = width.clamp_(max=torch.finfo(torch.float16).max).to(torch.float16).to(torch.float32)
-    inverse = torch.where(scale == 0, 0, scale.reciprocal())
-    if choice.mode == "asym":
-        bottom = (low * inverse).round_().clamp_(min=-levels)
-    else:
-        bottom = low.new_full((1, 1), -(2.0 ** (choice.bits - 1)))
-    return _Grid(scale, inverse, bottom, bottom + levels)
+    def __init__(self, bits: int, zero_points: str | None) -> None:
+        self._bits, self._levels, self._zero_points = bits, 2**bits - 1, zero_points
+        self.key = (bits, zero_points is None)
 
+    def absmax(self, groups: Tensor) -> Tensors:
+        # Two reductions: torch.aminmax over a dimension takes five times as long on a CPU.
+        low = groups.amin(-2, keepdim=True).clamp_(max=0)
+        high = groups.amax(-2, keepdim=True).clamp_(min=0)
+        # A number would be multiplied by: on a GPU torch takes its inverse, which is off by a bit.
+        levels = low.new_full((), self._levels)
+        if not self._zero_points:
+            return (torch.maximum(high, -low) / levels * 2,)
+        # Divided before they are added: the width of a group may exceed the largest float32.
+        return high / levels - low / levels, low
 
-def _steps(groups: Tensor, grid: _Grid, choice: IntChoice, out: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """code - z of some groups at a time, float32, written into these rows of ``out`` (n_groups, g)."""
-    # On a CPU, temporaries that fit its cache and are reused cost a third of those that fault in new pages.
-    size = _CHUNK // groups.shape[1] if groups.device.type == "cpu" else len(groups)
-    for start in range(0, len(groups), size):
-        rows = slice(start, start + size)
-        steps = torch.mul(groups[rows], grid.inverse[rows], out=out[rows]).round_()
-        if choice.mode == "asym":
-            # clamp_ with bounds that are broadcast takes three times as long.
-            steps = torch.minimum(torch.maximum(steps, grid.low[rows], out=steps), grid.high[rows], out=steps)
-        else:
-            steps.clamp_(-(2 ** (choice.bits - 1)), 2 ** (choice.bits - 1) - 1)
-        yield rows, steps
+    def searched(self, groups: Tensor, weighting: Tensor) -> Tensors:
+        start = self.absmax(groups)
+        if self._bits not in SEARCHED:
+            return start
+        best = torch.full_like(start[0], torch.inf)
+        found = tuple(p.clone() for p in start)
+        signs = (1,) if self._zero_points else (1, -1)
+        for factor in (sign * f for sign in signs for f in SEARCHED[self._bits]):
+            tried = tuple(p * factor for p in start)
+            for _ in range(2):  # the second time under what is refitted to the first one's codes
+                _, rounded = self.rounded(tried, ())
+                steps = self.codes(groups, rounded).to(torch.float32).sub_(rounded[1])
+                error = (steps * rounded[0]).sub_(groups).square_().mul_(weighting).sum(-2, keepdim=True)
+                better = error < best
+                best = torch.where(better, error, best)
+                found = tuple(torch.where(better, t, f) for t, f in zip(tried, found, strict=True))
+                tried = self._refitted(groups, weighting, steps, rounded[1], tried)
+        return found
 
+    def _refitted(self, groups: Tensor, weighting: Tensor, steps: Tensor, zero: Tensor, tried: Tensors) -> Tensors:
+        """Least squares for given code - z: s, with zero points s and lo."""
+        weighted = steps * weighting
+        power = (weighted * steps).sum(-2, keepdim=True)
+        product = (weighted * groups).sum(-2, keepdim=True)
+        if not self._zero_points:
+            return (torch.where(power > 0, product / power, tried[0]),)
+        # w = s (code - z) + c: c is given to lo, the weight of code 0, and z is rounded anew.
+        total, first = weighting.sum(-2, keepdim=True), weighted.sum(-2, keepdim=True)
+        mean = (groups * weighting).sum(-2, keepdim=True)
+        determinant = power * total - first * first
+        scale = (product * total - first * mean) / determinant
+        shift = (mean - scale * first) / total
+        fine = (determinant > 1e-6 * power * total) & (scale > 0)
+        low = torch.minimum(shift - zero * scale, torch.zeros_like(scale))
+        return torch.where(fine, scale, tried[0]), torch.where(fine, low, tried[1])
 
-def _rows(per_group: Tensor, rows: slice) -> Tensor:
-    return per_group if len(per_group) == 1 else per_group[rows]
+    def rounded(self, parameters: Tensors, frame: Tensors) -> tuple[Tensors, Tensors]:
+        most = torch.finfo(torch.float16).max
+        stored = parameters[0].clamp(-most, most).to(torch.float16)
+        scale = stored.to(torch.float32)
+        inverse = torch.where(scale == 0, 0, scale.reciprocal())
+        if not self._zero_points:
+            zero = scale.new_full((1, 1), 2.0 ** (self._bits - 1)).expand_as(scale)
+            return (stored,), (scale, zero, inverse)
+        zero = (parameters[1] * inverse).round_().clamp_(-self._levels, 0).neg_()
+        return (stored, zero.to(torch.uint8)), (scale, zero, inverse)
 
+    def codes(self, weights: Tensor, parameters: Tensors) -> Tensor:
+        _, zero, inverse = parameters
+        # Before the zero point is added: 2^24 and more would lose it.
+        steps = (weights * inverse).round_()
+        return torch.minimum(torch.maximum(steps, -zero), self._levels - zero).add_(zero).to(torch.uint8)
 
-def _counts(choice: IntChoice, shape: Sequence[int]) -> tuple[int, int]:
-    """Numbers of weights and of groups."""
-    if len(shape) != 2 or min(shape) < 1:
-        raise CoaloraError(f"{tuple(shape)} is no shape of a weight", remedy="Give (out, in), neither of them 0")
-    return shape[0] * shape[1], shape[0] * -(-shape[1] // choice.group_size)
+    def values(self, codes: Tensor, parameters: Tensors) -> Tensor:
+        return codes.to(torch.float32).sub_(parameters[1]).mul_(parameters[0])
 
-
-def _check(tensors: Mapping[str, Tensor], choice: IntChoice, shape: Sequence[int], *, packed: bool) -> None:
-    count, n_groups = _counts(choice, shape)
-    size = packed_size if packed else lambda number, _: number
-    expected = {"codes": (torch.uint8, (size(count, choice.bits),)), "scales": (torch.float16, (n_groups,))}
-    if choice.mode == "asym":
-        expected["zero_points"] = (torch.uint8, (size(n_groups, choice.bits),))
-    check_tensors("packed weight" if packed else "state", tensors, expected, choice, shape)
+    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
+        return dict(zip(("scales", self._zero_points or ""), stored, strict=False))

@@ -9,9 +9,10 @@ What makes them equal the plain path bit for bit is in `coalora.quant.kernels.pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ from coalora.quant.kernels.packed import (
     EIGHTS,
     address,
     float_code,
+    groups_of,
     launch,
     load_code,
     load_floats,
@@ -31,56 +33,62 @@ from coalora.quant.kernels.packed import (
     tiles_of,
 )
 
+if TYPE_CHECKING:
+    from coalora.quant.gptq.scheme import GPTQChoice
+    from coalora.quant.integer.scheme import IntChoice
 
-@dataclass(frozen=True)
-class Job:
-    """One layer of shape (out, in): its choice, and contiguous tensors of one device.
-
-    ``packed`` has the names of `IntScheme.pack`, zero points for asymmetric groups alone. ``out`` and ``weight`` are of
-    any dtype of `KERNEL_DTYPES`; quantization needs ``weight``, and without ``out`` writes no weights.
-    """
-
-    bits: int
-    group_size: int
-    shape: tuple[int, int]
-    packed: dict[str, Tensor]
-    out: Tensor | None
-    weight: Tensor | None = None
+Packed = Mapping[str, Tensor]
 
 
-def dequantize(jobs: Sequence[Job]) -> None:
-    """Write the weights of ``packed`` into ``out``, all jobs in one launch."""
-    launch(_dequantize, tiles_of([job.out for job in jobs if job.out is not None]), _table(jobs), EIGHTS)
+def dequantize_packed_many(layers: Sequence[tuple[Packed, IntChoice | GPTQChoice, Tensor]]) -> None:
+    """Write every layer's weight into its contiguous tensor (packed, choice, out (out, in)): one launch for all."""
+    if layers:
+        outs = [out for _, _, out in layers]
+        launch(_dequantize, tiles_of(outs), table_of(kernel_rows(layers), outs[0].device), EIGHTS)
+
+
+def kernel_rows(layers: Sequence[tuple[Packed, IntChoice | GPTQChoice, Tensor]]) -> Tensor:
+    """int64 (n, columns), on the host: the kernels' table of (packed, choice, out (out, in))."""
+    return torch.tensor([_row(packed, choice, out, None, out.shape) for packed, choice, out in layers])
 
 
 def dequantize_rows(rows: Tensor, n_weights: int) -> None:
-    """The same for rows of `rows_of` that are on the device; ``n_weights``: of the largest layer."""
+    """The same for rows of `kernel_rows` that are on the device; ``n_weights``: of the largest layer."""
     launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, EIGHTS)
 
 
-def quantize(jobs: Sequence[Job]) -> None:
-    """Quantize ``weight``: fill ``packed`` and write the dequantized weights into ``out`` where there is one."""
-    # Groups of every tile fill whole bytes with their zero points: eights of them, the larger the groups the fewer.
-    most = max(len(job.packed["scales"]) * job.group_size for job in jobs)
-    launch(_quantize, triton.cdiv(most, EIGHTS * 8), _table(jobs), EIGHTS * 8)
-    uneven = [job for job in jobs if job.shape[1] % 8]
+def quantize_packed_many(layers: Sequence[tuple[Tensor, IntChoice, Tensor | None]]) -> list[dict[str, Tensor]]:
+    """Quantize every layer (weight (out, in), choice, out) by absmax.
+
+    Returns:
+        The layers' packed tensors; their weights are written into the contiguous ``out`` where one is given.
+    """
+    from coalora.quant.integer.scheme import IntScheme
+
+    packed, rows, uneven, tiles, weights = [], [], [], 0, []
+    for weight, choice, out in layers:
+        weights.append(weight.detach().contiguous())
+        packed.append(IntScheme().empty_packed(choice, weight.shape, weight.device))
+        rows.append(_row(packed[-1], choice, out, weights[-1], weight.shape))
+        uneven += [rows[-1]] if weight.shape[1] % 8 else []
+        # Groups of every tile fill whole bytes with their zero points: eights of them, the larger the groups the fewer.
+        tiles = max(tiles, triton.cdiv(len(packed[-1]["scales"]) * choice.group_size, EIGHTS * 8))
+    if rows:
+        launch(_quantize, tiles, table_of(rows, weights[0].device), EIGHTS * 8)
     if uneven:
-        launch(_encode, tiles_of([job.weight for job in uneven if job.weight is not None]), _table(uneven), EIGHTS)
+        launch(_encode, tiles_of(weights), table_of(uneven, weights[0].device), EIGHTS)
+    return packed
 
 
-def _table(jobs: Sequence[Job]) -> Tensor:
-    return table_of(rows_of(jobs), jobs[0].packed["codes"].device)
-
-
-def rows_of(jobs: Sequence[Job]) -> list[list[int]]:
-    """The kernels' table, which they read by column number."""
+def _row(
+    packed: Packed, choice: IntChoice | GPTQChoice, out: Tensor | None, weight: Tensor | None, shape: Sequence[int]
+) -> list[int]:
+    """A row of the kernels' table, which they read by column number."""
+    zero_points = packed.get("zero_points", packed.get("zeros"))
     return [
-        [
-            *(address(job.packed.get(name)) for name in ("codes", "scales", "zero_points")),  # 0 to 2
-            *(address(job.out), address(job.weight), float_code(job.out), float_code(job.weight)),  # 3 to 6
-            *(job.bits, job.group_size.bit_length() - 1, *job.shape),  # 7 to 10
-        ]
-        for job in jobs
+        *(address(tensor) for tensor in (packed["codes"], packed["scales"], zero_points, out, weight)),  # 0 to 4
+        *(float_code(out), float_code(weight)),  # 5 and 6
+        *(choice.bits, choice.group_size.bit_length() - 1, *shape),  # 7 to 10
     ]
 
 
@@ -97,12 +105,8 @@ def _grids(row, eight, GROUPS: tl.constexpr):
         scales = tl.broadcast_to(scale[:, None], (GROUPS, 8))
         zeros = tl.broadcast_to(zero[:, None], (GROUPS, 8))
     else:
-        # One long division for an eight, short ones for its weights.
         where = eight[:, None] * 8 + tl.arange(0, 8)[None, :]
-        above = eight * 8 // length
-        column = (eight * 8 - above * length).to(tl.int32)[:, None] + tl.arange(0, 8)[None, :]
-        below = column // length.to(tl.int32)
-        group = (above[:, None] + below) * per_row + ((column - below * length) >> shift)
+        group = groups_of(eight, length, 1 << shift)
         scales, zeros = _grid(row, group, n_groups, where < count)
     return scales, zeros
 

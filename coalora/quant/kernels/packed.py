@@ -36,9 +36,9 @@ def float_code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else KERNEL_DTYPES[tensor.dtype]
 
 
-def table_of(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def table_of(rows: Sequence[Sequence[int]] | Tensor, device: torch.device) -> Tensor:
     """int64 (n_layers, columns) on ``device``, without waiting for it."""
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.as_tensor(rows, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -122,3 +122,13 @@ def store_packed(address, eight, codes, bits, count):
 def round_even(value):
     """Of numbers below 2^22."""
     return (value + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def groups_of(eight, length, size):
+    """int64 (G, 8): the group of every weight of the eights (G,), in rows of ``length`` and groups of ``size``."""
+    # One long division for an eight, short ones for its weights.
+    above = eight * 8 // length
+    column = (eight * 8 - above * length).to(tl.int32)[:, None] + tl.arange(0, 8)[None, :]
+    below = column // length.to(tl.int32)
+    return (above[:, None] + below) * ((length + size - 1) // size) + (column - below * length) // size

@@ -19,6 +19,7 @@ from torch import Tensor
 from coalora.errors import CoaloraError
 from coalora.quant.nf.nearest import IntervalTable, decision_thresholds
 
+_SMALL = 2**13  # numbers: from here on the passes of a table are faster than a binary search
 NF_QUANTILE = 0.9677083  # d: the outermost quantile, QLoRA's constant
 
 
@@ -45,48 +46,40 @@ def nf_code_book(bits: int) -> NDArray[np.float32]:
 
 
 class Lookup(NamedTuple):
-    """What finding the nearest entry of one code book needs, on one device; not to be written to.
-
-    ``book`` float32 (2**bits,); ``table`` turns numbers into positions; ``codes`` uint8 and ``entries``
-    float32 are the nearest code and its entry at every position.
-    """
+    """A code book float32 (2**bits,) on a device, its decision thresholds there, and the table that counts them."""
 
     book: Tensor
+    thresholds: Tensor
     table: IntervalTable
-    codes: Tensor
-    entries: Tensor
 
 
 @cache
 def nf_lookup(bits: int, device: torch.device) -> Lookup:
-    """The lookup of a code book, made once per width and device."""
+    """The lookup of a code book, made once per width and device; not to be written to."""
     book = nf_code_book(bits)
+    thresholds = decision_thresholds(book)
     # A tensor made under inference mode could not be used outside of it afterwards.
     with torch.inference_mode(False):
-        table = IntervalTable(decision_thresholds(book), device)
         return Lookup(
-            book=torch.from_numpy(book.copy()).to(device),
-            table=table,
-            codes=torch.from_numpy(table.intervals.astype(np.uint8)).to(device),
-            entries=torch.from_numpy(book[table.intervals]).to(device),
+            torch.from_numpy(book.copy()).to(device),
+            torch.from_numpy(thresholds).to(device),
+            IntervalTable(thresholds),
         )
 
 
-def nf_codes(normalised: Tensor, bits: int) -> Tensor:
-    """Single level: the code of the nearest code-book entry for weights already divided by their scale.
+def nearest_codes(x: Tensor, bits: int) -> Tensor:
+    """The code of the nearest code-book entry for weights already divided by their scale.
 
     Args:
-        normalised: floating point, any shape; numbers beyond [-1, 1] get the end entries.
+        x: float32 without NaN, any shape, contiguous; may be written to. Numbers beyond [-1, 1] get the end entries.
         bits: 2 to 8.
 
     Returns:
         uint8 of the same shape. With 4 bits and absmax blocks these are bitsandbytes' NF4 codes.
-
-    Raises:
-        CoaloraError: NaN in the input, or another width.
     """
-    lookup = nf_lookup(bits, normalised.device)
-    x = normalised.detach().to(torch.float32).reshape(-1).clamp(-1, 1)
-    if bool(torch.isnan(x).any()):
-        raise CoaloraError("There is NaN among the normalised weights")
-    return lookup.codes.index_select(0, lookup.table.positions(x)).view(normalised.shape)
+    lookup = nf_lookup(bits, x.device)
+    if x.device.type != "cpu" or x.numel() < _SMALL:
+        return torch.bucketize(x, lookup.thresholds, out_int32=True).to(torch.uint8)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    lookup.table.count_below(x.view(-1), codes.view(-1))
+    return codes

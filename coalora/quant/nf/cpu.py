@@ -1,49 +1,24 @@
-"""The nf scheme's passes over the weights on a CPU, in chunks that stay in the cache.
+"""Decoding of packed nf codes on a CPU, in chunks that stay in its cache.
 
-What takes the time of a switch is here; the scales, 16 to 64 times fewer numbers, are in `coalora.quant.nf.scales`.
-Three things make it fast: temporaries of one chunk are reused instead of faulting in new pages; codes of up to four
-bits are found by vectorised comparisons (`coalora.quant.nf.nearest`); and decoding gathers two or four weights at a
-time, a pair or a quad of code-book entries moving as one 8- or 16-byte number.
+Two things make it fast: temporaries of one chunk are reused instead of faulting in new pages, and two or four weights
+are gathered at a time, a pair or a quad of code-book entries moving as one 8- or 16-byte number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coalora.quant.nf.book import nf_code_book, nf_lookup
+from coalora.quant.nf.book import nf_code_book
 
 # Weights. Torch works on up to 2^15 numbers without threads, so that several layers can be done at once by threads of
 # their own. A multiple of every block size and of the eight codes of a packed group.
 CHUNK = 2**15
-_CPU = torch.device("cpu")
 _GROUPS = {2: 4, 3: 4, 4: 2, 8: 1}  # bits -> codes that one lookup decodes
 _WIDE = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
-
-
-def encode(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Codes uint8 (n_blocks, B0) of ``blocks``, float32 (n_blocks, B0), under ``scales`` (n_blocks,) without zeros."""
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
-    for rows, _ in _encoded(blocks, scales, bits, codes):
-        del rows
-    return codes
-
-
-def requantize(blocks: Tensor, divisor: Tensor, scales: Tensor, bits: int, out: Tensor) -> None:
-    """Write nearest(blocks / divisor) * scales into the flat ``out`` (n,), in its dtype; blocks may be longer."""
-    size = blocks.shape[1]
-    codes = torch.empty((min(CHUNK // size, len(blocks)), size), dtype=torch.uint8)
-    entries = torch.empty(codes.numel())
-    table = _entry_table(bits, 4 if bits <= 4 else bits)
-    for rows, found in _encoded(blocks, divisor, bits, codes):
-        flat = found.view(-1)
-        if bits <= 4:
-            flat = _pairs(flat)
-        _scale_into(out, rows, _gather(table, flat.to(torch.int32), entries), scales, size)
 
 
 def decode(packed: Tensor, scales: Tensor, bits: int, block_size: int, out: Tensor) -> None:
@@ -66,21 +41,6 @@ def decode(packed: Tensor, scales: Tensor, bits: int, block_size: int, out: Tens
         index = _triples(bytes_) if bits == 3 else bytes_.to(torch.int32)
         rows = slice(start // block_size, -(-stop // block_size))
         _scale_into(out, rows, _gather(table, index, entries), scales, block_size)
-
-
-def _encoded(blocks: Tensor, divisor: Tensor, bits: int, codes: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of ``blocks`` and their codes, a chunk at a time; shorter ``codes`` are reused for every chunk."""
-    size = blocks.shape[1]
-    step = CHUNK // size
-    table = nf_lookup(bits, _CPU).table
-    buffer = torch.empty((min(step, len(blocks)), size))
-    for start in range(0, len(blocks), step):
-        rows = slice(start, min(start + step, len(blocks)))
-        count = rows.stop - rows.start
-        normalised = torch.div(blocks[rows], divisor[rows, None], out=buffer[:count])
-        found = codes[rows] if len(codes) == len(blocks) else codes[:count]
-        table.count_below(normalised.view(-1), found.view(-1))
-        yield rows, found
 
 
 def _scale_into(out: Tensor, rows: slice, entries: Tensor, scales: Tensor, size: int) -> None:
@@ -108,16 +68,6 @@ def _triples(packed: Tensor) -> Tensor:
     index[:, 0] = (second & 15) << 8 | first
     index[:, 1] = third << 4 | second >> 4
     return torch.from_numpy(index).view(-1)
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    """Codes below 16 as numbers of two codes each, so that half as many lookups decode them: int16 (len/2,)."""
-    # NumPy's integer shifts take half the time of torch's, which convert their constants first.
-    both = codes.numpy().view(np.int16)
-    pairs = both >> np.int16(4)
-    pairs |= both
-    pairs &= np.int16(255)
-    return torch.from_numpy(pairs)
 
 
 @cache

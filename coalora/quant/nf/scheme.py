@@ -1,268 +1,192 @@
 """NormalFloat with double quantization: the ``nf`` scheme, 432 choices.
 
-Guo et al. 2024, LQ-LoRA, arXiv 2311.12023, whose search space of (b, b0, b1, B0, B1) this is; the code books
-are in `coalora.quant.nf.book`. Weights are cut, row-major, into blocks of B0 that share an absmax scale s;
-the scales in turn are quantized to b0 bits in blocks of B1:
+Guo et al. 2024, LQ-LoRA, arXiv 2311.12023, whose search space of (b, b0, b1, B0, B1) this is; the code books are in
+`coalora.quant.nf.book`. Groups of B0 weights along a row (`coalora.quant.grouped`) share a scale s, the largest
+magnitude unless it is searched; the scales in turn, row by row, are quantized to b0 bits in blocks of B1:
 
     m = min s        t = s - m        a = max t over B1 scales, stored in b1
     scale code = round(t / a * (2^b0 - 1))        s^ = code / (2^b0 - 1) * a + m
     weight code = nearest entry to w / s^         w^ = entry * s^
 
-Deviation from LQ-LoRA: a weight's code is the nearest entry under the *dequantized* scale s^, the one that
-will be multiplied back, and not under the exact s; with 2-bit scales the two differ a lot.
-Conventions: a short last block is padded with zeros for arithmetic only, padding is never stored; s^ = 0
-gives the code of 0.0; ties go to the lower entry; ``a`` saturates at the largest finite number of its dtype.
+Deviations from LQ-LoRA: a weight's code is the nearest entry under the *dequantized* scale s^, the one that will be
+multiplied back, and not under the exact s (with 2-bit scales the two differ a lot); groups end with their row. A
+searched scale may be negative, which mirrors the code book (of 2 and 3 bits it reaches further on one side), where
+scales have 8 bits: they are spread over twice the range then.
+Conventions: s^ = 0 gives the code of 0.0; ties go to the lower entry; ``a`` saturates at the largest finite number of
+its dtype.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from coalora.quant.kernels.available import contiguous, use_triton
+from coalora.quant.grouped import SEARCHED, Grid, GroupedScheme, Stored, Tensors
+from coalora.quant.kernels.available import use_triton
 from coalora.quant.nf import cpu
-from coalora.quant.nf.book import nf_lookup
-from coalora.quant.nf.choice import NFChoice
-from coalora.quant.nf.nearest import IntervalTable
-from coalora.quant.nf.scales import (
-    FINEST,
-    SCALE_DTYPES,
-    block_scales,
-    coarser,
-    dequantize_scales,
-    divisor,
-    quantize_scales,
-)
-from coalora.quant.packing import pack_codes, packed_size, unpack_codes
-from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors, check_weight, own_choice
+from coalora.quant.nf.book import nearest_codes, nf_lookup
+from coalora.quant.packing import unpack_codes
+from coalora.quant.scheme import Choice, own_choice
+
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _blocks(weight: Tensor, block_size: int) -> Tensor:
-    """Row-major blocks float32 (ceil(n/B0), B0), the last padded with zeros; may alias the weight."""
-    check_weight(weight)
-    flat = weight.detach().to(torch.float32).reshape(-1)
-    short = -flat.numel() % block_size
-    return (pad(flat, (0, short)) if short else flat).view(-1, block_size)
+@dataclass(frozen=True)
+class NFChoice(Choice):
+    """One choice: b, b0, b1, B0, B1 of the module docstring, in this order."""
+
+    field_values: ClassVar = {
+        "bits": (2, 3, 4, 8),
+        "scale_bits": (2, 3, 4, 8),
+        "scale_dtype": ("bf16", "fp16", "fp32"),
+        "block_size": (16, 32, 64),
+        "scale_block_size": (16, 64, 256),
+    }
+    bits: int
+    scale_bits: int
+    scale_dtype: str
+    block_size: int
+    scale_block_size: int
+
+    def __str__(self) -> str:
+        """For example ``nf3 b32 s4/bf16 x64``."""
+        return f"nf{self.bits} b{self.block_size} s{self.scale_bits}/{self.scale_dtype} x{self.scale_block_size}"
 
 
-def _nearest(blocks: Tensor, safe: Tensor, table: IntervalTable, by_position: Tensor) -> Tensor:
-    """``by_position`` (of ``table``) at every w / s^: (n_blocks, B0). Runs on any device; a CPU has `nf_cpu`."""
-    normalised = torch.div(blocks, safe[:, None]).clamp_(-1, 1)
-    return by_position.index_select(0, table.positions(normalised.view(-1))).view(blocks.shape)
-
-
-class NFScheme(Scheme):
+class NFScheme(GroupedScheme[NFChoice]):
     """NormalFloat with double quantization; see the module docstring for the arithmetic.
 
-    State: ``codes`` uint8 (n,), ``scale_codes`` uint8 (n_blocks,), ``scale_absmax`` (n_scale_blocks,) in b1,
+    State: ``codes`` uint8 (n,), ``scale_codes`` uint8 (n_groups,), ``scale_absmax`` (n_scale_blocks,) in b1,
     ``offset`` float32 (1,). Packed: the same names, both code tensors bit-packed.
     """
 
     name = "nf"
-    has_kernels = True
-    choice_type: ClassVar[type[Choice]] = NFChoice
+    choice_type: ClassVar[type[Any]] = NFChoice
 
     def nominal_bits(self, choice: Choice) -> float:
         c = own_choice(choice, NFChoice)
         second = SCALE_DTYPES[c.scale_dtype].itemsize * 8
         return c.bits + c.scale_bits / c.block_size + second / (c.block_size * c.scale_block_size)
 
-    def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:
-        c = own_choice(choice, NFChoice)
-        count, n_blocks, n_scale_blocks = _counts(c, shape)
-        second = SCALE_DTYPES[c.scale_dtype].itemsize * n_scale_blocks
-        return packed_size(count, c.bits) + packed_size(n_blocks, c.scale_bits) + second + 4
+    def group_size(self, choice: NFChoice) -> int:
+        return choice.block_size
 
-    def measure(self, weight: Tensor) -> Tensor:
-        """Exact absmax of blocks of 16, from which the scales of every block size follow: a quarter byte a weight."""
-        return block_scales(_blocks(weight, FINEST))
-
-    def quantize(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        measured: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        c = own_choice(choice, NFChoice)
-        blocks, state, safe, _ = _prepared(weight, c, measured)
-        if blocks.device.type == "cpu":
-            codes = cpu.encode(blocks, safe, c.bits)
-        else:
-            lookup = nf_lookup(c.bits, blocks.device)
-            codes = _nearest(blocks, safe, lookup.table, lookup.codes)
-        return {"codes": codes.view(-1)[: weight.numel()], **state}
-
-    def dequantize(
-        self,
-        state: Mapping[str, Tensor],
-        choice: Choice,
-        shape: Sequence[int],
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        c = own_choice(choice, NFChoice)
-        _check_state(state, c, shape)
-        codes = state["codes"]
-        count = len(codes)
-        entries = nf_lookup(c.bits, codes.device).book.index_select(0, codes.to(torch.int32))
-        blocks = pad(entries, (0, -count % c.block_size)).view(-1, c.block_size)
-        return blocks.mul_(dequantize_scales(state, c)[:, None]).view(-1)[:count].view(tuple(shape)).to(dtype)
-
-    def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = own_choice(choice, NFChoice)
-        _check_state(state, c, shape)
+    def layout(self, choice: NFChoice, n_weights: int, n_groups: int) -> dict[str, Stored]:
         return {
-            "codes": pack_codes(state["codes"], c.bits),
-            "scale_codes": pack_codes(state["scale_codes"], c.scale_bits),
-            "scale_absmax": state["scale_absmax"].clone(),
-            "offset": state["offset"].clone(),
+            "codes": Stored(n_weights, choice.bits),
+            "scale_codes": Stored(n_groups, choice.scale_bits),
+            "scale_absmax": Stored(-(-n_groups // choice.scale_block_size), SCALE_DTYPES[choice.scale_dtype]),
+            "offset": Stored(1, torch.float32),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
-        c = own_choice(choice, NFChoice)
-        _check_packed(tensors, c, shape)
-        count, n_blocks, _ = _counts(c, shape)
-        return {
-            "codes": unpack_codes(tensors["codes"], c.bits, count),
-            "scale_codes": unpack_codes(tensors["scale_codes"], c.scale_bits, n_blocks),
-            "scale_absmax": tensors["scale_absmax"],
-            "offset": tensors["offset"],
-        }
+    def grid(self, choice: NFChoice) -> Grid:
+        return _NFGrid(choice)
 
-    def quantize_packed(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        measured: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        if not (use_triton(weight) and weight.numel()):
-            return super().quantize_packed(weight, choice, statistics, measured)
-        from coalora.quant.nf.jobs import quantize_packed_many  # needs triton, which a CPU build of torch lacks
-
-        return quantize_packed_many([(weight, own_choice(choice, NFChoice), None)])[0]
+    def parameters(self, state: Mapping[str, Tensor], choice: NFChoice) -> Tensors:
+        count = len(state["scale_codes"])
+        absmax = state["scale_absmax"].to(torch.float32).repeat_interleave(choice.scale_block_size)[:count]
+        return (_scales(state["scale_codes"], absmax, state["offset"], choice.scale_bits),)
 
     def dequantize_packed(
         self, packed: Mapping[str, Tensor], choice: Choice, shape: Sequence[int], out: Tensor
     ) -> None:
         c = own_choice(choice, NFChoice)
-        if use_triton(out):
-            self.dequantize_packed_many([(packed, c, out)])
-        elif out.device.type != "cpu" or not out.is_contiguous():
-            super().dequantize_packed(packed, c, shape, out)
-        else:
-            _check_packed(packed, c, shape)
-            state = {**packed, "scale_codes": unpack_codes(packed["scale_codes"], c.scale_bits, _counts(c, shape)[1])}
-            cpu.decode(packed["codes"], dequantize_scales(state, c), c.bits, c.block_size, out.view(-1))
-
-    def dequantize_packed_many(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> None:
-        if not all(use_triton(out) for _, _, out in layers):
-            super().dequantize_packed_many(layers)
+        whole = shape[1] % c.block_size == 0 and out.device.type == "cpu" and out.is_contiguous()
+        if not whole or use_triton(out):
+            super().dequantize_packed(packed, choice, shape, out)
             return
-        from coalora.quant.nf.jobs import dequantize_packed_many
+        layout = self._check(packed, c, shape, packed=True)
+        scale_codes = unpack_codes(packed["scale_codes"], c.scale_bits, layout["scale_codes"].count)
+        (scales,) = self.parameters({**packed, "scale_codes": scale_codes}, c)
+        cpu.decode(packed["codes"], scales, c.bits, c.block_size, out.view(-1))
 
-        for packed, choice, out in layers:
-            _check_packed(packed, own_choice(choice, NFChoice), out.shape)
-        with contiguous([out for _, _, out in layers]) as written:
-            dequantize_packed_many(
-                [(dict(p), own_choice(c, NFChoice), w) for (p, c, _), w in zip(layers, written, strict=True)]
-            )
+    def kernels(self) -> ModuleType:
+        from coalora.quant.nf import triton
 
-    def quantize_packed_many(
-        self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
-    ) -> list[dict[str, Tensor]]:
-        if not all(use_triton(weight) and use_triton(out) and out.is_contiguous() for weight, _, _, out in layers):
-            return super().quantize_packed_many(layers)
-        from coalora.quant.nf.jobs import quantize_packed_many
-
-        return quantize_packed_many([(weight, own_choice(choice, NFChoice), out) for weight, choice, _, out in layers])
-
-    def kernel_rows(self, layers: Sequence[tuple[Mapping[str, Tensor], Choice, Tensor]]) -> Tensor:
-        from coalora.quant.nf.jobs import kernel_rows
-
-        return kernel_rows([(dict(packed), own_choice(choice, NFChoice), out) for packed, choice, out in layers])
-
-    def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
-        from coalora.quant.nf.triton import dequantize_rows
-
-        dequantize_rows(rows, n_weights)
-
-    def fake_quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> Tensor:
-        """2 to 4 ms for a million weights on one core, without large temporaries."""
-        return next(self.fake_quantize_many(weight, [choice]))
-
-    def fake_quantize_many(
-        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
-    ) -> Iterator[Tensor]:
-        measured = self.measure(weight) if len(choices) > 1 else None
-        for choice in choices:
-            out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-            self.requantize(weight, choice, measured=measured, out=out)
-            yield out
-
-    def requantize(
-        self,
-        weight: Tensor,
-        choice: Choice,
-        statistics: InputStatistics | None = None,
-        *,
-        out: Tensor,
-        measured: Tensor | None = None,
-    ) -> None:
-        c = own_choice(choice, NFChoice)
-        if use_triton(weight) and use_triton(out) and out.is_contiguous() and measured is None and weight.numel():
-            from coalora.quant.nf.jobs import quantize_packed_many
-
-            quantize_packed_many([(weight, c, out)])
-            return
-        blocks, _, safe, scales = _prepared(weight, c, measured)
-        if blocks.device.type == "cpu" and out.is_contiguous():
-            cpu.requantize(blocks, safe, scales, c.bits, out.view(-1))
-            return
-        lookup = nf_lookup(c.bits, blocks.device)
-        entries = _nearest(blocks, safe, lookup.table, lookup.entries).mul_(scales[:, None])
-        out.copy_(entries.view(-1)[: weight.numel()].view(weight.shape))
+        return triton
 
 
-def _prepared(
-    weight: Tensor, choice: NFChoice, measured: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """Blocks of the weight, the scale part of the state, the divisor and s^ (both per block)."""
-    blocks = _blocks(weight, choice.block_size)
-    exact = block_scales(blocks) if measured is None else coarser(measured, choice.block_size)
-    state = quantize_scales(exact, choice)
-    scales = dequantize_scales(state, choice)
-    return blocks, state, divisor(scales), scales
+def _scales(codes: Tensor, absmax: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """s^, float32 and finite, of scale codes."""
+    # A number would be multiplied by: on a GPU torch takes its inverse, which is off by a bit.
+    levels = absmax.new_full((), 2**bits - 1)
+    # Rounding a up to b1 can carry s^ past the largest float32.
+    return (codes.to(torch.float32) / levels).mul_(absmax).add_(offset).clamp_(max=torch.finfo(torch.float32).max)
 
 
-def _counts(choice: NFChoice, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Numbers of weights, of blocks and of scale blocks."""
-    count = math.prod(shape)
-    n_blocks = -(-count // choice.block_size)
-    return count, n_blocks, -(-n_blocks // choice.scale_block_size)
+class _NFGrid(Grid):
+    """See the module docstring; parameters are s, once rounded s^ and what weights are divided by."""
+
+    has_frame = True
+
+    def __init__(self, choice: NFChoice) -> None:
+        self._choice = choice
+        self._mirrored = choice.bits <= 3 and choice.scale_bits == 8
+        self.key = (choice.bits, self._mirrored)
+
+    def absmax(self, groups: Tensor) -> Tensors:
+        return (groups.abs().amax(-2, keepdim=True),)
+
+    def searched(self, groups: Tensor, weighting: Tensor) -> Tensors:
+        (absmax,) = self.absmax(groups)
+        bits = self._choice.bits
+        if bits not in SEARCHED:
+            return (absmax,)
+        book = nf_lookup(bits, groups.device).book
+        weighted = groups * weighting
+        best, scale = torch.zeros_like(absmax), absmax.clone()
+        for factor in SEARCHED[bits] + tuple(-f for f in SEARCHED[bits]) * self._mirrored:
+            tried = absmax * factor
+            entries = book[nearest_codes(groups / _divisor(tried), bits).long()]
+            product = (weighted * entries).sum(-2, keepdim=True)
+            power = (entries.square_().mul_(weighting)).sum(-2, keepdim=True)
+            # The best scale for these codes leaves sum h w^2 - product^2 / power.
+            fitted = torch.where(power > 0, product / power, 0)
+            gain = fitted * product
+            better = (gain > best) & (fitted * factor > 0)
+            best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
+        return (scale,)
+
+    def frame(self, parameters: Tensors) -> Tensors:
+        (scales,) = parameters
+        size, dtype = self._choice.scale_block_size, SCALE_DTYPES[self._choice.scale_dtype]
+        offset = scales.min()
+        by_row = (scales - offset).view(len(scales), -1).T.reshape(-1)
+        blocks = pad(by_row, (0, -len(by_row) % size)).view(-1, size)
+        absmax = blocks.amax(dim=1).clamp_(max=torch.finfo(dtype).max).to(dtype)
+        each = absmax.to(torch.float32).repeat_interleave(size)[: len(by_row)]
+        return (
+            each.view(-1, len(scales)).T.reshape(scales.shape).contiguous(),
+            offset.expand(len(scales), 1, 1),
+            absmax.expand(len(scales), -1),
+        )
+
+    def rounded(self, parameters: Tensors, frame: Tensors) -> tuple[Tensors, Tensors]:
+        levels = 2**self._choice.scale_bits - 1
+        absmax, offset, _ = frame
+        above = (parameters[0] - offset).div_(_divisor(absmax)).mul_(levels)
+        codes = above.round_().clamp_(0, levels).to(torch.uint8)
+        scales = _scales(codes, absmax, offset, self._choice.scale_bits)
+        return (codes,), (scales, _divisor(scales))
+
+    def codes(self, weights: Tensor, parameters: Tensors) -> Tensor:
+        return nearest_codes(weights / parameters[1], self._choice.bits)
+
+    def values(self, codes: Tensor, parameters: Tensors) -> Tensor:
+        return nf_lookup(self._choice.bits, codes.device).book[codes.long()].mul_(parameters[0])
+
+    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
+        _, offset, absmax = frame
+        return {"scale_codes": stored[0], "scale_absmax": absmax[0].clone(), "offset": offset.view(-1)[:1].clone()}
 
 
-def _check_state(state: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int]) -> None:
-    _check(state, choice, shape, "state", lambda number, _: number)
-
-
-def _check_packed(tensors: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int]) -> None:
-    _check(tensors, choice, shape, "packed weight", packed_size)
-
-
-def _check(
-    tensors: Mapping[str, Tensor], choice: NFChoice, shape: Sequence[int], what: str, size: Callable[[int, int], int]
-) -> None:
-    count, n_blocks, n_scale_blocks = _counts(choice, shape)
-    expected = {
-        "codes": (torch.uint8, (size(count, choice.bits),)),
-        "scale_codes": (torch.uint8, (size(n_blocks, choice.scale_bits),)),
-        "scale_absmax": (SCALE_DTYPES[choice.scale_dtype], (n_scale_blocks,)),
-        "offset": (torch.float32, (1,)),
-    }
-    check_tensors(what, tensors, expected, choice, shape)
+def _divisor(scales: Tensor) -> Tensor:
+    """What is divided by: a group of scale zero gets the code of 0.0."""
+    return scales.masked_fill(scales == 0, math.inf)

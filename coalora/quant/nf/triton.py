@@ -7,9 +7,9 @@ What makes them equal the plain path bit for bit is in `coalora.quant.kernels.pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from coalora.quant.kernels.packed import (
     address,
     bf16_bits,
     float_code,
+    groups_of,
     launch,
     load_code,
     load_floats,
@@ -35,66 +36,76 @@ from coalora.quant.kernels.packed import (
 from coalora.quant.nf.book import nf_code_book
 from coalora.quant.nf.nearest import decision_thresholds
 
+if TYPE_CHECKING:
+    from coalora.quant.nf.scheme import NFChoice
+
 _ROWS = 8  # scale blocks in a tile
 _WIDTHS = (2, 3, 4, 8)
+Packed = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One layer: its numbers of weights, its choice, and contiguous tensors of one device.
-
-    ``packed`` has the names of `NFScheme.pack`; ``out`` (n,) or the shape of the weight, any floating dtype; ``weight``
-    and ``exact``, ``scales`` float32 (n_blocks,) are for quantization.
-    """
-
-    bits: int
-    scale_bits: int
-    block_size: int
-    scale_block_size: int
-    packed: dict[str, Tensor]
-    out: Tensor
-    weight: Tensor | None = None
-    exact: Tensor | None = None
-    scales: Tensor | None = None
+def dequantize_packed_many(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) -> None:
+    """Write every layer's weight into its contiguous tensor (packed, choice, out (out, in)): one launch for all."""
+    if layers:
+        outs = [out for _, _, out in layers]
+        table = table_of(kernel_rows(layers), outs[0].device)
+        launch(_dequantize, tiles_of(outs), table, _books(table.device), EIGHTS)
 
 
-def dequantize(jobs: Sequence[Job]) -> None:
-    """Write the weights of ``packed`` into ``out``, all jobs in one launch."""
-    table = _table(jobs)
-    launch(_dequantize, tiles_of([job.out for job in jobs]), table, _books(table.device), EIGHTS)
+def kernel_rows(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) -> Tensor:
+    """int64 (n, columns), on the host: the kernels' table of (packed, choice, out (out, in))."""
+    return torch.tensor([_row(packed, choice, out) for packed, choice, out in layers])
 
 
 def dequantize_rows(rows: Tensor, n_weights: int) -> None:
-    """The same for rows of `rows_of` that are on the device; ``n_weights``: of the largest layer."""
+    """The same for rows of `kernel_rows` that are on the device; ``n_weights``: of the largest layer."""
     launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, _books(rows.device), EIGHTS)
 
 
-def quantize(jobs: Sequence[Job]) -> None:
-    """Quantize ``weight``: fill ``packed`` and write the dequantized weights into ``out``; three launches for all."""
-    offsets = [job.packed["offset"] for job in jobs]
+def quantize_packed_many(layers: Sequence[tuple[Tensor, NFChoice, Tensor | None]]) -> list[dict[str, Tensor]]:
+    """Quantize every layer (weight (out, in), choice, out) by absmax, in three launches for all.
+
+    Returns:
+        The layers' packed tensors; their weights are written into the contiguous ``out`` where one is given.
+    """
+    from coalora.quant.nf.scheme import NFScheme
+
+    if not layers:
+        return []
+    packed, rows, kept, outs, tiles, scale_tiles = [], [], [], [], 0, 0
+    for weight, choice, out in layers:
+        packed.append(NFScheme().empty_packed(choice, weight.shape, weight.device))
+        n_groups = weight.shape[0] * -(-weight.shape[1] // choice.block_size)
+        exact, scales = torch.empty((2, n_groups), device=weight.device)
+        outs.append(torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out)
+        kept.append((weight.detach().contiguous(), exact, scales))
+        rows.append(_row(packed[-1], choice, outs[-1], *kept[-1]))
+        tiles = max(tiles, triton.cdiv(n_groups * choice.block_size, EIGHTS * 8))
+        scale_tiles = max(scale_tiles, triton.cdiv(len(packed[-1]["scale_absmax"]), _ROWS))
+    offsets = [tensors["offset"] for tensors in packed]
     torch._foreach_zero_(offsets)  # two launches for all; a fill of each would be one a layer
     torch._foreach_add_(offsets, torch.inf)
-    table, tiles = _table(jobs), tiles_of([job.out for job in jobs])
-    scale_tiles = triton.cdiv(max(len(job.packed["scale_absmax"]) for job in jobs), _ROWS)
+    table = table_of(rows, outs[0].device)
     launch(_exact_scales, tiles, table, EIGHTS * 8)
     launch(_quantize_scales, scale_tiles, table, _ROWS)
-    launch(_quantize, tiles, table, _books(table.device), _thresholds(table.device), EIGHTS)
+    launch(_quantize, tiles_of(outs), table, _books(table.device), _thresholds(table.device), EIGHTS)
+    return packed
 
 
-def _table(jobs: Sequence[Job]) -> Tensor:
-    return table_of(rows_of(jobs), jobs[0].out.device)
-
-
-def rows_of(jobs: Sequence[Job]) -> list[list[int]]:
-    """The kernels' table, which they read by column number."""
+def _row(
+    packed: Packed,
+    choice: NFChoice,
+    out: Tensor,
+    weight: Tensor | None = None,
+    exact: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> list[int]:
+    """A row of the kernels' table, which they read by column number; ``exact`` and ``scales`` float32 (n_groups,)."""
     return [
-        [
-            *(address(job.packed[name]) for name in ("codes", "scale_codes", "scale_absmax", "offset")),  # 0 to 3
-            *(address(tensor) for tensor in (job.out, job.weight, job.exact, job.scales)),  # 4 to 7
-            *(float_code(tensor) for tensor in (job.out, job.packed["scale_absmax"], job.weight)),  # 8 to 10
-            *(job.bits, job.scale_bits, job.block_size, job.scale_block_size, job.out.numel()),  # 11 to 15
-        ]
-        for job in jobs
+        *(address(packed[name]) for name in ("codes", "scale_codes", "scale_absmax", "offset")),  # 0 to 3
+        *(address(tensor) for tensor in (out, weight, exact, scales)),  # 4 to 7
+        *(float_code(tensor) for tensor in (out, packed["scale_absmax"], weight)),  # 8 to 10
+        *(choice.bits, choice.scale_bits, choice.block_size, choice.scale_block_size, *out.shape),  # 11 to 16
     ]
 
 
@@ -117,64 +128,80 @@ def _thresholds(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def _shape(row):
+    """Numbers of weights, of a row's weights, and of groups."""
+    length, size = tl.load(row + 16), tl.load(row + 13)
+    n_rows = tl.load(row + 15)
+    return n_rows * length, length, n_rows * ((length + size - 1) // size)
+
+
+@triton.jit
 def _dequantize(table, columns, books, GROUPS: tl.constexpr):
     row = table + tl.program_id(1) * columns
-    count = tl.load(row + 15)
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    count, length, n_groups = _shape(row)
+    eight = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     if tl.program_id(0) * GROUPS * 8 < count:
-        bits, scale_bits = tl.load(row + 11), tl.load(row + 12)
-        block_size, scale_block_size = tl.load(row + 13), tl.load(row + 14)
-        inside = group * 8 < count
-        codes = load_packed(tl.load(row + 0), group, bits, count)
+        bits, size = tl.load(row + 11), tl.load(row + 13)
+        codes = load_packed(tl.load(row + 0), eight, bits, count)
         entries = tl.load(books + (1 << bits) + codes)
-        # Scales: eight weights never lie in two blocks.
-        block = group * 8 // block_size
-        n_blocks = (count + block_size - 1) // block_size
-        code = load_code(tl.load(row + 1), block, scale_bits, n_blocks, inside)
-        absmax = load_floats(tl.load(row + 2), block // scale_block_size, inside, tl.load(row + 9))
-        offset = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)))
-        steps = tl.broadcast_to(((1 << scale_bits) - 1).to(tl.float32), (GROUPS,))
-        scale = tl.div_rn(code.to(tl.float32), steps) * absmax + offset
-        scale = tl.minimum(scale, 3.4028234663852886e38)
-        where = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-        store_floats(tl.load(row + 4), where, entries * scale[:, None], where < count, tl.load(row + 8))
+        where = eight[:, None] * 8 + tl.arange(0, 8)[None, :]
+        if length % size == 0:
+            # Groups are runs of the flattened weight, and no eight lies in two of them.
+            scales = tl.broadcast_to(_scales(row, eight * 8 // size, n_groups, eight * 8 < count)[:, None], (GROUPS, 8))
+        else:
+            scales = _scales(row, groups_of(eight, length, size), n_groups, where < count)
+        store_floats(tl.load(row + 4), where, entries * scales, where < count, tl.load(row + 8))
+
+
+@triton.jit
+def _scales(row, group, n_groups, mask):
+    """s^ of groups, float32; of none where masked."""
+    scale_bits = tl.load(row + 12)
+    code = load_code(tl.load(row + 1), group, scale_bits, n_groups, mask).to(tl.float32)
+    absmax = load_floats(tl.load(row + 2), group // tl.load(row + 14), mask, tl.load(row + 9))
+    offset = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)))
+    steps = tl.zeros_like(code) + ((1 << scale_bits) - 1).to(tl.float32)
+    return tl.minimum(tl.div_rn(code, steps) * absmax + offset, 3.4028234663852886e38)
 
 
 @triton.jit
 def _exact_scales(table, columns, TILE: tl.constexpr):
-    """Absmax of every block, and the least of them."""
+    """Absmax of every group, and the least of them."""
     row = table + tl.program_id(1) * columns
-    count, block_size = tl.load(row + 15), tl.load(row + 13)
-    start = tl.program_id(0).to(tl.int64) * TILE
-    if start < count:
-        where = start + tl.arange(0, TILE)
-        weights = tl.abs(load_floats(tl.load(row + 5), where, where < count, tl.load(row + 10)))
-        exact = tl.load(row + 6).to(tl.pointer_type(tl.float32))
-        offset = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        # The shape of a block must be known to the compiler.
-        if block_size == 16:
-            _reduce(weights, exact, offset, start, count, TILE, 16)
-        elif block_size == 32:
-            _reduce(weights, exact, offset, start, count, TILE, 32)
-        else:
-            _reduce(weights, exact, offset, start, count, TILE, 64)
+    size = tl.load(row + 13)
+    # The shape of a group must be known to the compiler.
+    if size == 16:
+        _reduce(row, TILE, 16)
+    elif size == 32:
+        _reduce(row, TILE, 32)
+    else:
+        _reduce(row, TILE, 64)
 
 
 @triton.jit
-def _reduce(weights, exact, offset, start, count, TILE: tl.constexpr, SIZE: tl.constexpr):
-    largest = tl.max(tl.reshape(weights, (TILE // SIZE, SIZE)), axis=1)
-    block = start // SIZE + tl.arange(0, TILE // SIZE)
-    inside = block * SIZE < count
-    tl.store(exact + block, largest, mask=inside)
-    tl.atomic_min(offset, tl.min(tl.where(inside, largest, float("inf")), axis=0))
+def _reduce(row, TILE: tl.constexpr, SIZE: tl.constexpr):
+    RUN: tl.constexpr = TILE // SIZE
+    _, length, n_groups = _shape(row)
+    if tl.program_id(0) * RUN < n_groups:
+        group = tl.program_id(0).to(tl.int64) * RUN + tl.arange(0, RUN)
+        per_row = (length + SIZE - 1) // SIZE
+        column = (group % per_row * SIZE)[:, None] + tl.arange(0, SIZE)[None, :]
+        inside = (column < length) & (group < n_groups)[:, None]
+        weights = load_floats(
+            tl.load(row + 5), (group // per_row * length)[:, None] + column, inside, tl.load(row + 10)
+        )
+        largest = tl.max(tl.abs(weights), axis=1)
+        tl.store(tl.load(row + 6).to(tl.pointer_type(tl.float32)) + group, largest, mask=group < n_groups)
+        least = tl.min(tl.where(group < n_groups, largest, float("inf")), axis=0)
+        tl.atomic_min(tl.load(row + 3).to(tl.pointer_type(tl.float32)), least)
 
 
 @triton.jit
 def _quantize_scales(table, columns, ROWS: tl.constexpr):
     """Scale blocks: second-level absmax, packed scale codes, and the scales s^ that they stand for."""
     row = table + tl.program_id(1) * columns
-    count, block_size, scale_block_size = tl.load(row + 15), tl.load(row + 13), tl.load(row + 14)
-    n_blocks = (count + block_size - 1) // block_size
+    _, _, n_blocks = _shape(row)
+    scale_block_size = tl.load(row + 14)
     if tl.program_id(0) * ROWS * scale_block_size < n_blocks:
         scale_bits, dtype = tl.load(row + 12), tl.load(row + 9)
         r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -213,18 +240,18 @@ def _quantize_scales(table, columns, ROWS: tl.constexpr):
 def _quantize(table, columns, books, thresholds, GROUPS: tl.constexpr):
     """Nearest codes under s^, packed, and the weights that they stand for."""
     row = table + tl.program_id(1) * columns
-    count = tl.load(row + 15)
+    count, length, _ = _shape(row)
     if tl.program_id(0) * GROUPS * 8 < count:
-        bits, block_size = tl.load(row + 11), tl.load(row + 13)
+        bits, size = tl.load(row + 11), tl.load(row + 13)
         group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
         lanes = tl.arange(0, 8)
         where = group[:, None] * 8 + lanes[None, :]
         inside = where < count
         weights = load_floats(tl.load(row + 5), where, inside, tl.load(row + 10))
-        scales = tl.load(row + 7).to(tl.pointer_type(tl.float32)) + group * 8 // block_size
-        scale = tl.load(scales, mask=group * 8 < count, other=0.0)
+        scales = tl.load(row + 7).to(tl.pointer_type(tl.float32))
+        scale = tl.load(scales + groups_of(group, length, size), mask=inside, other=0.0)
         divisor = tl.where(scale == 0, float("inf"), scale)
-        x = tl.div_rn(weights, tl.broadcast_to(divisor[:, None], (GROUPS, 8)))
+        x = tl.div_rn(weights, divisor)
         # Binary search: 2^bits - 1 thresholds take exactly `bits` comparisons.
         codes = tl.zeros((GROUPS, 8), dtype=tl.int64)
         for step in tl.static_range(8):
@@ -232,5 +259,5 @@ def _quantize(table, columns, books, thresholds, GROUPS: tl.constexpr):
             at = tl.load(thresholds + (1 << bits) + codes + tl.maximum(half, 1) - 1)
             codes += tl.where((half > 0) & (x > at), half, 0)
         entries = tl.load(books + (1 << bits) + codes)
-        store_floats(tl.load(row + 4), where, entries * scale[:, None], inside, tl.load(row + 8))
+        store_floats(tl.load(row + 4), where, entries * scale, inside, tl.load(row + 8))
         store_packed(tl.load(row + 0), group, tl.where(inside, codes, 0), bits, count)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coalora.calibrate.statistics import collect_statistics, load_statistics, save_statistics
+from coalora.calibrate.tables import error_table
 from coalora.data.benchmark import Split, pad
 from coalora.errors import CoaloraError
 from coalora.models.targets import find_target_layers
@@ -115,13 +116,23 @@ def test_the_hessian_has_the_moments_on_its_diagonal_and_is_that_of_one_pass(tin
         torch.testing.assert_close(known.hessian, known.hessian.T)
 
 
-def test_statistics_read_back_what_was_saved_and_refuse_layers_they_lack(tiny_llama, split: Split, tmp_path) -> None:
+def test_statistics_read_back_what_was_saved_and_refuse_layers_they_lack(
+    tiny_llama, split: Split, tmp_path, small_space
+) -> None:
     model = tiny_llama()
     layers = find_target_layers(model)
     known = collect_statistics(model, layers[:2], split, batch_size=5, hessians=True)
-    save_statistics(tmp_path / "s.safetensors", layers[:2], known)
-    for read, saved in zip(load_statistics(tmp_path / "s.safetensors", layers[:2]), known, strict=True):
+    known = [dataclasses.replace(one, rounding="feedback") for one in known]
+    weights = [model.get_submodule(layer.name).weight.data for layer in layers[:2]]
+    error_table(weights, known, small_space, keep=True)
+    save_statistics(tmp_path, layers[:2], known, small_space)
+    for read, saved in zip(load_statistics(tmp_path, layers[:2], small_space), known, strict=True):
         assert torch.equal(read.second_moment, saved.second_moment)
         assert torch.equal(read.hessian, saved.hessian)
+        assert read.rounding == "feedback"
+        assert len(read.packed) == len(small_space)
+        assert list(read.packed) == list(saved.packed)
+        for choice, parts in saved.packed.items():
+            assert all(torch.equal(read.packed[choice][part], tensor) for part, tensor in parts.items())
     with pytest.raises(CoaloraError, match=r"no statistics of model\.layers\.0"):
-        load_statistics(tmp_path / "s.safetensors", layers)
+        load_statistics(tmp_path, layers, small_space)

@@ -27,7 +27,7 @@ def test_errors_equal_the_formula_written_out(tiny_gpt2, small_space: ChoiceSpac
     layers = find_target_layers(model)
     weights = [layer.matrix(model.get_submodule(layer.name).weight.data) for layer in layers]
     moments = [torch.rand(layer.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1 for layer in layers]
-    err = error_table(weights, [InputStatistics(m) for m in moments], small_space)
+    err = error_table(weights, [InputStatistics(m, rounding="absmax") for m in moments], small_space)
     base = QuantizedBase(model, layers, small_space)
     for k in range(len(small_space)):
         base.switch(np.full(len(layers), k))
@@ -44,7 +44,7 @@ def test_errors_predict_the_output_error_for_uncorrelated_inputs(small_space: Ch
     W = torch.randn(24, 40, generator=generator)
     scale = torch.rand(40, generator=generator) * 3
     x = torch.randn(20_000, 40, generator=generator) * scale
-    err = error_table([W], [InputStatistics(x.square().mean(0))], small_space)[0]
+    err = error_table([W], [InputStatistics(x.square().mean(0), rounding="absmax")], small_space)[0]
     for k, choice in enumerate(small_space.choices):
         residual = x @ (W - small_space.scheme.fake_quantize(W, choice)).T
         assert err[k] == pytest.approx(float(residual.square().mean() / (x @ W.T).square().mean()), rel=0.1)
@@ -58,8 +58,8 @@ def _correlated(n: int) -> torch.Tensor:
 def test_with_a_hessian_errors_are_those_of_the_output_itself_however_inputs_correlate(small_space) -> None:
     W, x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), _correlated(40)
     moment = x.square().mean(0)
-    err = error_table([W], [InputStatistics(moment, x.T @ x / len(x))], small_space)[0]
-    diagonal = error_table([W], [InputStatistics(moment)], small_space)[0]
+    err = error_table([W], [InputStatistics(moment, x.T @ x / len(x), "absmax")], small_space)[0]
+    diagonal = error_table([W], [InputStatistics(moment, rounding="absmax")], small_space)[0]
     for k, choice in enumerate(small_space.choices):
         residual = x.double() @ (W - small_space.scheme.fake_quantize(W, choice)).double().T
         exact = float(residual.square().mean() / (x.double() @ W.double().T).square().mean())
@@ -71,7 +71,7 @@ def test_a_diagonal_hessian_gives_the_error_of_the_moments_alone(small_space: Ch
     W = torch.randn(24, 40, generator=torch.Generator().manual_seed(6))
     moment = torch.rand(40, generator=torch.Generator().manual_seed(7))
     moment[3] = 0  # counts a little in both
-    err = error_table([W, W], [InputStatistics(moment), InputStatistics(moment, moment.diag())], small_space)
+    err = error_table([W, W], [InputStatistics(moment, H, "absmax") for H in (None, moment.diag())], small_space)
     np.testing.assert_allclose(err[1], err[0], rtol=1e-5)
 
 
@@ -81,6 +81,25 @@ def test_measuring_errors_changes_neither_weights_nor_statistics(small_space: Ch
     before = W.clone(), known.second_moment.clone(), known.hessian.clone()
     error_table([W], [known], small_space)
     assert all(torch.equal(a, b) for a, b in zip(before, (W, known.second_moment, known.hessian), strict=True))
+
+
+def test_errors_are_those_of_the_weights_that_are_kept_whatever_the_rounding(small_space: ChoiceSpace) -> None:
+    W, x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), _correlated(40)
+    errors = {}
+    for rounding in ("absmax", "searched", "feedback"):
+        known = InputStatistics(x.square().mean(0), x.T @ x / len(x), rounding)
+        errors[rounding] = error_table([W], [known], small_space, keep=True)[0]
+        assert list(known.packed) == list(small_space.choices)
+        for k, choice in enumerate(small_space.choices):
+            scheme = small_space.scheme
+            kept = scheme.dequantize(scheme.unpack(known.packed[choice], choice, W.shape), choice, W.shape)
+            exact = float((x @ (W - kept).T).square().mean() / (x @ W.T).square().mean())
+            assert errors[rounding][k] == pytest.approx(exact, rel=1e-3)
+            # What is kept is read, not made again: a zero weight would give zeros.
+            assert torch.equal(scheme.fake_quantize(torch.zeros_like(W), choice, known), kept)
+    low = [k for k, choice in enumerate(small_space.choices) if choice.bits < 8]  # type: ignore[attr-defined]
+    assert (errors["searched"][low] < errors["absmax"][low]).mean() > 0.9
+    assert (errors["feedback"][low] < errors["searched"][low]).all()
 
 
 def test_errors_fall_with_bits_and_rise_with_block_size(tables: CalibrationTables) -> None:

@@ -273,10 +273,10 @@ def test_many_choices_together_give_what_each_gives_alone_again_and_again() -> N
     """The factor that they share belongs to the Hessian and the group size, and nothing random enters."""
     W, statistics = gaussian(24, 96), known(inputs(96))
     before = W.clone(), statistics.hessian.clone()
-    together = list(GPTQ.fake_quantize_many(W, SOME, statistics))
-    for choice, result in zip(SOME, together, strict=True):
-        assert torch.equal(result, GPTQ.fake_quantize(W, choice, statistics))
-        assert not result.is_inference()
+    together = list(GPTQ.quantize_many(W, SOME, statistics))
+    for choice, state in zip(SOME, together, strict=True):
+        alone = GPTQ.quantize(W, choice, statistics)
+        assert all(torch.equal(alone[name], tensor) and not tensor.is_inference() for name, tensor in state.items())
     assert torch.equal(W, before[0])
     assert torch.equal(statistics.hessian, before[1])
 

@@ -140,9 +140,10 @@ def test_nominal_bits_are_the_bytes_of_groups_that_fit() -> None:
 def test_many_are_each_alone_and_leave_the_weight_as_it_was() -> None:
     weight = gaussian(13, 100)
     kept = weight.clone()
-    for choice, result in zip(ALL, INT.fake_quantize_many(weight, ALL), strict=True):
-        assert torch.equal(result, INT.fake_quantize(weight, choice))
-        result.zero_()
+    for choice, state in zip(ALL, INT.quantize_many(weight, ALL), strict=True):
+        assert all(torch.equal(state[name], tensor) for name, tensor in INT.quantize(weight, choice).items())
+        for tensor in state.values():
+            tensor.zero_()
     assert torch.equal(weight, kept)
 
 
@@ -175,7 +176,7 @@ def test_error_falls_with_bits_with_smaller_groups_and_with_zero_points_where_th
         (weight, [IntChoice(3, size, "asym") for size in (128, 64, 32)]),
         (skewed, [IntChoice(4, 64, mode) for mode in ("sym", "asym")]),
     ):
-        errors = [float((w - given).norm()) for w in INT.fake_quantize_many(given, choices)]
+        errors = [float((INT.fake_quantize(given, choice) - given).norm()) for choice in choices]
         assert errors == sorted(errors, reverse=True)
         assert errors[0] > 1.1 * errors[-1]
 

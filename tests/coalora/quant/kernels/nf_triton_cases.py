@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from coalora.quant.nf.jobs import dequantize_packed_many, quantize_packed_many
 from coalora.quant.nf.scheme import NFChoice, NFScheme
+from coalora.quant.nf.triton import dequantize_packed_many, quantize_packed_many
 from coalora.quant.scheme import Scheme
 
 NF = NFScheme()

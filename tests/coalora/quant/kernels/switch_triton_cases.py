@@ -10,7 +10,7 @@ from torch import nn
 from coalora.models.switching import quantized
 from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import TargetLayer
-from coalora.quant.integer import scheme as integer
+from coalora.quant import grouped
 from coalora.quant.nf import scheme as nf
 from coalora.quant.space import ChoiceSpace
 
@@ -30,7 +30,7 @@ def test_layers_written_together_hold_what_each_alone_would(monkeypatch: pytest.
     model.requires_grad_(False)
     masters = [model[f"l{i}"].weight.clone() for i in range(len(SHAPES))]
     layers = [TargetLayer(f"l{i}", f"l{i}", 0, shape, False) for i, shape in enumerate(SHAPES)]
-    for module in (quantized, nf, integer):
+    for module in (quantized, grouped, nf):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     base = QuantizedBase(model, layers, space, cache_bytes=limit)
     assert base._rows is not None

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from coalora.errors import CoaloraError
-from coalora.quant.nf.book import nf_code_book, nf_codes
+from coalora.quant.nf.book import nearest_codes, nf_code_book
 from coalora.quant.nf.nearest import IntervalTable, decision_thresholds
 
-CPU = torch.device("cpu")
+
+def counted(thresholds: np.ndarray, x: list[float]) -> list[int]:
+    out = torch.empty(len(x), dtype=torch.uint8)
+    IntervalTable(thresholds).count_below(torch.tensor(x), out)
+    return out.tolist()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -23,21 +27,21 @@ def test_nearest_is_exact_on_and_around_every_threshold(bits: int) -> None:
     # argmin takes the first of equal distances, the lower entry: the tie rule. Differences of float32 numbers
     # this close are exact in float64.
     distance = np.abs(x[:, None].astype(np.float64) - book.astype(np.float64))
-    np.testing.assert_array_equal(nf_codes(torch.from_numpy(x), bits).numpy(), distance.argmin(axis=1))
+    expected = distance.argmin(axis=1)
+    np.testing.assert_array_equal(nearest_codes(torch.from_numpy(x), bits).numpy(), expected)  # a binary search
+    np.testing.assert_array_equal(nearest_codes(torch.from_numpy(np.tile(x, 3)), bits).numpy(), np.tile(expected, 3))
 
 
 def test_a_tie_goes_to_the_lower_entry() -> None:
     book = np.array([-1, -0.5, 0, 0.5, 1], dtype=np.float32)
-    table = IntervalTable(decision_thresholds(book), CPU)
-    x = torch.tensor([-0.75, -0.25, 0.25, 0.75])
-    assert table.intervals[table.positions(x).numpy()].tolist() == [0, 1, 2, 3]
+    assert counted(decision_thresholds(book), [-0.75, -0.25, 0.25, 0.75]) == [0, 1, 2, 3]
 
 
 def test_thresholds_much_closer_than_the_first_grid_are_told_apart() -> None:
     thresholds = np.array([0.1, 0.10001, 0.10002], dtype=np.float32)
-    table = IntervalTable(thresholds, CPU)
-    x = torch.tensor([0.0, 0.100005, 0.100015, 0.2])
-    assert table.intervals[table.positions(x).numpy()].tolist() == [0, 1, 2, 3]
+    many = np.concatenate([thresholds, np.linspace(0.2, 0.9, 20, dtype=np.float32)])  # counted by cells
+    for given in (thresholds, many):
+        assert counted(given, [0.0, 0.100005, 0.100015, 0.15]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -45,4 +49,4 @@ def test_thresholds_much_closer_than_the_first_grid_are_told_apart() -> None:
 )
 def test_thresholds_that_no_table_can_hold_are_refused(bad: list[float]) -> None:
     with pytest.raises(CoaloraError, match=r"[Tt]hresholds"):
-        IntervalTable(np.array(bad, dtype=np.float32), CPU)
+        IntervalTable(np.array(bad, dtype=np.float32))
