@@ -33,7 +33,7 @@ from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors,
 
 C = TypeVar("C", bound=Choice)
 Tensors = tuple[Tensor, ...]
-# By bits, the parts of a group's range that are tried; each is refitted by least squares, so that few of them do. With 8
+# By bits, the parts of a group's range that are tried; each is refitted by least squares, so that few of them do. At 8
 # bits there is nothing to gain.
 SEARCHED = {2: (1.0, 0.85, 0.7, 0.58, 0.46), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 4: (1.0, 0.95, 0.9, 0.84, 0.76)}
 _CHUNK = 2**15  # weights, on a CPU: temporaries of so many stay in its cache
