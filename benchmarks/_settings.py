@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.calibrate.statistics import collect_statistics, load_statistics, save_statistics
-from coalora.calibrate.tables import CalibrationTables, calibration_tables, error_table
+from coalora.calibrate.statistics import load_statistics, save_statistics
+from coalora.calibrate.tables import CalibrationTables, calibrate
 from coalora.data.benchmark import Benchmark
 from coalora.data.build import classification, language_modeling
 from coalora.data.classification import read_table
@@ -22,7 +22,7 @@ from coalora.models.loading import default_device, load_model, load_tokenizer
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import AdapterRecipe, PretrainRecipe, Teacher
+from coalora.recipes import AdapterRecipe, CalibrationRecipe, PretrainRecipe, Rounding, Teacher
 from coalora.train.pretrain import pretrain
 
 CACHE = Path(__file__).parent / ".cache"
@@ -62,7 +62,9 @@ class Setting:
         return score(adapted, self.benchmark.validation, batch_size=64).metric
 
 
-def prepare(name: str, source: Path | None, model: str | None, space: str = "bits") -> Setting:
+def prepare(
+    name: str, source: Path | None, model: str | None, space: str = "bits", rounding: Rounding = "feedback"
+) -> Setting:
     """The setting `name` with the choices `SPACES[space]`; a decoder is pre-trained where it has no base of its own.
 
     Raises:
@@ -75,7 +77,7 @@ def prepare(name: str, source: Path | None, model: str | None, space: str = "bit
         raise CoaloraError("Setting sst2 adapts an encoder", remedy="Name it with --model")
     content = [file_sha256(p) for p in sorted(source.rglob("*.tsv")) or [source]] if source is not None else []
     base = digest([name, content, model, vars(DECODER)])
-    identity = digest([base, SPACES[space]])
+    identity = digest([base, SPACES[space], rounding])
     folder = CACHE / f"{name}-{base[:12]}"
     folder.mkdir(exist_ok=True)
     language = name != "sst2"
@@ -92,7 +94,7 @@ def prepare(name: str, source: Path | None, model: str | None, space: str = "bit
     else:
         assert source is not None
         made = _sst2(source, where)
-    tables, statistics = _calibrated(folder, _load(where, made), made, identity, space)
+    tables, statistics = _calibrated(folder, _load(where, made), made, identity, space, rounding)
     return Setting(
         identity, where, made, tables, statistics, 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
         "base" if language else "adapted",
@@ -115,16 +117,15 @@ def _sst2(folder: Path, model: str) -> Benchmark:
 
 
 def _calibrated(
-    folder: Path, model: PreTrainedModel, benchmark: Benchmark, identity: str, space: str
+    folder: Path, model: PreTrainedModel, benchmark: Benchmark, identity: str, space: str, rounding: Rounding
 ) -> tuple[CalibrationTables, list[InputStatistics]]:
-    layers = find_target_layers(model)
-    kept, file = folder / "statistics.safetensors", folder / f"tables-{space}.safetensors"
-    if not kept.is_file():
-        known = collect_statistics(model, layers, benchmark.train.head(64), batch_size=16, hessians=True)
-        save_statistics(kept, layers, known)
-    known = load_statistics(kept, layers)
-    if not file.is_file():
-        choices = ChoiceSpace("nf", **SPACES[space])
-        weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers]
-        calibration_tables(layers, choices, error_table(weights, known, choices), identity).save(file)
-    return CalibrationTables.load(file), known
+    kept = folder / f"{space}-{rounding}"
+    if not (kept / "tables.safetensors").is_file():
+        layers, choices = find_target_layers(model), ChoiceSpace("nf", **SPACES[space])
+        recipe = CalibrationRecipe(rounding=rounding)
+        tables, statistics = calibrate(model, layers, benchmark.train, choices, recipe, base_digest=identity)
+        kept.mkdir(exist_ok=True)
+        save_statistics(kept, layers, statistics, choices)
+        tables.save(kept / "tables.safetensors")
+    tables = CalibrationTables.load(kept / "tables.safetensors")
+    return tables, load_statistics(kept, tables.layers, tables.space)

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from benchmarks._settings import CACHE, SPACES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
 from coalora.evaluate.losses import measure_configurations
 from coalora.files import digest, file_sha256, json_bytes, read_json, replace_file
-from coalora.recipes import AdapterRecipe, Objective, TrainingRecipe
+from coalora.recipes import AdapterRecipe, Objective, Rounding, TrainingRecipe
 from coalora.search.knapsack import allocate
 from coalora.train.loop import train
 
@@ -191,12 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="text of tinyshakespeare, or folder of SST-2's train and dev.tsv")
     parser.add_argument("--model", help="folder or hub id of the encoder of sst2")
     parser.add_argument("--choices", choices=list(SPACES), default="bits", help="one for each bit-width, or all 432")
+    parser.add_argument("--rounding", choices=get_args(Rounding), default="feedback", help="how weights are quantized")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="S: steps of an adapter for one configuration alone")
     parser.add_argument("--methods", nargs="+", default=MAIN, choices=list(ARMS), metavar="METHOD")
     parser.add_argument("--mlflow", help="tracking URI: every run is logged there")
     options = parser.parse_args(arguments)
-    setting = prepare(options.setting, options.text, options.model, options.choices)
+    setting = prepare(options.setting, options.text, options.model, options.choices, options.rounding)
     trained = [name for name in options.methods if ARMS[name].method != "none"]
     if short := [name for name in trained if steps_for(ARMS[name], setting, options.steps) < 1]:
         parser.error(f"--steps {options.steps} must be larger: search alone costs what {', '.join(short)} may spend")
