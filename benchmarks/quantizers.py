@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "quantizers",
         rows,
         notes=f"{options.model}; loss in nats a token over {options.blocks} x {options.length} tokens of "
-        f"{options.text}, calibrated on {options.samples} x {options.length} of {options.calibration or 'what follows'}; {device}",
+        f"{options.text}, calibrated on {options.samples} x {options.length} of "
+        f"{options.calibration or 'what follows'}; {device}",
     )
 
 
