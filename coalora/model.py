@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -75,13 +76,14 @@ class CoaLoraModel:
         task: Task,
         folder: Path,
         name: str,
-        max_length: int = 128,
-        device: torch.device | None = None,
-        trust_remote_code: bool = False,
+        max_length: int,
+        device: torch.device,
+        load: Callable[[], PreTrainedModel],
+        trust_remote_code: bool,
     ) -> None:
         self.base, self.tokenizer, self.config, self.task = base, tokenizer, config, task
         self.folder, self.name, self.max_length = folder, name, max_length
-        self.device, self.trust_remote_code = device or base.device, trust_remote_code
+        self.device, self._load, self.trust_remote_code = device, load, trust_remote_code
         self.base_digest = model_digest(folder)
         self.layers = find_target_layers(base, config.target_modules)
         self._tables: CalibrationTables | None = None
@@ -117,22 +119,18 @@ class CoaLoraModel:
         runtime = resolved(config)
         device = torch.device(runtime.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        base = load_model(
-            folder,
-            task,
-            num_labels=num_labels,
-            dtype=getattr(torch, runtime.dtype),
-            # Packed layers need not fit the device in full precision.
-            device=torch.device("cpu") if config.weights == "packed" else device,
-            seed=config.seed,
+        load = partial(
+            load_model, folder, task, num_labels=num_labels, dtype=getattr(torch, runtime.dtype), seed=config.seed,
             trust_remote_code=trust_remote_code,
-        )
+        )  # fmt: skip
+        # Packed layers need not fit the device in full precision.
+        base = load(device=torch.device("cpu") if config.weights == "packed" else device)
         if base.config.pad_token_id is None:  # decoders with a classification head find the last token by it
             base.config.pad_token_id = tokenizer.pad_token_id
         name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
         return cls(
             base, tokenizer, config, task=task, folder=folder, name=name, max_length=max_length, device=device,
-            trust_remote_code=trust_remote_code,
+            load=partial(load, device=device), trust_remote_code=trust_remote_code,
         )  # fmt: skip
 
     @property
@@ -318,21 +316,11 @@ class CoaLoraModel:
         Args:
             formats: names of `coalora.EXPORT_FORMATS`.
         """
-        classes = self.base.config.num_labels if self.task == "classification" else None
         source = ExportSource(
             self.bundle().adapt(budget),
             self.tables,
             self.task,
-            # The resident model holds quantized weights.
-            load_model=lambda: load_model(
-                self.folder,
-                self.task,
-                num_labels=classes,
-                dtype=self.base.dtype,
-                device=self.device,
-                seed=self.config.seed,
-                trust_remote_code=self.trust_remote_code,
-            ),
+            load_model=self._load,  # the resident model holds quantized weights
             load_tokenizer=lambda: self.tokenizer,
             load_statistics=lambda: self.statistics,
             rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),

@@ -158,7 +158,7 @@ def _read_configuration(folder: Path) -> dict:
     content = read_json(folder / CONFIGURATION)
     if configuration_digest(content) != content["digest"]:
         raise CoaloraError(
-            f"configuration.json of {folder} names the digest {content['digest']}, and has "
+            f"{CONFIGURATION} of {folder} names the digest {content['digest']}, and has "
             f"{configuration_digest(content)}",
             remedy="Export the base again",
         )

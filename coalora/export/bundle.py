@@ -23,6 +23,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key, write_adapter
+from coalora.export.base import CONFIGURATION
 from coalora.files import read_json, read_tensors, write_json, write_tensors
 from coalora.recipes import AdapterRecipe, Task
 from coalora.search.budget import best_within
@@ -192,7 +193,7 @@ class Bundle:
     def write(self, adapted: Adapted, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write `configuration.json` and a PEFT adapter under `adapter/` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "configuration.json", adapted.content)
+        write_json(folder / CONFIGURATION, adapted.content)
         adapted.save_pretrained(folder / "adapter", dtype=dtype)
 
     def save(self, folder: Path | str) -> None:

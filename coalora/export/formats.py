@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # names are listed without torch
     from coalora.models.loading import Task
     from coalora.quant.scheme import InputStatistics
 
-CONFIGURATION = "configuration.json"
-
 
 @dataclass(frozen=True)
 class ExportSource:
@@ -116,7 +114,8 @@ def write_export(folder: Path | str, formats: Sequence[str], source: ExportSourc
     Raises:
         CoaloraError: no such format.
     """
-    from coalora.files import write_json  # torch comes with it
+    from coalora.export.base import CONFIGURATION  # torch comes with these
+    from coalora.files import write_json
 
     folder, wanted = Path(folder), [EXPORT_FORMATS[name]() for name in formats]
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -76,18 +77,15 @@ def load_model(
     transformers_logging.set_verbosity_error()
     torch.manual_seed(seed)
     try:
-        model, info = _AUTO[task].from_pretrained(
-            str(name_or_path),
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=dtype or default_dtype(device),
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-    except (OSError, SafetensorError, HFValidationError) as error:
-        raise _not_found(name_or_path, error) from error
-    except ValueError as error:
-        raise _no_such_architecture(name_or_path, task, error) from error
+        with _known(name_or_path, task):
+            model, info = _AUTO[task].from_pretrained(
+                str(name_or_path),
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=dtype or default_dtype(device),
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     except RuntimeError as error:  # transformers' word for tensors of other shapes
         raise CoaloraError(
             f"The tensors of {name_or_path} have other shapes than a model with num_labels {num_labels}",
@@ -110,14 +108,10 @@ def load_config(
     Raises:
         CoaloraError: there is no such model.
     """
-    try:
+    with _known(name_or_path, "either task"):
         return AutoConfig.from_pretrained(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, HFValidationError) as error:
-        raise _not_found(name_or_path, error) from error
-    except ValueError as error:
-        raise _no_such_architecture(name_or_path, "either task", error) from error
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -127,9 +121,8 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
         CoaloraError: there is no such model, or it comes without a tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-    except (OSError, HFValidationError) as error:
-        raise _not_found(name_or_path, error) from error
+        with _known(name_or_path, "either task"):
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     except (TypeError, ImportError):  # of transformers 4 where a folder has no tokenizer
         tokenizer = None
     # transformers 5 makes up a tokenizer of special tokens alone there: every text would be unknown.
@@ -153,11 +146,8 @@ def meta_model(config: PretrainedConfig, task: Task, *, num_labels: int | None =
     if task == "classification" and num_labels is not None:
         config = copy.deepcopy(config)
         config.num_labels = num_labels
-    try:
-        with torch.device("meta"):
-            return _AUTO[task].from_config(config)
-    except ValueError as error:
-        raise _no_such_architecture(config.model_type, task, error) from error
+    with _known(config.model_type, task), torch.device("meta"):
+        return _AUTO[task].from_config(config)
 
 
 def _check_causal(config: PretrainedConfig, task: Task) -> None:
@@ -181,19 +171,20 @@ def _check_complete(model: PreTrainedModel, missing: Iterable[str], task: Task, 
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _no_such_architecture(name: str | Path, task: str, error: ValueError) -> CoaloraError:
-    return CoaloraError(
-        f"transformers has no architecture of {name} for {task} ({_first_line(error)})",
-        remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling",
-    )
-
-
-def _not_found(name_or_path: str | Path, error: Exception) -> CoaloraError:
-    return CoaloraError(
-        f"There is no base model {name_or_path} ({_first_line(error)})",
-        remedy="Set model.name_or_path to a hub id, or to a local folder with config.json and weights in safetensors",
-    )
+@contextmanager
+def _known(name: str | Path, task: str) -> Iterator[None]:
+    """Refusals of transformers and the hub in words that say what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):
+            raise CoaloraError(
+                f"transformers has no architecture of {name} for {task} ({reason})",
+                remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling",
+            ) from error
+        raise CoaloraError(
+            f"There is no base model {name} ({reason})",
+            remedy="Set model.name_or_path to a hub id, or to a local folder with config.json and weights in "
+            "safetensors",
+        ) from error
