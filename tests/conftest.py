@@ -5,6 +5,7 @@ gain. And no servers, stores or credentials of the user's, who may have sourced 
 (`.coalora/stack/env`): tests that need any start their own.
 """
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -22,9 +23,15 @@ for _name in list(os.environ):
     if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
         del os.environ[_name]
 shared.begin()
+gc.disable()  # while torch and the others are imported: what they leave is never garbage
 # Processes that tests and what they call start by multiprocessing begin with the libraries imported, and theirs too.
 os.environ["PRELOADED_PYTHON"] = str(preloaded.python(shared.folder() / f"bin-{os.getpid()}"))
 multiprocessing.set_executable(os.environ["PRELOADED_PYTHON"])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,9 @@ def site(checkout: Checkout, folder: Path, *, initial_steps: int) -> Iterator[Si
     root = checkout.root
     write_pipelines(root, initial_steps)
     (root / ".gitignore").write_text(".coalora/\nruns/\noutputs/\n__pycache__/\n")
+    # What the stack starts are processes of their own, as on a user's machine.
+    del checkout.environment["PRELOADED_PYTHON"]
+    checkout.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     checkout.environment["COALORA_STORE"] = f"s3://{BUCKET}/store"
     made = Site(checkout, folder, None)  # type: ignore[arg-type]
     try:

@@ -6,6 +6,7 @@ import compileall
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) 
         environment = {k: v for k, v in os.environ.items() if not k.startswith(own)} | _NO_SETTINGS
         # One thread: two processes of tiny matrices on two cores lose more than they gain.
         environment |= {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
-        environment |= {"PRELOADED_PYTHON": str(python), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        programs = f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment |= {"PRELOADED_PYTHON": str(python), "PATH": programs}
         return Checkout(root, environment)
 
     return make
