@@ -272,7 +272,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What one is told by, described by and checked by."""
+    """Files that tell one kind from others, its description and its checks."""
 
     files: tuple[str, ...]
     describe: Callable[[Path], dict[str, str]]
