@@ -4,8 +4,6 @@ Each reads its arguments and hands them to a plain function; what is slow to imp
 after the settings of a run, were found good.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Answers of a finished run, from its record and the store: any budget, and perplexity on any text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

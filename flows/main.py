@@ -6,8 +6,6 @@ A second run does no work; a run that was killed goes on behind its last finishe
 one flow run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated

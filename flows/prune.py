@@ -1,7 +1,5 @@
 """Report of `coalora prune`: what nothing refers to on this machine or in a bucket, and its removal."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

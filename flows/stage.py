@@ -8,8 +8,6 @@ copied from the store to `outputs/<part>/`, because DVC deletes its outputs befo
 store, so an earlier part that DVC skipped costs the check of its files and nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

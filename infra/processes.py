@@ -4,8 +4,6 @@ A pid by itself says little: after a reboot, or a day, it may be somebody else's
 where its start time and command line are those that were written down when it was started.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

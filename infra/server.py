@@ -4,8 +4,6 @@ Everything may be repeated: what is there already is brought to what is asked fo
 `prefect deploy --all`.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Collection, Iterator, Mapping

@@ -6,8 +6,6 @@ be looked at; moto's server, which tests use, keeps all in memory and forgets. L
 object; hence the two `when_required` below, which botocore, s3fs and DVC read.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@
 nothing else. All listens on 127.0.0.1; state, logs and bytes lie under the state folder (`.coalora/stack`) and survive.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

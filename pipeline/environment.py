@@ -4,8 +4,6 @@ Nothing of theirs is imported here: they read their variables at import, so that
 Prefect's settings are `[tool.prefect]` in pyproject.toml. A variable that the user has set is left alone.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

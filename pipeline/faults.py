@@ -1,7 +1,5 @@
 """Faults of a disk or a database as errors that say what to do; everything else passes through."""
 
-from __future__ import annotations
-
 import errno
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Checks of settings against files, shapes and servers, made before anything runs: no typing error costs hours."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The server is told from a thread of its own, and never twice at a time: a slow o
 Prefect is imported by nothing here: a process that has not imported it is in no run.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import sys

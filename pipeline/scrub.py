@@ -1,7 +1,5 @@
 """Text without secrets, for logs, errors and tracking servers: everybody with access to these reads them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

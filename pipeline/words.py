@@ -1,7 +1,5 @@
 """Numbers as people read them: metrics and differences, sizes, counts and times."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 DECIMALS = 3

@@ -1,7 +1,5 @@
 """Stage `base`: the base model, found or pre-trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Stage `benchmark`: the data, split and tokenized."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coalora.data import build

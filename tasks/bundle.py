@@ -1,7 +1,5 @@
 """Stage `bundle`: what adapts to any budget, without the base model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coalora.configurations import ConfigurationSet

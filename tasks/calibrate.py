@@ -1,7 +1,5 @@
 """Stage `calibrate`: input statistics of the target layers, and the error and size of every choice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coalora.calibrate import tables as method

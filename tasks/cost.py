@@ -1,7 +1,5 @@
 """Stage `cost`: calibration tables that count something else than average bits."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

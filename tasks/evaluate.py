@@ -1,7 +1,5 @@
 """Stage `evaluate`: the shards of a method put together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ own, so that an evaluation that was killed goes on behind its last finished shar
 A configuration's scores do not depend on what was measured before it: any cut gives the same numbers, bit for bit.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from coalora.calibrate.tables import CalibrationTables

@@ -1,7 +1,5 @@
 """Stage `export`: files for a device, for one budget."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.inputs.exports import ExportInputs

@@ -1,7 +1,5 @@
 """Stage `given-set`: a set of an earlier run as the start of another one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from coalora.method import initial as method

@@ -1,7 +1,5 @@
 """Stage `harness`: lm-evaluation-harness tasks for one configuration of an adapted language model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

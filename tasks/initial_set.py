@@ -1,7 +1,5 @@
 """Stage `initial-set`: the configuration set of round 0."""
 
-from __future__ import annotations
-
 from coalora.method import initial as method
 from pipeline.inputs.loaders import load_tables, put_set
 from pipeline.settings.sections import InitialSetSettings

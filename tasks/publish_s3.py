@@ -1,7 +1,5 @@
 """Task `publish-to-s3`: a finished run in a bucket, and its address in MLflow."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import task

@@ -5,8 +5,6 @@ does (QLoRA, arXiv 2305.14314), `lq-lora` from the decomposition of the quantiza
 Both get the examples in the order of the other methods, and as many steps as asked for.
 """
 
-from __future__ import annotations
-
 from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import measure_configurations
 from coalora.recipes import TrainingRecipe

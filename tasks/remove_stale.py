@@ -1,7 +1,5 @@
 """Task `remove-stale-sets`: the checkout without sets of rounds that the run does not have."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import task

@@ -1,7 +1,5 @@
 """Stage `report`: pictures, page and tables of a result, and the files that DVC compares and plots."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coalora.files import read_json, write_json

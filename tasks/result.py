@@ -1,7 +1,5 @@
 """Stage `result`: everything that a finished run reports, as one checked JSON file."""
 
-from __future__ import annotations
-
 from coalora.files import read_json
 from coalora.models.loading import load_config
 from pipeline.inputs.adapted import HISTORY

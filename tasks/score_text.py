@@ -1,7 +1,5 @@
 """Stage `score-text`: perplexity of a finished run's model, adapted to a budget, on any text."""
 
-from __future__ import annotations
-
 from coalora.data.text import read_text
 from coalora.evaluate.perplexity import score_text
 from pipeline.inputs.exports import ExportInputs

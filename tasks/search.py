@@ -1,7 +1,5 @@
 """Stage `search`: a round of Pareto search."""
 
-from __future__ import annotations
-
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json
 from coalora.method import search as method

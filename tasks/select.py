@@ -1,7 +1,5 @@
 """Stage `select`: the final set measured with the final adapter, and the configuration of each asked budget."""
 
-from __future__ import annotations
-
 from coalora.evaluate.losses import LossMeter
 from coalora.method import selection as method
 from pipeline.inputs.adapted import ModelInputs

@@ -3,8 +3,6 @@
 Without a server (`dvc repro`) the task does nothing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from prefect import task

@@ -4,8 +4,6 @@ Artifacts of one key are one history: `<pipeline>-pareto-front` shows how the fr
 run. Without a server (`dvc repro`) the task does nothing.
 """
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE

@@ -1,7 +1,5 @@
 """Task `track-round`: a round's configuration set in MLflow."""
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 

@@ -1,7 +1,5 @@
 """Task `track-training`: a round's loss curve in MLflow."""
 
-from __future__ import annotations
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 

@@ -1,7 +1,5 @@
 """Stage `train`: steps of one method on one configuration set, going on from where an earlier stage stopped."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coalora.files import write_json, write_tensors

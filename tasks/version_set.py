@@ -3,8 +3,6 @@
 Tasks for their effect are not cached; where the effect is there already, they do nothing.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import task

@@ -1,7 +1,5 @@
 """Task `write-run-folder`: report, bundle and exports of a run under runs/."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

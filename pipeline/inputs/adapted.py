@@ -13,8 +13,6 @@ initialise), so that a model is loaded while nothing is measured: with several w
 are under way.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

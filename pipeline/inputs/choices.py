@@ -1,7 +1,5 @@
 """The choice space that settings ask for over a model's target layers, and what budgets count of it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Raw benchmark data: what settings name, read as texts or as labelled examples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Export behind artifacts: what decides the files of a device, and their writing for any configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields

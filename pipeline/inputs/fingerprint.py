@@ -1,7 +1,5 @@
 """Content digests of input files: part of cache keys, so that a changed file runs again and a moved one does not."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Apart from the stages that make them: editing how something is made does not touch the keys of those that read it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Each of several processes loads its own model, and not Prefect; the first tells the caller of progress and checkpoints.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

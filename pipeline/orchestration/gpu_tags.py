@@ -4,8 +4,6 @@ A stage that uses a GPU carries the tag `gpu` and one of its machine, `gpu-<host
 tasks of a tag run at a time. Prefect itself waits without a word (3.8.8), so that the wait is logged here.
 """
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

@@ -1,7 +1,5 @@
 """Checks of the Prefect server that a run talks to, and of the deployment that started it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -8,8 +8,6 @@ A run folder on another machine is not seen from here: what only that one refers
 used for the age limit, and is computed again by whoever needs it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

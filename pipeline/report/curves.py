@@ -4,8 +4,6 @@ Every step trains another configuration, so the raw loss jumps with its bits: wh
 neighbouring steps, over the band between the 10th and the 90th percentile of each group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

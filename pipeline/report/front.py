@@ -4,8 +4,6 @@ Left: the metric against average bits, members of the configuration set as point
 full precision as a rule. Right: the loss fronts, whose dominated area is the hypervolume.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes

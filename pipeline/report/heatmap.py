@@ -1,7 +1,5 @@
 """Heat map of bits: layers across, budgets down, colour for the nominal bits of each layer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import groupby

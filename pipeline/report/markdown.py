@@ -3,8 +3,6 @@
 Pictures are data URIs: an image artifact takes an address, and a worker serves none.
 """
 
-from __future__ import annotations
-
 import base64
 import socket
 from collections.abc import Mapping, Sequence

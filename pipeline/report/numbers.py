@@ -1,7 +1,5 @@
 """Numbers of a result as files that DVC compares and plots: `metrics.json`, `front.csv` and `curves.csv`."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ or dark mode; a content security policy forbids it to load anything. Same result
 salts.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

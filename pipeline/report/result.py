@@ -1,7 +1,5 @@
 """Content of `result.json`: everything that a finished run reports, put together from what its stages measured."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Search rounds: the set of one as picture and table, and the fronts and hypervolumes of all."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

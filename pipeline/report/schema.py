@@ -5,8 +5,6 @@ metric, a heat map whose rows do not fit its layers, totals that are not the sum
 that renders is complete. Bits are bits per weight of the N target layers; bytes are bytes on disk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 

@@ -5,8 +5,6 @@ Each colour of `PALETTE` occurs once, so that `themed_svg` can replace it by a C
 then serves light and dark pages.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence

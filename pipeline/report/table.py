@@ -4,8 +4,6 @@ The best arm is the one that is best, whichever it is; arms that read the same a
 of them are marked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pipeline.report.schema import Budget, Result

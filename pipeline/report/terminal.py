@@ -1,7 +1,5 @@
 """The closing table of a run in the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich import box

@@ -1,7 +1,5 @@
 """Errors of S3: what boto3 raises, as a problem and a remedy. No message repeats a key or a signature."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The file is one for Prefect (`deployments:`), for DVC (params) and for the comma
 `definitions: pipelines: <name>:`, and deployments refer to it by YAML anchors.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@
 How often it is written is a setting of the run (`stages.checkpoint_seconds`), no input of a stage: it changes no key.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Names of task runs in Prefect's UI: the stage or task in words, and what tells its runs apart."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -12,8 +12,6 @@ runs that need a result at once one computes it, and the other waits and takes i
 before the lock is given back.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

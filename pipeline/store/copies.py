@@ -1,7 +1,5 @@
 """Copies outside of the store: a folder that holds exactly the files of a manifest, and a marker that says so."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -10,8 +10,6 @@ does not (network down, machine asleep) loses the lease, says so, and goes on: w
 results are named by their content. A store that ignores conditional writes makes the lease useless and breaks nothing.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import uuid

@@ -9,8 +9,6 @@ A thread never waits for a lock while it holds another (`pipeline.stages.runner.
 deadlock.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

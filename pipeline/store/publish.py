@@ -5,8 +5,6 @@ than its manifest. Publishing again after any failure sends what is missing; a r
 manifest is. A download that was cut off begins again with the files that are not whole.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Sequence

@@ -14,8 +14,6 @@ Whoever may write to the bucket decides what its readers compute with; where on 
 is checked here (`pipeline.store.artifacts.Manifest`). `pipeline.prune.garbage` removes what nothing refers to.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Each `log_` or `track_` function logs one part and may be repeated. Names are th
 by the word before the slash, as MLflow's page shows them.
 """
 
-from __future__ import annotations
-
 import getpass
 import logging
 import socket

@@ -5,8 +5,6 @@ request) the adapter for it out. What it needs at load time travels with it: the
 `coalora` as code. Nothing else of the checkout.
 """
 
-from __future__ import annotations
-
 import base64
 import tempfile
 from pathlib import Path

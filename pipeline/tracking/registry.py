@@ -5,8 +5,6 @@ A hypervolume only compares with one of the same benchmark and reference point, 
 `hypervolume_reference`, and the alias never moves across two of them by itself.
 """
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ Nothing is lost by a fault: stages lie in the store, and what is logged can be l
 waited for, and an error names the way on instead of MLflow's traceback.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

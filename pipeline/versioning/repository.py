@@ -1,7 +1,5 @@
 """DVC repository opened for one call: silent, with a bounded wait for its lock, its errors as `CoaloraError`."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A set lies in MLflow (artifact of the round's run) and in DVC (cache and remotes
 carries as a tag). What one of them no longer has is taken from the other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,8 +5,6 @@ file outside the stage's outputs works; add of an output of its own, status, com
 and are never called.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ On several machines start one worker for each GPU, from this checkout and its en
     dask worker tcp://scheduler:8786 --nthreads 1
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Choice of the workers that mapped stages run on, by `evaluation.runner`."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Literal
 

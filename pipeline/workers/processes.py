@@ -1,7 +1,5 @@
 """Worker processes of this machine. Each GPU run gives them the visible GPUs in turn."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ Each worker is an actor, since Ray does not promise to give a task the process t
 takes one GPU.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import queue

@@ -8,8 +8,6 @@ Dask and Ray are used as they are, and not through prefect-dask and prefect-ray:
 without Prefect, and a task run of theirs would need the server's address on every worker.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
