@@ -6,7 +6,8 @@ Cholesky factor of H^-1, the error of feature j is spread over those that are st
     e = (w_j - w^_j) / U_jj                 w_k -= U_jk e           k > j
 
 All rows of a weight go together, a group's features one by one and everything behind the group in one product. The
-scales of a group are searched when its turn comes, on what its weights are by then.
+scales of a group are searched when its turn comes, on what its weights are by then, each weighted by 1 / U_jj^2: what
+its error costs after the others have made up for it.
 
 Two deviations from the paper: groups are taken in the order of their weight in H, and so are the features within a
 group (both stay where they are in storage, as in GPTQModel's group-aware order); damping grows until H has a factor.
@@ -47,11 +48,10 @@ class Feedback:
         self._hessian = hessian.to(torch.float32)
         self._factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def solve(self, grid: Grid, groups: Tensor, weighting: Tensor, frame: Tensors) -> tuple[Tensor, Tensors]:
+    def solve(self, grid: Grid, groups: Tensor, frame: Tensors) -> tuple[Tensor, Tensors]:
         """Quantize the groups (G, g, out) of a weight.
 
         Args:
-            weighting: (G, g, 1), of the search of scales.
             frame: of the stored form of all groups (`Grid.frame`).
 
         Returns:
@@ -61,14 +61,15 @@ class Feedback:
         order, within, U = self._factor(size)
         # (G, g, out) in the order of work; written to.
         work = groups[order[:, None], within]
-        weighting = weighting[order[:, None], within]
         flat, inverse = work.view(-1, rows), U.diagonal().reciprocal().view(n_groups, size)
+        weighting = inverse.square()[:, :, None]
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
         error = torch.empty((size, rows), device=work.device)
         stored: Tensors = ()
         for at, group in enumerate(order.tolist()):
             weights = work[at]
-            now, parameters = grid.rounded(grid.searched(weights, weighting[at]), tuple(f[group] for f in frame))
+            own_frame = tuple(f[group] for f in frame)
+            now, parameters = grid.rounded(grid.searched(weights, weighting[at], own_frame), own_frame)
             if not stored:
                 stored = tuple(s.new_empty((n_groups, 1, rows)) for s in now)
             for whole, s in zip(stored, now, strict=True):

@@ -78,8 +78,9 @@ class Grid(ABC):
         """Parameters from the extremes of every group."""
 
     @abstractmethod
-    def searched(self, groups: Tensor, weighting: Tensor) -> Tensors:
-        """Parameters of less squared error, weighted by ``weighting`` (..., g, 1); absmax's where none is less."""
+    def searched(self, groups: Tensor, weighting: Tensor, frame: Tensors = ()) -> Tensors:
+        """Parameters of less squared error, weighted by ``weighting`` (..., g, 1); absmax's where none is less. With a
+        frame, those that have a stored form in it."""
 
     def frame(self, parameters: Tensors) -> Tensors:
         """What the stored form of a group's parameters shares with other groups, from all of them (G, 1, R): tensors
@@ -296,8 +297,7 @@ class _Layer:
             raise not_finite()
         if self._feedback is not None:
             frame = grid.frame(self._fit(grid, groups, size)) if grid.has_frame else ()
-            assert self._moment is not None
-            codes, stored = self._feedback.solve(grid, groups, self._grouped(self._moment[:, None], size), frame)
+            codes, stored = self._feedback.solve(grid, groups, frame)
         else:
             fitted = self._fit(grid, groups, size)
             frame = grid.frame(fitted)

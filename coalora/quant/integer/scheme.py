@@ -110,7 +110,7 @@ class IntGrid(Grid):
         # Divided before they are added: the width of a group may exceed the largest float32.
         return high / levels - low / levels, low
 
-    def searched(self, groups: Tensor, weighting: Tensor) -> Tensors:
+    def searched(self, groups: Tensor, weighting: Tensor, frame: Tensors = ()) -> Tensors:
         start = self.absmax(groups)
         if self._bits not in SEARCHED:
             return start

@@ -134,7 +134,7 @@ class _NFGrid(Grid):
     def absmax(self, groups: Tensor) -> Tensors:
         return (groups.abs().amax(-2, keepdim=True),)
 
-    def searched(self, groups: Tensor, weighting: Tensor) -> Tensors:
+    def searched(self, groups: Tensor, weighting: Tensor, frame: Tensors = ()) -> Tensors:
         (absmax,) = self.absmax(groups)
         bits = self._choice.bits
         if bits not in SEARCHED:
@@ -142,14 +142,17 @@ class _NFGrid(Grid):
         book = nf_lookup(bits, groups.device).book
         weighted = groups * weighting
         best, scale = torch.zeros_like(absmax), absmax.clone()
+        low, high = (frame[1], frame[0] + frame[1]) if frame else (None, None)
         for factor in SEARCHED[bits] + tuple(-f for f in SEARCHED[bits]) * self._mirrored:
             tried = absmax * factor
             entries = book[nearest_codes(groups / _divisor(tried), bits).long()]
             product = (weighted * entries).sum(-2, keepdim=True)
             power = (entries.square_().mul_(weighting)).sum(-2, keepdim=True)
-            # The best scale for these codes leaves sum h w^2 - product^2 / power.
             fitted = torch.where(power > 0, product / power, 0)
-            gain = fitted * product
+            if frame:
+                fitted = torch.clamp(fitted, low, high)
+            # These codes under this scale leave sum h w^2 - gain.
+            gain = fitted * (2 * product - fitted * power)
             better = (gain > best) & (fitted * factor > 0)
             best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
         return (scale,)
@@ -157,7 +160,10 @@ class _NFGrid(Grid):
     def frame(self, parameters: Tensors) -> Tensors:
         (scales,) = parameters
         size, dtype = self._choice.scale_block_size, SCALE_DTYPES[self._choice.scale_dtype]
-        offset = scales.min()
+        # Searched anew in the frame, a scale may turn its sign.
+        if mirrored := bool((scales < 0).any()):
+            scales = scales.abs()
+        offset = -scales.max() if mirrored else scales.min()
         by_row = (scales - offset).view(len(scales), -1).T.reshape(-1)
         blocks = pad(by_row, (0, -len(by_row) % size)).view(-1, size)
         absmax = blocks.amax(dim=1).clamp_(max=torch.finfo(dtype).max).to(dtype)
