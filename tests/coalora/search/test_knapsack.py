@@ -11,11 +11,14 @@ from scipy.sparse import coo_matrix
 from scipy.spatial import ConvexHull
 
 from coalora.errors import CoaloraError
-from coalora.search.knapsack import allocate, fill, hull_paths, solve_core, staircase, walk_hulls
+from coalora.search import knapsack
+from coalora.search.knapsack import allocate, fill, lower_hull, staircase, walk_hulls
 
 
 def _tables(kind: str, seed: int, N: int = 24, K: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """err, cost (N, K): uniform noise, or NormalFloat-like errors of layers that differ in size and sensitivity."""
+    """err, cost (N, K): uniform noise, or NormalFloat-like errors of layers that differ in size and
+    sensitivity.
+    """
     rng = np.random.default_rng(seed)
     if kind == "random":
         return rng.random((N, K)), rng.random((N, K))
@@ -58,7 +61,7 @@ def test_total_error_is_within_a_thousandth_of_the_exact_optimum(kind: str, seed
         assert total <= _exact(err, cost, budget, total) * 1.0012  # 0.1 % and the solver's own gap
 
 
-def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones() -> None:
+def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     # 96 layers of size 1 or 4, whose choices jump from 4.5 to 8 bits. A step of a large layer is too dear for what is
     # left at these budgets, and a part of one is what the relaxation would take.
     rng = np.random.default_rng(0)
@@ -72,9 +75,9 @@ def test_a_long_step_that_does_not_fit_is_exchanged_for_short_ones() -> None:
     found = allocate(err, cost, budgets)
     assert (cost[rows, found].sum(axis=1) <= budgets * (1 + 1e-11)).all()
     stairs = staircase(cost, err)
-    position, price = walk_hulls(stairs, budgets)
-    # The oracle: a beam of thousands of partial configurations a layer.
-    wide = [solve_core(stairs, position[b], budgets[b], price[b], 0.0, work=2**17) for b in range(4)]
+    walk = walk_hulls(stairs, budgets)
+    monkeypatch.setattr(knapsack, "_WORK", 2**17)  # the oracle: a beam of thousands of partial configurations a layer
+    wide = [knapsack.solve_core(stairs, walk.position[b], budgets[b], walk.price[b], 0.0) for b in range(4)]
     distance = err[rows, found].sum(axis=1) / stairs.err[rows, wide].sum(axis=1) - 1
     assert np.sort(distance)[-2] < 1e-3
     assert distance.max() < 5e-3
@@ -131,8 +134,7 @@ def test_bad_tables_are_refused(bad: np.ndarray) -> None:
 def test_lower_hull_is_the_falling_part_of_the_convex_hull() -> None:
     rng = np.random.default_rng(0)
     cost, err = rng.random(200), rng.random(200)
-    stairs = staircase(cost[None], err[None])
-    got = stairs.index[0, hull_paths(stairs)[0][0]]
+    got = lower_hull(cost, err)
     assert (np.diff(cost[got]) > 0).all()
     assert (np.diff(err[got]) < 0).all()
     vertices = set(ConvexHull(np.stack([cost, err], axis=1)).vertices)
