@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from coalora.quant.space import ChoiceSpace
 
 
-def _all_of_nf() -> "ChoiceSpace":
-    from coalora.quant.space import ChoiceSpace  # torch is imported by who makes a configuration, not by who reads this
+def _one_for_each_width() -> "ChoiceSpace":
+    from coalora.quant.space import ChoiceSpace
 
-    return ChoiceSpace("nf")
+    return ChoiceSpace("nf", scale_bits=[8], scale_dtype=["bf16"], block_size=[64], scale_block_size=[256])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,9 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
     """
 
     choices: "ChoiceSpace" = hyper(
-        _all_of_nf, "Choices", "Choices of every target layer; by default all of NormalFloat."
+        _one_for_each_width,
+        "Choices",
+        "Choices of every target layer; by default NormalFloat of 2, 3, 4 and 8 bits in blocks of 64.",
     )
     target_modules: Sequence[str] | Literal["all-linear"] | None = hyper(
         None,
