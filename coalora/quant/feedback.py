@@ -6,8 +6,9 @@ Cholesky factor of H^-1, the error of feature j is spread over those that are st
     e = (w_j - w^_j) / U_jj                 w_k -= U_jk e           k > j
 
 All rows of a weight go together, a group's features one by one and everything behind the group in one product. The
-scales of a group are searched when its turn comes, on what its weights are by then, each weighted by 1 / U_jj^2: what
-its error costs after the others have made up for it.
+scales of a group are searched when its turn comes, on what its weights are by then, each weighted by its feature's
+E[x_j^2]. (Weighted by 1 / U_jj^2, what its error costs after the others have made up for it, the error on the calibration
+text falls by 3 to 5 % more, and the loss on another text rises: SmolLM2, nf at 2 and 4 bits, .008 nats.)
 
 Two deviations from the paper: groups are taken in the order of their weight in H, and so are the features within a
 group (both stay where they are in storage, as in GPTQModel's group-aware order); damping grows until H has a factor.
@@ -46,7 +47,7 @@ class Feedback:
                 remedy="Calibrate with other samples",
             )
         self._hessian = hessian.to(torch.float32)
-        self._factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._factors: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def solve(self, grid: Grid, groups: Tensor, frame: Tensors) -> tuple[Tensor, Tensors]:
         """Quantize the groups (G, g, out) of a weight.
@@ -58,11 +59,11 @@ class Feedback:
             Codes uint8 (G, g, out), and what is stored of the groups' parameters (G, 1, out).
         """
         n_groups, size, rows = groups.shape
-        order, within, U = self._factor(size)
+        order, within, diagonal, U = self._factor(size)
         # (G, g, out) in the order of work; written to.
         work = groups[order[:, None], within]
         flat, inverse = work.view(-1, rows), U.diagonal().reciprocal().view(n_groups, size)
-        weighting = inverse.square()[:, :, None]
+        weighting = diagonal.view(n_groups, size, 1)
         codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
         error = torch.empty((size, rows), device=work.device)
         stored: Tensors = ()
@@ -90,8 +91,8 @@ class Feedback:
         result[order[:, None], within] = codes
         return result, stored
 
-    def _factor(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Order of the groups (G,), order within each (G, g), and U in that order."""
+    def _factor(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Order of the groups (G,), order within each (G, g), and in that order H's damped diagonal and U."""
         if size not in self._factors:
             short = -len(self._hessian) % size
             H = pad(self._hessian, (0, short, 0, short))
@@ -99,7 +100,9 @@ class Feedback:
             order = diagonal.sum(1).argsort(descending=True, stable=True)
             within = diagonal[order].argsort(dim=1, descending=True, stable=True)
             index = (order[:, None] * size + within).view(-1)
-            self._factors[size] = order, within, _inverse_factor(H[index][:, index])
+            ordered = H[index][:, index]
+            damped = ordered.diagonal() + DAMPING * H.diagonal().mean()
+            self._factors[size] = order, within, damped, _inverse_factor(ordered)
         return self._factors[size]
 
 
