@@ -7,7 +7,7 @@ Cholesky factor of H^-1, the error of feature j is spread over those that are st
 
 All rows of a weight go together, a group's features one by one and everything behind the group in one product. The
 scales of a group are searched when its turn comes, on what its weights are by then, each weighted by its feature's
-E[x_j^2]. (Weighted by 1 / U_jj^2, what its error costs after the others have made up for it, the error on the calibration
+E[x_j^2]. (Weighted by 1 / U_jj^2, its cost after the others have made up for it, the error on the calibration
 text falls by 3 to 5 % more, and the loss on another text rises: SmolLM2, nf at 2 and 4 bits, .008 nats.)
 
 Two deviations from the paper: groups are taken in the order of their weight in H, and so are the features within a
