@@ -8,7 +8,7 @@ from pipeline.inputs.choices import priced_tables
 from pipeline.inputs.loaders import TABLES, load_tables
 from pipeline.settings.sections import CostSettings
 from pipeline.stages.runner import stage
-from pipeline.store.store import Artifact, Scalar, current_store
+from pipeline.store.store import MANIFEST, Artifact, Scalar, current_store
 
 
 @stage("cost")
@@ -23,7 +23,7 @@ def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> 
     def write(folder: Path) -> dict[str, Scalar]:
         priced.save(folder / TABLES)
         for source in current_store().path(tables).iterdir():
-            if source.name == TABLES:
+            if source.name in (TABLES, MANIFEST):
                 continue
             try:  # read-only on both sides, and Hessians are large
                 os.link(source, folder / source.name)
