@@ -199,7 +199,7 @@ class GroupedScheme(Scheme, Generic[C]):
     ) -> dict[str, Tensor]:
         c = own_choice(choice, self.choice_type)
         if self._kernels_quantize(weight, c, statistics):
-            return self.kernels().quantize_packed_many([(weight, c, None)])[0]
+            return self._quantized_by_kernels([(weight, c, None)])[0]
         if statistics is not None and c in statistics.packed:
             packed = {name: tensor.to(weight.device) for name, tensor in statistics.packed[c].items()}
             self._check(packed, c, weight.shape, packed=True)
@@ -213,7 +213,7 @@ class GroupedScheme(Scheme, Generic[C]):
         if all(
             self._kernels_quantize(w, c, known) and use_triton(out) and out.is_contiguous() for w, c, known, out in own
         ):
-            return self.kernels().quantize_packed_many([(weight, choice, out) for weight, choice, _, out in own])
+            return self._quantized_by_kernels([(weight, choice, out) for weight, choice, _, out in own])
         return super().quantize_packed_many(layers)
 
     def dequantize_packed(
@@ -241,6 +241,13 @@ class GroupedScheme(Scheme, Generic[C]):
     def dequantize_rows(self, rows: Tensor, n_weights: int) -> None:
         self.kernels().dequantize_rows(rows, n_weights)
 
+    def _quantized_by_kernels(self, layers: Sequence[tuple[Tensor, C, Tensor | None]]) -> list[dict[str, Tensor]]:
+        made = [self._empty(choice, weight.shape, weight.device) for weight, choice, _ in layers]
+        self.kernels().quantize_packed_many(
+            [(w, c, packed, out) for (w, c, out), packed in zip(layers, made, strict=True)]
+        )
+        return made
+
     def _kernels_quantize(self, weight: Tensor, choice: C, statistics: InputStatistics | None) -> bool:
         """Whether the weight is quantized by kernels; one that is none is left to the plain path, which says so."""
         by_absmax = statistics is None or (statistics.method == "absmax" and choice not in statistics.packed)
@@ -248,7 +255,7 @@ class GroupedScheme(Scheme, Generic[C]):
             not self.needs_statistics and by_absmax and use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
         )
 
-    def empty_packed(self, choice: C, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def _empty(self, choice: C, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """Packed tensors to be filled."""
         layout = self._layout(choice, shape)
         return {name: torch.empty(s.packed_count, dtype=s.dtype, device=device) for name, s in layout.items()}

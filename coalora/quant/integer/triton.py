@@ -10,7 +10,7 @@ What makes them equal the plain path bit for bit is in `coalora.quant.kernels.pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
@@ -33,21 +33,17 @@ from coalora.quant.kernels.packed import (
     tiles_of,
 )
 
-if TYPE_CHECKING:
-    from coalora.quant.gptq.scheme import GPTQChoice
-    from coalora.quant.integer.scheme import IntChoice
-
 Packed = Mapping[str, Tensor]
 
 
-def dequantize_packed_many(layers: Sequence[tuple[Packed, IntChoice | GPTQChoice, Tensor]]) -> None:
+def dequantize_packed_many(layers: Sequence[tuple[Packed, Any, Tensor]]) -> None:
     """Write every layer's weight into its contiguous tensor (packed, choice, out (out, in)): one launch for all."""
     if layers:
         outs = [out for _, _, out in layers]
         launch(_dequantize, tiles_of(outs), table_of(kernel_rows(layers), outs[0].device), EIGHTS)
 
 
-def kernel_rows(layers: Sequence[tuple[Packed, IntChoice | GPTQChoice, Tensor]]) -> Tensor:
+def kernel_rows(layers: Sequence[tuple[Packed, Any, Tensor]]) -> Tensor:
     """int64 (n, columns), on the host: the kernels' table of (packed, choice, out (out, in))."""
     return torch.tensor([_row(packed, choice, out, None, out.shape) for packed, choice, out in layers])
 
@@ -57,32 +53,23 @@ def dequantize_rows(rows: Tensor, n_weights: int) -> None:
     launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, EIGHTS)
 
 
-def quantize_packed_many(layers: Sequence[tuple[Tensor, IntChoice, Tensor | None]]) -> list[dict[str, Tensor]]:
-    """Quantize every layer (weight (out, in), choice, out) by absmax.
-
-    Returns:
-        The layers' packed tensors; their weights are written into the contiguous ``out`` where one is given.
-    """
-    from coalora.quant.integer.scheme import IntScheme
-
-    packed, rows, uneven, tiles, weights = [], [], [], 0, []
-    for weight, choice, out in layers:
+def quantize_packed_many(layers: Sequence[tuple[Tensor, Any, dict[str, Tensor], Tensor | None]]) -> None:
+    """Quantize every layer (weight (out, in), choice, packed tensors to fill, out) by absmax; weights are written into
+    the contiguous ``out`` where one is given."""
+    rows, uneven, tiles, weights = [], [], 0, []
+    for weight, choice, packed, out in layers:
         weights.append(weight.detach().contiguous())
-        packed.append(IntScheme().empty_packed(choice, weight.shape, weight.device))
-        rows.append(_row(packed[-1], choice, out, weights[-1], weight.shape))
+        rows.append(_row(packed, choice, out, weights[-1], weight.shape))
         uneven += [rows[-1]] if weight.shape[1] % 8 else []
         # Groups of every tile fill whole bytes with their zero points: eights of them, the larger the groups the fewer.
-        tiles = max(tiles, triton.cdiv(len(packed[-1]["scales"]) * choice.group_size, EIGHTS * 8))
+        tiles = max(tiles, triton.cdiv(len(packed["scales"]) * choice.group_size, EIGHTS * 8))
     if rows:
         launch(_quantize, tiles, table_of(rows, weights[0].device), EIGHTS * 8)
     if uneven:
         launch(_encode, tiles_of(weights), table_of(uneven, weights[0].device), EIGHTS)
-    return packed
 
 
-def _row(
-    packed: Packed, choice: IntChoice | GPTQChoice, out: Tensor | None, weight: Tensor | None, shape: Sequence[int]
-) -> list[int]:
+def _row(packed: Packed, choice: Any, out: Tensor | None, weight: Tensor | None, shape: Sequence[int]) -> list[int]:
     """A row of the kernels' table, which they read by column number."""
     zero_points = packed.get("zero_points", packed.get("zeros"))
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +36,12 @@ from coalora.quant.kernels.packed import (
 from coalora.quant.nf.book import nf_code_book
 from coalora.quant.nf.nearest import decision_thresholds
 
-if TYPE_CHECKING:
-    from coalora.quant.nf.scheme import NFChoice
-
 _ROWS = 8  # scale blocks in a tile
 _WIDTHS = (2, 3, 4, 8)
 Packed = Mapping[str, Tensor]
 
 
-def dequantize_packed_many(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) -> None:
+def dequantize_packed_many(layers: Sequence[tuple[Packed, Any, Tensor]]) -> None:
     """Write every layer's weight into its contiguous tensor (packed, choice, out (out, in)): one launch for all."""
     if layers:
         outs = [out for _, _, out in layers]
@@ -52,7 +49,7 @@ def dequantize_packed_many(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) ->
         launch(_dequantize, tiles_of(outs), table, _books(table.device), EIGHTS)
 
 
-def kernel_rows(layers: Sequence[tuple[Packed, NFChoice, Tensor]]) -> Tensor:
+def kernel_rows(layers: Sequence[tuple[Packed, Any, Tensor]]) -> Tensor:
     """int64 (n, columns), on the host: the kernels' table of (packed, choice, out (out, in))."""
     return torch.tensor([_row(packed, choice, out) for packed, choice, out in layers])
 
@@ -62,39 +59,32 @@ def dequantize_rows(rows: Tensor, n_weights: int) -> None:
     launch(_dequantize, triton.cdiv(n_weights, EIGHTS * 8), rows, _books(rows.device), EIGHTS)
 
 
-def quantize_packed_many(layers: Sequence[tuple[Tensor, NFChoice, Tensor | None]]) -> list[dict[str, Tensor]]:
-    """Quantize every layer (weight (out, in), choice, out) by absmax, in three launches for all.
-
-    Returns:
-        The layers' packed tensors; their weights are written into the contiguous ``out`` where one is given.
-    """
-    from coalora.quant.nf.scheme import NFScheme
-
+def quantize_packed_many(layers: Sequence[tuple[Tensor, Any, dict[str, Tensor], Tensor | None]]) -> None:
+    """Quantize every layer (weight (out, in), choice, packed tensors to fill, out) by absmax, in three launches for
+    all; weights are written into the contiguous ``out`` where one is given."""
     if not layers:
-        return []
-    packed, rows, kept, outs, tiles, scale_tiles = [], [], [], [], 0, 0
-    for weight, choice, out in layers:
-        packed.append(NFScheme().empty_packed(choice, weight.shape, weight.device))
+        return
+    rows, kept, outs, tiles, scale_tiles = [], [], [], 0, 0
+    for weight, choice, packed, out in layers:
         n_groups = weight.shape[0] * -(-weight.shape[1] // choice.block_size)
         exact, scales = torch.empty((2, n_groups), device=weight.device)
         outs.append(torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out)
         kept.append((weight.detach().contiguous(), exact, scales))
-        rows.append(_row(packed[-1], choice, outs[-1], *kept[-1]))
+        rows.append(_row(packed, choice, outs[-1], *kept[-1]))
         tiles = max(tiles, triton.cdiv(n_groups * choice.block_size, EIGHTS * 8))
-        scale_tiles = max(scale_tiles, triton.cdiv(len(packed[-1]["scale_absmax"]), _ROWS))
-    offsets = [tensors["offset"] for tensors in packed]
+        scale_tiles = max(scale_tiles, triton.cdiv(len(packed["scale_absmax"]), _ROWS))
+    offsets = [packed["offset"] for _, _, packed, _ in layers]
     torch._foreach_zero_(offsets)  # two launches for all; a fill of each would be one a layer
     torch._foreach_add_(offsets, torch.inf)
     table = table_of(rows, outs[0].device)
     launch(_exact_scales, tiles, table, EIGHTS * 8)
     launch(_quantize_scales, scale_tiles, table, _ROWS)
     launch(_quantize, tiles_of(outs), table, _books(table.device), _thresholds(table.device), EIGHTS)
-    return packed
 
 
 def _row(
     packed: Packed,
-    choice: NFChoice,
+    choice: Any,
     out: Tensor,
     weight: Tensor | None = None,
     exact: Tensor | None = None,

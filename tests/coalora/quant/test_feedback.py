@@ -78,7 +78,7 @@ def test_codes_are_those_of_the_update_written_out(size: int) -> None:
 @pytest.mark.parametrize(
     ("scheme", "choice"),
     [(NF, NFChoice(2, 8, "bf16", 32, 64)), (NF, NFChoice(4, 3, "fp16", 64, 16)), (INT, IntChoice(3, 32, "asym"))],
-    ids=str,
+    ids=["nf2", "nf4", "int3"],
 )
 def test_the_error_that_it_minimises_falls_below_that_of_searched_scales(scheme, choice, columns: int) -> None:
     W, H = torch.randn(48, columns, generator=torch.Generator().manual_seed(0)), correlated(columns)

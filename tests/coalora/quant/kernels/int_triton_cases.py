@@ -9,7 +9,7 @@ import torch
 
 from coalora.quant import grouped
 from coalora.quant.integer.scheme import IntChoice, IntScheme
-from coalora.quant.integer.triton import dequantize_packed_many, quantize_packed_many
+from coalora.quant.integer.triton import dequantize_packed_many
 from coalora.quant.scheme import Scheme
 
 INT = IntScheme()
@@ -63,7 +63,7 @@ def test_dequantizing_layers_of_all_kinds_in_one_launch_equals_the_plain_path() 
 
 def test_quantizing_layers_of_all_kinds_together_equals_the_plain_path() -> None:
     jobs = layers()
-    for (w, choice, out), packed in zip(jobs, quantize_packed_many(jobs), strict=True):
+    for (w, choice, out), packed in zip(jobs, INT._quantized_by_kernels(jobs), strict=True):
         check(w, choice, packed, out)
 
 
@@ -73,7 +73,7 @@ def test_extreme_weights_are_those_of_the_plain_path() -> None:
     largest = (torch.linspace(-1, 1, 64) * 3.4028e38).expand(2, 64)
     w = torch.cat([rows, rows.abs(), -rows.abs(), whole, largest]).to(DEVICE)
     jobs = [(given.contiguous(), c, torch.empty_like(given)) for given in (w, w[:, 3:40].contiguous()) for c in CHOICES]
-    for (given, choice, out), packed in zip(jobs, quantize_packed_many(jobs), strict=True):
+    for (given, choice, out), packed in zip(jobs, INT._quantized_by_kernels(jobs), strict=True):
         check(given, choice, packed, out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from coalora.quant.nf.scheme import NFChoice, NFScheme
-from coalora.quant.nf.triton import dequantize_packed_many, quantize_packed_many
+from coalora.quant.nf.triton import dequantize_packed_many
 from coalora.quant.scheme import Scheme
 
 NF = NFScheme()
@@ -54,7 +54,7 @@ def test_dequantizing_layers_of_all_kinds_in_one_launch_equals_the_plain_path() 
 
 def test_quantizing_layers_of_all_kinds_together_equals_the_plain_path() -> None:
     jobs = layers()
-    for (w, choice, out), packed in zip(jobs, quantize_packed_many(jobs), strict=True):
+    for (w, choice, out), packed in zip(jobs, NF._quantized_by_kernels(jobs), strict=True):
         state = NF.quantize(w, choice)
         expected = NF.pack(state, choice, w.shape)
         assert packed.keys() == expected.keys()
@@ -67,6 +67,6 @@ def test_quantizing_layers_of_all_kinds_together_equals_the_plain_path() -> None
 def test_the_arguments_of_one_layer_are_those_of_the_scheme_interface() -> None:
     w, choice = weight((24, 40)), CHOICES[1]
     out = torch.empty_like(w)
-    (packed,) = quantize_packed_many([(w, choice, None)])
+    (packed,) = NF._quantized_by_kernels([(w, choice, None)])
     dequantize_packed_many([(packed, choice, out)])
     assert torch.equal(out, NF.fake_quantize(w, choice))
