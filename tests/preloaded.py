@@ -107,7 +107,8 @@ class _Connection:
         self.pid = int(self._answers.readline())
 
     def send(self, number: int) -> None:
-        self._socket.sendall(bytes([number]))
+        with suppress(OSError):  # it has ended, and its answer is on its way
+            self._socket.sendall(bytes([number]))
 
     def wait(self) -> int:
         self.code = int(self._answers.readline() or -signal.SIGKILL)
@@ -173,7 +174,8 @@ def _serve(path: str, owner: int) -> None:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.setsid()
-                kept = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
+                above = max([100, *asked["files"]]) + 1  # or a copy would take the number of one that waits for its own
+                kept = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]
                 for each in (listener, connection, *forks):
                     each.close()
                 for file in (ended, wake, *files):

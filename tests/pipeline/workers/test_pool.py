@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
@@ -106,6 +107,16 @@ def _an_evaluation_gives_the_bytes_of_threads(
     assert not any(record.cached for record in runner.history if record.stage == "evaluate-shard")
 
 
+@pytest.fixture
+def real_processes() -> Iterator[None]:
+    """Started by the interpreter: the death of a fork is told by a client that stands in for it."""
+    forks = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(sys.executable)
+    yield
+    multiprocessing.set_executable(forks)
+
+
+@pytest.mark.usefixtures("real_processes")
 def test_a_worker_process_that_dies_is_said_and_the_next_call_gets_a_new_one(tmp_path: Path) -> None:
     pool = open_pool("processes", 1)
     assert pool is not None
