@@ -62,8 +62,8 @@ class Stored:
 class Grid(ABC):
     """The arithmetic of one choice, elementwise over groups.
 
-    Groups lie in the second last dimension: weights are float32 (..., g, R), and what belongs to a group (its scale,
-    its zero point: a tuple of float32 tensors, its *parameters*) is (..., 1, R).
+    A group's weights lie along the second last dimension: weights are float32 (..., g, R), and what belongs to a group
+    (its scale, its zero point: a tuple of float32 tensors, its *parameters*) is (..., 1, R).
 
     Attributes:
         key: what `absmax` and `searched` depend on; choices of equal keys share what they return.
@@ -82,10 +82,10 @@ class Grid(ABC):
         """Parameters of less squared error, weighted by ``weighting`` (..., g, 1); absmax's where none is less. With a
         frame, those that have a stored form in it."""
 
-    def frame(self, parameters: Tensors) -> Tensors:
-        """What the stored form of a group's parameters shares with other groups, from all of them (G, 1, R): tensors
-        with a first dimension of G."""
-        return ()
+    def frame(self, parameters: Tensors) -> tuple[Tensors, dict[str, Tensor]]:
+        """What the stored form of a group's parameters shares with other groups, from all parameters in the order of
+        rows: tensors of their shape, and what a state holds of it."""
+        return (), {}
 
     @abstractmethod
     def rounded(self, parameters: Tensors, frame: Tensors) -> tuple[Tensors, Tensors]:
@@ -100,8 +100,8 @@ class Grid(ABC):
         """Weights float32 that codes stand for."""
 
     @abstractmethod
-    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
-        """The state but for its codes, from what is stored of all groups (out * G,), in the order of rows."""
+    def named(self, stored: Tensors) -> dict[str, Tensor]:
+        """What is stored of all groups (out * G,), in the order of rows, by its names in a state."""
 
 
 class GroupedScheme(Scheme, Generic[C]):
@@ -142,11 +142,8 @@ class GroupedScheme(Scheme, Generic[C]):
         known = {} if statistics is None else statistics.packed
         fresh = self.fresh_states(weight, [c for c in own if c not in known], statistics)
         for choice in own:
-            if choice in known:
-                packed = {name: tensor.to(weight.device) for name, tensor in known[choice].items()}
-                yield self.unpack(packed, choice, weight.shape)
-            else:
-                yield next(fresh)
+            kept = self._kept(weight, choice, statistics)
+            yield next(fresh) if kept is None else self.unpack(kept, choice, weight.shape)
 
     def fresh_states(
         self, weight: Tensor, choices: Sequence[C], statistics: InputStatistics | None
@@ -166,10 +163,13 @@ class GroupedScheme(Scheme, Generic[C]):
         self._check(state, choice, shape, packed=False)
         c = own_choice(choice, self.choice_type)
         rows, columns = shape
-        codes = pad(state["codes"].view(rows, columns), (0, -columns % self.group_size(c)))
-        parameters = tuple(p[:, None] for p in self.parameters(state, c))
-        values = self.grid(c).values(codes.view(-1, self.group_size(c)), parameters)
-        return values.view(rows, -1)[:, :columns].to(dtype).contiguous()
+        groups = _grouped(state["codes"].view(rows, columns), self.group_size(c))
+        grid, parameters = self.grid(c), tuple(p.view(rows, -1, 1, 1) for p in self.parameters(state, c))
+        weight = torch.empty((rows, columns), dtype=dtype, device=groups.device)
+        for part in _parts(groups):
+            values = grid.values(groups[part], tuple(p[part] for p in parameters))
+            weight[part] = values.view(len(values), -1)[:, :columns]
+        return weight
 
     def pack(self, state: Mapping[str, Tensor], choice: Choice, shape: Sequence[int]) -> dict[str, Tensor]:
         layout = self._check(state, choice, shape, packed=False)
@@ -200,11 +200,8 @@ class GroupedScheme(Scheme, Generic[C]):
         c = own_choice(choice, self.choice_type)
         if self._kernels_quantize(weight, c, statistics):
             return self._quantized_by_kernels([(weight, c, None)])[0]
-        if statistics is not None and c in statistics.packed:
-            packed = {name: tensor.to(weight.device) for name, tensor in statistics.packed[c].items()}
-            self._check(packed, c, weight.shape, packed=True)
-            return packed
-        return super().quantize_packed(weight, choice, statistics)
+        kept = self._kept(weight, c, statistics)
+        return super().quantize_packed(weight, choice, statistics) if kept is None else kept
 
     def quantize_packed_many(
         self, layers: Sequence[tuple[Tensor, Choice, InputStatistics | None, Tensor]]
@@ -255,6 +252,14 @@ class GroupedScheme(Scheme, Generic[C]):
             not self.needs_statistics and by_absmax and use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
         )
 
+    def _kept(self, weight: Tensor, choice: C, statistics: InputStatistics | None) -> dict[str, Tensor] | None:
+        """What calibration has packed, on the weight's device."""
+        if statistics is None or choice not in statistics.packed:
+            return None
+        packed = {name: tensor.to(weight.device) for name, tensor in statistics.packed[choice].items()}
+        self._check(packed, choice, weight.shape, packed=True)
+        return packed
+
     def _empty(self, choice: C, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """Packed tensors to be filled."""
         layout = self._layout(choice, shape)
@@ -278,12 +283,12 @@ class GroupedScheme(Scheme, Generic[C]):
 
 
 class _Layer:
-    """One weight to be quantized under several choices, which share what they can."""
+    """One weight to be quantized under several choices, which share what they can; groups are (out, G, g, 1)."""
 
     def __init__(self, weight: Tensor, statistics: InputStatistics | None) -> None:
         check_weight(weight)
-        self._columns = weight.detach().to(torch.float32).T.contiguous()  # (in, out)
-        self._finite = bool(torch.isfinite(self._columns.abs().amax()))
+        self._weight = weight.detach().to(torch.float32).contiguous()
+        self._finite = bool(torch.isfinite(self._weight.amax()) & torch.isfinite(self._weight.amin()))
         self._method = "absmax" if statistics is None else statistics.method
         self._moment, self._feedback = None, None
         if statistics is not None and self._method != "absmax":
@@ -298,59 +303,49 @@ class _Layer:
 
     def quantized(self, grid: Grid, size: int) -> dict[str, Tensor]:
         """A state."""
-        columns, rows = self._columns.shape
-        groups = self._grouped(self._columns, size)
         if not self._finite:
             raise not_finite()
+        rows, columns = self._weight.shape
+        groups = _grouped(self._weight, size)
         if self._feedback is not None:
-            frame = grid.frame(self._fit(grid, groups, size)) if grid.has_frame else ()
-            codes, stored = self._feedback.solve(grid, groups, frame)
+            frame, shared = grid.frame(self._fit(grid, groups, size)) if grid.has_frame else ((), {})
+            turned = groups.squeeze(-1).permute(1, 2, 0).contiguous()
+            found, parts = self._feedback.solve(grid, turned, tuple(f.view(rows, -1).T[:, None] for f in frame))
+            codes, stored = found.permute(2, 0, 1), tuple(part[:, 0].T for part in parts)
         else:
             fitted = self._fit(grid, groups, size)
-            frame = grid.frame(fitted)
+            frame, shared = grid.frame(fitted)
             stored, parameters = grid.rounded(fitted, frame)
             codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
             for part in _parts(groups):
-                codes[part] = grid.codes(groups[part], tuple(p[part[0], :, part[2]] for p in parameters))
-        by_row = tuple(s.reshape(-1, rows).T.reshape(-1) for s in stored)
+                codes[part] = grid.codes(groups[part], tuple(p[part] for p in parameters))
         return {
-            "codes": codes.view(-1, rows)[:columns].T.reshape(-1),
-            **grid.state(by_row, frame),
+            "codes": codes.reshape(rows, -1)[:, :columns].reshape(-1),
+            **grid.named(tuple(s.reshape(-1) for s in stored)),
+            **shared,
         }
 
     def _fit(self, grid: Grid, groups: Tensor, size: int) -> Tensors:
-        """Parameters (G, 1, out) of all groups."""
+        """Parameters (out, G, 1, 1) of all groups."""
         key = (size, grid.key)
         if key not in self._fitted:
-            weighting = None if self._moment is None else self._grouped(self._moment[:, None], size)
-            found: Tensors = ()
-            for part in _parts(groups):
-                now = (
-                    grid.absmax(groups[part]) if weighting is None else grid.searched(groups[part], weighting[part[0]])
-                )
-                if not found:
-                    found = tuple(p.new_empty((len(groups), 1, groups.shape[2])) for p in now)
-                for whole, p in zip(found, now, strict=True):
-                    whole[part[0], :, part[2]] = p
-            self._fitted[key] = found
+            weighting = None if self._moment is None else _grouped(self._moment[None], size)
+            parts = [
+                grid.absmax(groups[part]) if weighting is None else grid.searched(groups[part], weighting)
+                for part in _parts(groups)
+            ]
+            self._fitted[key] = tuple(torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
         return self._fitted[key]
 
-    @staticmethod
-    def _grouped(columns: Tensor, size: int) -> Tensor:
-        """(G, g, n) of (in, n), the last padded with zeros; the same memory where nothing is to be padded."""
-        short = -len(columns) % size
-        whole = pad(columns, (0, 0, 0, short)) if short else columns
-        return whole.view(-1, size, columns.shape[1])
+
+def _grouped(matrix: Tensor, size: int) -> Tensor:
+    """(n, G, g, 1) of (n, in), the last group padded with zeros; the same memory where nothing is to be padded."""
+    short = -matrix.shape[1] % size
+    return (pad(matrix, (0, short)) if short else matrix).view(len(matrix), -1, size, 1)
 
 
-def _parts(groups: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of (G, g, out) to work on at a time."""
-    n_groups, size, rows = groups.shape
-    if groups.device.type != "cpu":
-        yield slice(None), slice(None), slice(None)
-        return
-    step = max(1, _CHUNK // size)
-    together = max(1, _CHUNK // (size * rows))
-    for start in range(0, n_groups, together):
-        for first in range(0, rows, step):
-            yield slice(start, start + together), slice(None), slice(first, first + step)
+def _parts(groups: Tensor) -> list[slice]:
+    """Rows to work on at a time."""
+    rows = len(groups)
+    step = rows if groups.device.type != "cpu" else max(1, _CHUNK * rows // groups.numel())
+    return [slice(start, start + step) for start in range(0, rows, step)]

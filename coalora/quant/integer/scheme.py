@@ -161,10 +161,15 @@ class IntGrid(Grid):
         _, zero, inverse = parameters
         # Before the zero point is added: 2^24 and more would lose it.
         steps = (weights * inverse).round_()
-        return torch.minimum(torch.maximum(steps, -zero), self._levels - zero).add_(zero).to(torch.uint8)
+        if self._zero_points:
+            # clamp_ with bounds that are broadcast takes three times as long.
+            torch.minimum(torch.maximum(steps, -zero, out=steps), self._levels - zero, out=steps)
+            return steps.add_(zero).to(torch.uint8)
+        half = 2 ** (self._bits - 1)
+        return steps.clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
     def values(self, codes: Tensor, parameters: Tensors) -> Tensor:
         return codes.to(torch.float32).sub_(parameters[1]).mul_(parameters[0])
 
-    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
+    def named(self, stored: Tensors) -> dict[str, Tensor]:
         return dict(zip(("scales", self._zero_points or ""), stored, strict=False))

@@ -157,26 +157,22 @@ class _NFGrid(Grid):
             best, scale = torch.where(better, gain, best), torch.where(better, fitted, scale)
         return (scale,)
 
-    def frame(self, parameters: Tensors) -> Tensors:
+    def frame(self, parameters: Tensors) -> tuple[Tensors, dict[str, Tensor]]:
         (scales,) = parameters
         size, dtype = self._choice.scale_block_size, SCALE_DTYPES[self._choice.scale_dtype]
         # Searched anew in the frame, a scale may turn its sign.
         if mirrored := bool((scales < 0).any()):
             scales = scales.abs()
         offset = -scales.max() if mirrored else scales.min()
-        by_row = (scales - offset).view(len(scales), -1).T.reshape(-1)
-        blocks = pad(by_row, (0, -len(by_row) % size)).view(-1, size)
-        absmax = blocks.amax(dim=1).clamp_(max=torch.finfo(dtype).max).to(dtype)
-        each = absmax.to(torch.float32).repeat_interleave(size)[: len(by_row)]
-        return (
-            each.view(-1, len(scales)).T.reshape(scales.shape).contiguous(),
-            offset.expand(len(scales), 1, 1),
-            absmax.expand(len(scales), -1),
-        )
+        above = (scales - offset).view(-1)
+        absmax = pad(above, (0, -len(above) % size)).view(-1, size).amax(dim=1)
+        absmax = absmax.clamp_(max=torch.finfo(dtype).max).to(dtype)
+        each = absmax.to(torch.float32).repeat_interleave(size)[: len(above)].view(scales.shape)
+        return (each, offset.expand(scales.shape)), {"scale_absmax": absmax, "offset": offset.view(1)}
 
     def rounded(self, parameters: Tensors, frame: Tensors) -> tuple[Tensors, Tensors]:
         levels = 2**self._choice.scale_bits - 1
-        absmax, offset, _ = frame
+        absmax, offset = frame
         above = (parameters[0] - offset).div_(_divisor(absmax)).mul_(levels)
         codes = above.round_().clamp_(0, levels).to(torch.uint8)
         scales = _scales(codes, absmax, offset, self._choice.scale_bits)
@@ -186,11 +182,11 @@ class _NFGrid(Grid):
         return nearest_codes(weights / parameters[1], self._choice.bits)
 
     def values(self, codes: Tensor, parameters: Tensors) -> Tensor:
-        return nf_lookup(self._choice.bits, codes.device).book[codes.long()].mul_(parameters[0])
+        book = nf_lookup(self._choice.bits, codes.device).book
+        return book.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape).mul_(parameters[0])
 
-    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
-        _, offset, absmax = frame
-        return {"scale_codes": stored[0], "scale_absmax": absmax[0].clone(), "offset": offset.view(-1)[:1].clone()}
+    def named(self, stored: Tensors) -> dict[str, Tensor]:
+        return {"scale_codes": stored[0]}
 
 
 def _divisor(scales: Tensor) -> Tensor:

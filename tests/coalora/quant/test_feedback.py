@@ -43,7 +43,7 @@ class Halves(Grid):
     def values(self, codes: Tensor, parameters: Tensors) -> Tensor:
         return (codes.float() - 4) / 2
 
-    def state(self, stored: Tensors, frame: Tensors) -> dict[str, Tensor]:
+    def named(self, stored: Tensors) -> dict[str, Tensor]:
         return {}
 
 
