@@ -121,12 +121,10 @@ class CoaLoraModel:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         load = partial(
             load_model, folder, task, num_labels=num_labels, dtype=getattr(torch, runtime.dtype), seed=config.seed,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         # Packed layers need not fit the device in full precision.
         base = load(device=torch.device("cpu") if config.weights == "packed" else device)
-        if base.config.pad_token_id is None:  # decoders with a classification head find the last token by it
-            base.config.pad_token_id = tokenizer.pad_token_id
         name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
         return cls(
             base, tokenizer, config, task=task, folder=folder, name=name, max_length=max_length, device=device,

@@ -11,7 +11,7 @@ from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
 from coalora.files import read_json, whole_or_nothing, write_json
-from coalora.models.loading import load_config, resolved
+from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
 from pipeline.settings.definitions import validate_settings
@@ -91,7 +91,7 @@ def score_run(
     export = _export(settings, artifacts)
     windows(2, max_length, stride)  # here and below: whatever can be told before a model is loaded
     _require_stored(artifacts)
-    limit = getattr(load_config(BaseModel(export.base).path), "max_position_embeddings", None)
+    limit = getattr(BaseModel(export.base).config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise CoaloraError(
             f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"

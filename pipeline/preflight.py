@@ -13,7 +13,7 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.harness import check_tasks
 from coalora.method.initial import given_set
 from coalora.models.files import model_files
-from coalora.models.loading import load_config, meta_model
+from coalora.models.loading import check_causal, load_config, meta_model, small_model
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.train.pretrain import llama_config
 from pipeline.inputs.choices import choices_of, priced_tables
@@ -87,8 +87,11 @@ def shapes_of_model(settings: Settings) -> PreTrainedModel:
     else:
         source = str(model.name_or_path)
         config = load_config(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        small = small_model(config, task) if task == "language-modeling" else None
+        if small is not None:
+            check_causal(small)
     num_labels = settings.benchmark.num_labels if task == "classification" else None
-    return meta_model(config, task, num_labels=num_labels)
+    return meta_model(config, task, num_labels=num_labels, trust_remote_code=model.trust_remote_code)
 
 
 def positions(model: PreTrainedModel) -> int | None:

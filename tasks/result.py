@@ -1,7 +1,6 @@
 """Stage `result`: everything that a finished run reports, as one checked JSON file."""
 
 from coalora.files import read_json
-from coalora.models.loading import load_config
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, BaseModel, load_benchmark, load_selected, load_set, load_tables
 from pipeline.report.result import RunMeasures, build_result, time_of
@@ -33,7 +32,7 @@ def assemble(
     store, measured, source = current_store(), load_tables(tables), BaseModel(base)
     made = [base, benchmark, tables, *searches, selection, *scores.values()]
     made += [a for found in (*references.values(), harness or [], exports) for a in found]
-    vocab_size = getattr(load_config(source.path), "vocab_size", 0)
+    vocab_size = getattr(source.config(), "vocab_size", 0)
     measures = RunMeasures(
         model={"name": source.name, "digest": source.digest, "vocab_size": vocab_size},
         data=load_benchmark(benchmark),

@@ -22,7 +22,7 @@ from coalora.adapt.methods import METHODS
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.errors import CoaloraError
 from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase
-from coalora.models.targets import TargetLayer
+from coalora.models.targets import TargetLayer, head_modules
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, Task
@@ -79,7 +79,10 @@ class AdaptedModel:
             )
         self._known_statistics = statistics
         trained = [rank - compensated for rank in self.ranks]
-        config = lora_config(layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout)
+        self.heads = [] if self.is_language_model else head_modules(model)
+        config = lora_config(
+            layers, task, ranks=trained, scale=recipe.scale, lora_dropout=recipe.lora_dropout, heads=self.heads
+        )
         self.peft_model, self.lora_A, self.lora_B, self.terms = attach(
             model, layers, config, scale=recipe.scale, seed=seed
         )

@@ -127,13 +127,20 @@ class Product(torch.autograd.Function):
 
 
 def lora_config(
-    layers: Sequence[TargetLayer], task: Task, *, ranks: Sequence[int], scale: float, lora_dropout: float = 0.0
+    layers: Sequence[TargetLayer],
+    task: Task,
+    *,
+    ranks: Sequence[int],
+    scale: float,
+    lora_dropout: float = 0.0,
+    heads: Sequence[str] = (),
 ) -> LoraConfig:
     """PEFT's config for the target layers. The task head of a classifier is trained and saved with the adapter.
 
     Args:
         ranks: (N,) of the layers; where they differ the config has a `rank_pattern`.
         scale: s, the same for every layer: PEFT's lora_alpha / r, by an `alpha_pattern` where ranks differ.
+        heads: modules that are trained whole (`head_modules`); PEFT knows those called classifier or score by itself.
     """
     r = Counter(ranks).most_common(1)[0][0]
     others = {layer.name: rank for layer, rank in zip(layers, ranks, strict=True) if rank != r}
@@ -147,6 +154,10 @@ def lora_config(
         target_modules=[layer.name for layer in layers],
         fan_in_fan_out=any(layer.transposed for layer in layers),
         bias="none",
+        modules_to_save=[
+            name for name in heads if not any(part.endswith(("classifier", "score")) for part in name.split("."))
+        ]
+        or None,
     )
 
 

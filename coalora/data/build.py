@@ -35,12 +35,26 @@ def text_split(
 
 
 def example_split(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Split:
-    """Texts (of a pair, the longer first) cut to `max_length` tokens, with their labels."""
+    """Texts (of a pair, the longer first) cut to `max_length` tokens, with their labels.
+
+    Raises:
+        CoaloraError: a tokenizer with nothing to pad with.
+    """
+    check_pads(tokenizer)
     columns = list(zip(*examples.texts, strict=True))
     encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
     # Only tokenizers of models that embed them return token types.
     types = encoded.get("token_type_ids")
-    return pad(encoded["input_ids"], tokenizer.pad_token_id or 0, examples.labels, types)
+    return pad(encoded["input_ids"], tokenizer.pad_token_id, examples.labels, types)
+
+
+def check_pads(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot fill rows of different lengths."""
+    if tokenizer.pad_token_id is None:
+        raise CoaloraError(
+            "The tokenizer has neither a padding nor an end-of-text token inside of the model's embedding",
+            remedy="Set tokenizer.pad_token to a token that it has, and save it to the model's folder",
+        )
 
 
 def language_modeling(

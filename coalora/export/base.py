@@ -8,6 +8,7 @@ bit, as the model that was evaluated.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from coalora.adapt.lora import quiet_peft
 from coalora.calibrate.tables import CalibrationTables
@@ -24,7 +26,7 @@ from coalora.configurations import configuration_dict, configuration_digest, rea
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding
 from coalora.files import read_json, read_tensors, write_json, write_tensors
-from coalora.models.loading import default_device, default_dtype, meta_model
+from coalora.models.loading import default_device, default_dtype, load_config, meta_model
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import Task
 
@@ -76,17 +78,32 @@ def write_base(
         "average_bits": round(float(tables.average_bits(configuration)), 6),
         "digest": configuration_digest(content),
         "task": task,
+        # transformers leaves it out of config.json where it is 2, which is not every architecture's default.
+        **({"num_labels": model.config.num_labels} if task == "classification" else {}),
         "shapes": {layer.name: list(layer.shape) for layer in tables.layers},
         "transposed": [layer.name for layer in tables.layers if layer.transposed],
     }
     write_tensors(folder / PACKED, packed)
     write_tensors(folder / REST, _rest(model, names, rest_dtype))
     write_json(folder / CONFIGURATION, content)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off while the model is trained
+    config.save_pretrained(folder)
+    if type(model).__module__.startswith("transformers_modules"):  # code that came with the checkpoint
+        custom_object_save(model, folder)
 
 
-def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """The dequantized model of a packed base, with `coalora_digest` set to its configuration's digest.
+
+    Args:
+        trust_remote_code: run the code in the folder, where the architecture is one that came with its checkpoint.
 
     Raises:
         CoaloraError: the folder is no packed base, its content contradicts its digest, or tensors are missing or
@@ -100,7 +117,8 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
     """
     folder = Path(folder)
     content = _read_configuration(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config.num_labels = content.get("num_labels", config.num_labels)
     choices = read_choices(content)
     packed, _ = read_tensors(folder / PACKED)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -114,7 +132,7 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
         state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
     device = device or default_device()
     # The Auto classes load a state only from a file; the architecture's own class takes it as it is.
-    own_class: Any = type(meta_model(config, content["task"]))
+    own_class: Any = type(meta_model(config, content["task"], trust_remote_code=trust_remote_code))
     model, info = own_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype or default_dtype(device), output_loading_info=True
     )
@@ -124,7 +142,6 @@ def load_base(folder: Path, *, device: torch.device | None = None, dtype: torch.
             remedy="Export the base again",
         )
     model.requires_grad_(False)
-    model.config.use_cache = False
     model.coalora_digest = content["digest"]
     return model.to(device).eval()
 

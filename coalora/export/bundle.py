@@ -128,15 +128,16 @@ class Bundle:
         """The configuration (N,) for a budget, in the unit of the tables' cost (by default average bits).
 
         Raises:
-            CoaloraError: the budget is below what any configuration can reach.
+            CoaloraError: the budget is outside of what configurations can reach.
         """
         low, high = self.tables.cost_range()
-        if not low <= budget:
+        if not low <= budget <= high * 1.001:  # the end as it is shown is within
             unit = self.tables.cost_unit
+            side = "above" if budget > high else "below"
             raise CoaloraError(
-                f"A budget of {budget} {unit.unit} is below the choice space, which spans {low:.3f} to {high:.3f} "
+                f"A budget of {budget} {unit.unit} is {side} the choice space, which spans {low:.3f} to {high:.3f} "
                 f"{unit.words}",
-                remedy="Ask for more, or train with a space that has smaller choices",
+                remedy="Ask for one within, or train with a space that has other choices",
             )
         members, tables = self.members, self.tables
         return best_within(
@@ -164,7 +165,8 @@ class Bundle:
                 tensors[B] = torch.cat([tensors[B], beside / self.recipe.scale], dim=1)
         average_bits = float(self.tables.average_bits(configuration))
         content |= {"average_bits": round(average_bits, 6), "digest": configuration_digest(content)}
-        config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale)
+        heads = sorted({k.removeprefix("head.").rpartition(".")[0] for k in self.tensors if k.startswith("head.")})
+        config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale, heads=heads)
         config.base_model_name_or_path = self.base_model
         return Adapted(average_bits, np.asarray(configuration), content, config, tensors)
 
@@ -181,7 +183,7 @@ class Bundle:
         """Configuration and adapter for any budget, in the unit of the tables' cost (by default average bits).
 
         Raises:
-            CoaloraError: the budget is below what any configuration can reach.
+            CoaloraError: the budget is outside of what configurations can reach.
 
         Example:
             >>> adapted = bundle.adapt(budget=3.5)
@@ -223,6 +225,10 @@ class Bundle:
                 raise CoaloraError(f"There is no {name} in {folder}", remedy="Name the folder of a bundle")
         tables = CalibrationTables.load(folder / "tables.safetensors")
         members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
+        if not len(members):
+            raise CoaloraError(
+                f"configurations.json of {folder} has no members", remedy="Make or download the bundle again"
+            )
         tensors, header = read_tensors(folder / "adapter.safetensors")
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
             raise CoaloraError(

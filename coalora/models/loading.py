@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from coalora.errors import CoaloraError
@@ -33,8 +32,14 @@ _AUTO = {"classification": AutoModelForSequenceClassification, "language-modelin
 
 
 def resolved(runtime: R) -> R:
-    """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart."""
+    """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart.
+
+    Raises:
+        CoaloraError: a GPU is asked for, and there is none.
+    """
     device, dtype = runtime.device, runtime.dtype
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CoaloraError("runtime.device is cuda, and torch sees no GPU here", remedy="Set runtime.device=auto")
     if device == "auto":
         device = "cuda" if default_device().type == "cuda" else "cpu"
     if dtype == "auto":
@@ -61,15 +66,20 @@ def load_model(
     device: torch.device | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """A base model in eval mode, its parameters frozen.
 
-    `seed` decides the head of a classification model whose checkpoint has none: the same seed gives the same head.
+    Args:
+        seed: decides the weights of a classification model that its checkpoint lacks: the same seed gives the same.
+        pad_token_id: what fills the rows of batches; a decoder's classifier finds the last token by it.
 
     Raises:
-        CoaloraError: the model cannot be found or read; its architecture is none for the task; its checkpoint lacks
-            weights other than the task head's (they would be random), or has a head for other classes.
+        CoaloraError: the model cannot be found or read, or is quantized already; its architecture is none for the task;
+            its checkpoint lacks weights other than the task head's (they would be random), or has a head for other
+            classes; it counts positions from another padding token.
     """
+    load_config(name_or_path, trust_remote_code=trust_remote_code)
     device = device or default_device()
     options: dict = {"num_labels": num_labels} if task == "classification" and num_labels is not None else {}
     # A checkpoint without a task head is the ordinary case here; the report about its "missing" keys is noise.
@@ -86,18 +96,30 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **options,
             )
-    except RuntimeError as error:  # transformers' word for tensors of other shapes
-        raise CoaloraError(
-            f"The tensors of {name_or_path} have other shapes than a model with num_labels {num_labels}",
-            remedy="Set benchmark.num_labels to the number of classes of the checkpoint's head",
-        ) from error
+    except CoaloraError as error:
+        if isinstance(error.__cause__, RuntimeError):  # transformers' word for tensors of other shapes
+            raise CoaloraError(
+                f"The tensors of {name_or_path} have other shapes than a model with num_labels {num_labels}",
+                remedy="Set benchmark.num_labels to the number of classes of the checkpoint's head",
+            ) from error.__cause__
+        raise
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _check_causal(model.config, task)
+    model = model.to(device).eval()
+    if task == "language-modeling":
+        check_causal(model)
     _check_complete(model, info["missing_keys"], task, name_or_path)
+    model.coalora_missing = sorted(info["missing_keys"])
+    if task == "classification":
+        # Training asks the model for its loss, evaluation computes it: a checkpoint's own kind of problem may differ.
+        own = "single_label_classification" if model.config.num_labels > 1 else "regression"
+        model.config.problem_type = own if model.config.problem_type not in (None, own) else model.config.problem_type
+    if pad_token_id is not None:
+        check_padding(model, pad_token_id)
+        model.config.pad_token_id = pad_token_id
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.to(device).eval()
+    return model
 
 
 def load_config(
@@ -109,55 +131,114 @@ def load_config(
         CoaloraError: there is no such model.
     """
     with _known(name_or_path, "either task"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
+    if quantized := getattr(config, "quantization_config", None):
+        fields = quantized if isinstance(quantized, dict) else vars(quantized)
+        raise CoaloraError(
+            f"{name_or_path} is quantized already ({fields.get('quant_method', 'quantization_config in its config')})",
+            remedy="Set model.name_or_path to the checkpoint in 16 or 32 bits that it was made from",
+        )
+    return config
 
 
-def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (the end-of-text token where it has none).
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; what it pads with lies inside the model's embedding.
+
+    That is its padding token, else its end-of-text token, else what the model's config names. `pad_token` is None where
+    there is no such token.
 
     Raises:
-        CoaloraError: there is no such model, or it comes without a tokenizer.
+        CoaloraError: there is no such model, or it comes without a tokenizer, or with a damaged one.
     """
+    config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        with _known(name_or_path, "either task"):
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-    except (TypeError, ImportError):  # of transformers 4 where a folder has no tokenizer
-        tokenizer = None
-    # transformers 5 makes up a tokenizer of special tokens alone there: every text would be unknown.
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_ids):
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # of any kind, by the file that is damaged or missing
+        raise CoaloraError(
+            f"The tokenizer of {name_or_path} cannot be read ({_reason(error)})",
+            remedy="Save it to the model's folder with tokenizer.save_pretrained, or download its files again (a file "
+            "of git-lfs alone is a pointer to it)",
+        ) from error
+    # transformers makes up a tokenizer of special tokens alone where there is none: every text would be unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise CoaloraError(
             f"{name_or_path} has no tokenizer",
             remedy="Save the tokenizer to the model's folder with tokenizer.save_pretrained",
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    vocab_size = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(config, "pad_token_id", None))
+    found = next((i for i in ids if i is not None and 0 <= i < min(vocab_size, len(tokenizer))), None)
+    if found != tokenizer.pad_token_id:
+        tokenizer.pad_token = None if found is None else tokenizer.convert_ids_to_tokens(found)
     return tokenizer
 
 
-def meta_model(config: PretrainedConfig, task: Task, *, num_labels: int | None = None) -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, task: Task, *, num_labels: int | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The architecture without weights: names and shapes for checks that must cost nothing.
 
     Raises:
         CoaloraError: the architecture is none for the task.
     """
-    _check_causal(config, task)
     if task == "classification" and num_labels is not None:
         config = copy.deepcopy(config)
         config.num_labels = num_labels
     with _known(config.model_type, task), torch.device("meta"):
-        return _AUTO[task].from_config(config)
+        return _AUTO[task].from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _check_causal(config: PretrainedConfig, task: Task) -> None:
-    # transformers makes a language model of an encoder, too: one that sees the tokens which it predicts.
-    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if task == "language-modeling" and bidirectional:
+def check_padding(model: PreTrainedModel, pad_token_id: int) -> None:
+    """Refuse a model that counts positions from behind another padding token than that which fills rows (RoBERTa)."""
+    for name, module in model.named_modules():
+        own = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and own not in (None, pad_token_id):
+            raise CoaloraError(
+                f"The model counts positions from behind its padding token {own}, and its tokenizer pads with "
+                f"{pad_token_id}",
+                remedy="Correct pad_token_id in config.json, or pad_token in tokenizer_config.json",
+            )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Refuse a language model that sees the tokens which it predicts: its first output follows the last token.
+
+    transformers makes a language model of bidirectional encoders, too. Numbers of random draws are left as they are.
+    """
+    device = next(model.parameters()).device
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = (vocab_size - 1 - torch.arange(8, device=device) % vocab_size)[None]  # special tokens have low numbers
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (model(input_ids=row).logits[0, 0].float() for row in (ids, other))
+    # Routing to experts, and sums in 16 bits, may round otherwise; what attention brings is far more.
+    if (first - second).norm() > (1e-4 if model.dtype == torch.float32 else 3e-2) * first.norm():
         raise CoaloraError(
-            f"Architecture {config.model_type!r} sees the tokens that it would have to predict",
+            f"Architecture {model.config.model_type!r} sees the tokens that it would have to predict",
             remedy="Set benchmark.task to classification, or choose a causal decoder such as llama or qwen2",
         )
+
+
+def small_model(config: PretrainedConfig, task: Task) -> PreTrainedModel | None:
+    """The architecture with one block, few tokens and random weights; None where it cannot be cut down so."""
+    small = copy.deepcopy(config)
+    try:
+        pad = getattr(config, "pad_token_id", None)
+        small.update({"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": None if pad is None else pad % 8})
+        size = sum(p.numel() for p in meta_model(small, task).parameters())
+        if size > 50_000_000:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            return _AUTO[task].from_config(small).float().eval()
+    except Exception:  # of any kind, by the architecture: the whole model will tell
+        return None
 
 
 def _check_complete(model: PreTrainedModel, missing: Iterable[str], task: Task, name_or_path: str | Path) -> None:
@@ -176,15 +257,21 @@ def _known(name: str | Path, task: str) -> Iterator[None]:
     """Refusals of transformers and the hub in words that say what to do."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):
-            raise CoaloraError(
-                f"transformers has no architecture of {name} for {task} ({reason})",
-                remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling",
-            ) from error
+    except (MemoryError, torch.OutOfMemoryError, CoaloraError):
+        raise
+    except (OSError, SafetensorError, HFValidationError) as error:
         raise CoaloraError(
-            f"There is no base model {name} ({reason})",
+            f"There is no base model {name} ({_reason(error)})",
             remedy="Set model.name_or_path to a hub id, or to a local folder with config.json and weights in "
             "safetensors",
         ) from error
+    except Exception as error:  # of any kind, by what a config.json holds
+        raise CoaloraError(
+            f"transformers has no architecture of {name} for {task} ({_reason(error)})",
+            remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling; or "
+            "correct config.json",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

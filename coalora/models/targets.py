@@ -55,6 +55,19 @@ class TargetLayer:
         return weight.T if self.transposed else weight
 
 
+def head_modules(model: nn.Module) -> list[str]:
+    """Modules of a classifier that are trained whole and saved with the adapter: what lies outside of its body, and
+    what its checkpoint lacked (`coalora_missing` of `load_model`), such as a pooler. None of a language model.
+    """
+    ask = getattr(model, "get_output_embeddings", None)
+    prefix = getattr(model, "base_model_prefix", "")
+    if not (prefix and hasattr(model, prefix)) or (callable(ask) and ask() is not None):
+        return []
+    outside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
+    inside = [name for name in getattr(model, "coalora_missing", []) if name.startswith(f"{prefix}.")]
+    return [*outside, *sorted({name.rpartition(".")[0] for name in inside})]
+
+
 def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> list[TargetLayer]:
     """The target layers of `model`, in the order of `named_modules`.
 
@@ -65,9 +78,9 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | N
             `all-linear` for any other.
 
     Raises:
-        CoaloraError: no list of patterns; a pattern that matches nothing; a layer that is not linear; a layer whose
-            weight is shared with another module (tied embeddings): quantizing it would change the other module as
-            well; a model without linear layers.
+        CoaloraError: no list of patterns; a pattern that matches nothing; a layer that is not linear; a classifier's
+            head, which is trained whole; a layer whose weight is shared with another module (tied embeddings):
+            quantizing it would change the other module as well; a model without linear layers.
 
     Example:
         >>> from transformers import OPTConfig
@@ -90,6 +103,7 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | N
         )
     patterns = sorted(target_modules, key=len, reverse=True)
     used: set[str] = set()
+    heads = head_modules(model)
     layers: list[TargetLayer] = []
     for name, module in model.named_modules():
         kind = next((p for p in patterns if matches(name, p)), None)
@@ -102,6 +116,11 @@ def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | N
             raise CoaloraError(
                 f"{name} is {type(module).__name__}, not a linear layer",
                 remedy=f"Make the pattern {kind!r} of target_modules narrower",
+            )
+        if any(name == head or name.startswith(f"{head}.") for head in heads):
+            raise CoaloraError(
+                f"{kind!r} of target_modules takes {name}, which is trained whole as part of the classifier's head",
+                remedy="Name layers of the model's body, or write all-linear for all of them",
             )
         used.add(kind)
         layers.append(_layer(model, name, module, name.rsplit(".", 1)[-1] if is_glob else kind))
@@ -129,12 +148,12 @@ def _all_linear(model: nn.Module) -> list[TargetLayer]:
     prefix = getattr(model, "base_model_prefix", "")
     body = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
+    head, heads = ask() if callable(ask) else None, head_modules(model)
     layers = [
         _layer(model, name, module, _kind(model, name))
         for name, module in model.named_modules()
         # Exact types: a subclass may be multiplied elsewhere than in its own forward pass, past the adapter.
-        if type(module) in (nn.Linear, Conv1D) and name.startswith(body) and module is not head
+        if type(module) in (nn.Linear, Conv1D) and name.startswith(body) and module is not head and name not in heads
     ]
     names = _names_by_weight(model)
     layers = [layer for layer in layers if len(names[id(model.get_submodule(layer.name).get_parameter("weight"))]) == 1]

@@ -18,7 +18,6 @@ from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.export.formats import ExportSource, write_export
 from coalora.files import digest
-from coalora.models.loading import load_config
 from pipeline.inputs.adapted import hold, release_models
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
@@ -66,7 +65,7 @@ class ExportInputs:
             load_tokenizer=base.tokenizer,
             load_statistics=lambda: load_input_statistics(self.tables, tables),
             adapter_dtype=getattr(torch, self.settings.adapter_dtype),
-            rest_dtype=getattr(load_config(base.path), "dtype", None),
+            rest_dtype=getattr(base.config(), "dtype", None),
         )
         write_export(folder, formats, source)
         return {
@@ -90,7 +89,11 @@ class ExportInputs:
             facts = self.write(folder, self.loaded.select(budget), ["peft", "packed"])
             release_models()  # the base need not fit beside the model
             device, dtype = torch.device(self.runtime.device), getattr(torch, self.runtime.dtype)
-            yield load_adapted(folder / "base", folder / "adapter", device=device, dtype=dtype), facts
+            trusted = BaseModel(self.base).trusted
+            model = load_adapted(
+                folder / "base", folder / "adapter", device=device, dtype=dtype, trust_remote_code=trusted
+            )
+            yield model, facts
 
 
 def _size(folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coalora.calibrate.statistics import load_statistics
 from coalora.calibrate.tables import CalibrationTables
@@ -18,7 +18,7 @@ from coalora.data.benchmark import Benchmark
 from coalora.data.text import read_text
 from coalora.errors import CoaloraError
 from coalora.files import read_json
-from coalora.models.loading import load_model, load_tokenizer
+from coalora.models.loading import load_config, load_model, load_tokenizer
 from coalora.quant.scheme import InputStatistics
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.settings.sections import RuntimeSettings
@@ -69,25 +69,26 @@ class BaseModel:
         return reference["digest"] if reference else model_digest(self.path)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path, trust_remote_code=self._trusted)
+        return load_tokenizer(self.path, trust_remote_code=self.trusted)
 
     def load(self, benchmark: Benchmark, runtime: RuntimeSettings, *, seed: int) -> PreTrainedModel:
         """The model for the benchmark's task; `seed` decides a new classification head."""
-        model = load_model(
+        return load_model(
             self.path,
             benchmark.task,
             num_labels=benchmark.num_labels,
             dtype=getattr(torch, runtime.dtype),
             device=torch.device(runtime.device),
             seed=seed,
-            trust_remote_code=self._trusted,
+            trust_remote_code=self.trusted,
+            pad_token_id=benchmark.train.pad_token_id,
         )
-        if model.config.pad_token_id is None:  # decoders with a classification head find the last token by it
-            model.config.pad_token_id = self.tokenizer().pad_token_id
-        return model
+
+    def config(self) -> PretrainedConfig:
+        return load_config(self.path, trust_remote_code=self.trusted)
 
     @property
-    def _trusted(self) -> bool:
+    def trusted(self) -> bool:
         reference = self._reference
         return bool(reference and reference["trust_remote_code"])
 

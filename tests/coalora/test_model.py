@@ -8,10 +8,22 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    T5Config,
+    T5Model,
+)
 
 from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, load_adapted
 from coalora.errors import CoaloraError
-from coalora.models.loading import load_model
+from coalora.models.loading import load_config, load_model
 
 TEXTS = [f"text {i}: the {word} fox jumps over the dog" for i in range(8) for word in ("quick", "slow")]
 SPACE = ChoiceSpace("nf", bits=[2, 3, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64])
@@ -72,3 +84,65 @@ def test_labels_that_do_not_fit_are_refused(folder, data, message: str) -> None:
     model = CoaLoraModel.from_pretrained(folder, CoaLoraConfig(choices=SPACE), task="classification", num_labels=2)
     with pytest.raises(CoaloraError, match=message):
         model.calibrate(data)
+
+
+_SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 66, "pad_token_id": 0,
+}  # fmt: skip
+_BART = {
+    "vocab_size": 320, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 66,
+    "pad_token_id": 1, "eos_token_id": 0,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": 320, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "pad_token_id": 1,
+    "eos_token_id": 0, "decoder_start_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        (lambda: BartModel(BartConfig(**_BART)), ["classification_head.dense", "classification_head.out_proj"]),
+        (lambda: T5Model(T5Config(**_T5)), ["classification_head.dense", "classification_head.out_proj"]),
+        (lambda: BertForMaskedLM(BertConfig(**_SIZES)), ["classifier", "bert.pooler.dense"]),
+        (lambda: AlbertForMaskedLM(AlbertConfig(**_SIZES, embedding_size=32)), ["classifier", "albert.pooler"]),
+        (lambda: DebertaV2ForMaskedLM(DebertaV2Config(**_SIZES)), ["classifier", "pooler.dense"]),
+    ],
+    ids=["bart", "t5", "bert", "albert", "deberta"],
+)
+def test_what_the_checkpoint_lacks_is_trained_saved_and_exported(tiny_tokenizer, tmp_path, body, parts) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body().save_pretrained(tmp_path / "base")
+    tokenizer = type(tiny_tokenizer)(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|endoftext|>", model_input_names=["input_ids"]
+    )
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(load_config(tmp_path / "base").pad_token_id)
+    tokenizer.save_pretrained(tmp_path / "base")
+    texts, labels = [text + "<|endoftext|>" for text in TEXTS], [0, 1] * 8
+    model = CoaLoraModel.from_pretrained(
+        tmp_path / "base", CoaLoraConfig(r=4, choices=SPACE), task="classification", num_labels=2, max_length=32
+    )
+    assert not {layer.name for layer in model.layers} & set(parts)
+    model.calibrate((texts, labels))
+    before = {part: model.base.get_submodule(part).weight.clone() for part in parts}
+    model.fit((texts, labels), (texts[:6], labels[:6]), steps=4, rounds=0)
+    trained = model.adapted.state_dict()
+    for part, start in before.items():
+        assert not torch.equal(trained[f"head.{part}.weight"], start), part
+    model.switch(budget=3.0)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 0]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        model.export(tmp_path / "device", budget=3.0)
+        found = load_adapted(tmp_path / "device/base", tmp_path / "device/adapter", device=model.device)
+        torch.testing.assert_close(found(**inputs).logits, wanted)
+    # Stock PEFT on a base whose missing parts were drawn otherwise.
+    base = load_model(tmp_path / "base", "classification", num_labels=2, device=model.device, seed=7)
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "device/adapter")).state_dict()
+    for part in parts:
+        (name,) = [k for k in stock if k.replace(".modules_to_save.default", "").endswith(f"model.{part}.weight")
+                   and "original" not in k]  # fmt: skip
+        assert torch.equal(stock[name], trained[f"head.{part}.weight"])

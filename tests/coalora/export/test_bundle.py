@@ -126,7 +126,7 @@ def test_answers_fit_their_budget_and_are_the_best_that_was_measured(tiny_llama,
     bundle, _ = make_bundle(tiny_llama)
     low, high = bundle.tables.bits_range()
     members, bits = bundle.members, bundle.tables.average_bits(bundle.members.configurations)
-    for budget in np.linspace(low, high + 1, 12):
+    for budget in np.linspace(low, high, 12):
         made = bundle.adapt(budget)
         assert made.average_bits <= budget + 1e-9
         fits = bits <= budget + 1e-9
@@ -136,11 +136,13 @@ def test_answers_fit_their_budget_and_are_the_best_that_was_measured(tiny_llama,
     assert bundle.adapt(low).average_bits == pytest.approx(low)
 
 
-def test_the_smallest_budget_is_answered_and_less_is_refused(tiny_llama, make_bundle) -> None:
+def test_the_ends_of_the_space_are_answered_and_what_lies_outside_is_refused(tiny_llama, make_bundle) -> None:
     bundle, _ = make_bundle(tiny_llama)
     low, high = bundle.tables.bits_range()
     assert bundle.adapt(low).average_bits == pytest.approx(low)
-    for budget in (low - 0.01, 0, -1, math.nan):
+    for end in (high, round(high, 3)):
+        assert bundle.adapt(end).average_bits <= high
+    for budget in (low - 0.01, 0, -1, high + 0.1, 99, math.inf, math.nan):
         with pytest.raises(CoaloraError, match=f"{low:.3f} to {high:.3f}") as error:
             bundle.adapt(budget)
         assert str(budget) in str(error.value)
