@@ -6,6 +6,7 @@ be looked at; moto's server, which tests use, keeps all in memory and forgets. L
 object; hence the two `when_required` below, which botocore, s3fs and DVC read.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ class Service:
 
     name: str  # as in `--ports` and `status`
     command: list[str]  # started in the checkout
-    environment: Mapping[str, str]  # added to the stack's
+    environment: Mapping[str, str]  # added to this process's own, without what leads to other servers
     missing: Callable[[], str | None]  # what keeps it from being healthy; None when it is healthy
     url: str  # for people
 
@@ -49,13 +50,20 @@ def client_environment(ports: Mapping[str, int], credentials: Mapping[str, str])
 
 
 def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, str]) -> list[Service]:
-    """The services in the order in which they are started."""
+    """The services in the order in which they are started; each is given the credentials that it needs.
+
+    The worker's runs use the S3 store by themselves (`COALORA_STORE`, DVC's remote, published runs).
+    """
     client = client_environment(ports, credentials)
+    login = credentials["PREFECT_API_AUTH_STRING"]
+    keys = {name: value for name, value in client.items() if name.startswith("AWS_")}
     name = f"local-{ports['prefect']}"
     python = [sys.executable, "-m"]
     api, s3, mlflow = client["PREFECT_API_URL"], client["AWS_ENDPOINT_URL"], client["MLFLOW_TRACKING_URI"]
     ui = api.removesuffix("/api")
-    prefect = {"PREFECT_HOME": str(folder / "prefect")}
+    home = {"PREFECT_HOME": str(folder / "prefect")}
+    # For pages of other origins; sockets, which browsers do not hold back, need the login.
+    origins = f"{ui},http://localhost:{ports['prefect']}"
     return [
         Service(
             "s3",
@@ -73,7 +81,7 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
             [*python, "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1",
              "--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}",
              "--artifacts-destination", f"s3://{BUCKET}/mlflow"],
-            {"MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_DISABLE_TELEMETRY": "true",
+            {**keys, "MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_DISABLE_TELEMETRY": "true",
              "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             lambda: http_missing(f"{mlflow}/health"),
             mlflow,
@@ -81,15 +89,16 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
         Service(
             "prefect",
             [*python, "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])],
-            {**prefect, "PREFECT_UI_API_URL": api},
+            {**home, "PREFECT_API_URL": api, "PREFECT_UI_API_URL": api, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins,
+             "PREFECT_SERVER_API_AUTH_STRING": login, "PREFECT_API_AUTH_STRING": login},
             lambda: http_missing(f"{api}/health"),
             ui,
         ),
         Service(
             "worker",
             [*python, "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", name],
-            prefect,
-            lambda: worker_missing(api, name),
+            {**client, **home},
+            lambda: worker_missing(api, name, login),
             f"{ui}/work-pools/work-pool/{POOL}",
         ),
     ]  # fmt: skip
@@ -110,9 +119,9 @@ def http_missing(url: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def worker_missing(api: str, name: str) -> str | None:
+def worker_missing(api: str, name: str, login: str) -> str | None:
     """None where the worker of that name sends heartbeats."""
-    found = _request(f"{api}/work_pools/{POOL}/workers/filter", b"{}")
+    found = _request(f"{api}/work_pools/{POOL}/workers/filter", b"{}", login)
     if isinstance(found, str):
         return found
     states = [worker["status"] for worker in json.loads(found) if worker["name"] == name]
@@ -134,9 +143,12 @@ def s3_missing(endpoint: str, credentials: Mapping[str, str]) -> str | None:
     return None
 
 
-def _request(url: str, data: bytes | None = None) -> bytes | str:
+def _request(url: str, data: bytes | None = None, login: str | None = None) -> bytes | str:
     """The answer, or what is wrong as text."""
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if login is not None:
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    request = urllib.request.Request(url, data, headers)
     # No proxy: these addresses are on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -100,8 +100,7 @@ class Stack:
         if process is None or process.find() is None:
             if service.name in state.ports:
                 require_free(state.ports[service.name], service.name)
-            reached = client_environment(state.ports, self._credentials())
-            environment = {**self._outer(), **reached, **service.environment}
+            environment = {**self._outer(), **service.environment}
             process = start(service.command, log=log, environment=environment, folder=ROOT)
             state.processes[service.name] = process
             self._write(state)  # before it is healthy: `down` must find it whatever happens
@@ -109,7 +108,8 @@ class Stack:
 
     def _outer(self) -> dict[str, str]:
         """This process's variables without those by which another stack would be reached."""
-        return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_API", "MLFLOW_", "RCLONE_"))}
+        others = ("AWS_", "PREFECT_API", "PREFECT_SERVER", "MLFLOW_", "RCLONE_")
+        return {k: v for k, v in os.environ.items() if not k.startswith(others)}
 
     def _ports(self, state: State, asked: Mapping[str, int]) -> dict[str, int]:
         unknown = sorted(set(asked) - set(PORTS))
@@ -134,16 +134,20 @@ class Stack:
         return ports
 
     def _credentials(self, *, make: bool = True) -> dict[str, str]:
-        """Of the store: made up once, readable by the owner alone, for this machine's loopback only."""
+        """Of store and Prefect server: made up once, readable by the owner alone, for this machine's loopback only."""
         path = self.folder / "credentials.json"
-        if not path.is_file():
-            if not make:
-                return {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
-            _write_private(path, json.dumps(made))
-        read: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return read
+        known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        fresh = {
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+            "PREFECT_API_AUTH_STRING": f"coalora:{secrets.token_hex(20)}",
+        }
+        if not make:
+            return {**dict.fromkeys(fresh, "none"), **known}
+        if not fresh.keys() <= known.keys():
+            known = {**fresh, **known}
+            _write_private(path, json.dumps(known))
+        return known
 
     def _lay_out(self, ports: Mapping[str, int], credentials: Mapping[str, str]) -> None:
         for below in (f"s3/{BUCKET}", "mlflow", "prefect", "logs"):
@@ -177,14 +181,17 @@ class Stack:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder.chmod(0o700)  # one that was made before, too: databases and logs are for nobody else
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # freed by the system when its holder dies
             yield
 
 
 def _write_private(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW  # nothing that somebody has laid there before
+    with os.fdopen(os.open(part, flags, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)

@@ -40,13 +40,16 @@ RUN pip install --requirement requirements.lock
 # What runs keep lies in the volume: the store and Prefect's records (.coalora), and the folders of finished runs.
 COPY --chown=coalora:coalora . .
 RUN pip install --no-deps --editable . \
- && install --directory --owner coalora --group coalora /data \
+ && install --directory --owner coalora --group coalora /data configurations .dvc/cache .dvc/tmp \
  && ln -s /data/coalora .coalora && ln -s /data/runs runs && chown coalora:coalora .
 USER coalora
 ENV COALORA_HOME=/data/coalora \
     PREFECT_RESULTS_LOCAL_STORAGE_PATH=/data/coalora/results \
     PREFECT_HOME=/data/prefect \
-    HF_HOME=/data/huggingface
+    HF_HOME=/data/huggingface \
+    PREFECT_UI_STATIC_DIRECTORY=/tmp/prefect-ui \
+    DVC_SITE_CACHE_DIR=/tmp/dvc
+# Runs with a read-only root: written are /data, /tmp, the home, configurations and .dvc/{cache,tmp}.
 VOLUME /data
 
 # Servers and credentials come by the environment.

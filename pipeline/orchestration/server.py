@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coalora.errors import CoaloraError
+from pipeline.scrub import scrub_text
 from pipeline.settings.definitions import DEFAULT_FILE, read_pipelines
 
 # Set in a deployment's job variables where it was made from another file than pipelines.yaml.
@@ -46,8 +47,12 @@ def require_server_named() -> None:
 
 
 def check_server() -> None:
-    """Refuse to start where PREFECT_API_URL names a server that does not answer: Prefect itself ends in a traceback."""
+    """Refuse to start where PREFECT_API_URL names a server that does not answer, or wants another login.
+
+    Prefect itself ends in a traceback.
+    """
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
@@ -55,9 +60,20 @@ def check_server() -> None:
         return
     with get_client(sync_client=True) as client:
         problem = client.api_healthcheck()
+        if problem is None:
+            try:
+                client.api_version()
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code not in (401, 403):
+                    raise
+                raise CoaloraError(
+                    f"The Prefect server at {scrub_text(url)} refuses this login (HTTP {error.response.status_code})",
+                    remedy="Set PREFECT_API_AUTH_STRING to its own: `source .coalora/stack/env` after `make up`, or as "
+                    "in infra/env",
+                ) from error
     if problem is not None:
         raise CoaloraError(
-            f"No Prefect server answers at {url} ({type(problem).__name__})",
+            f"No Prefect server answers at {scrub_text(url)} ({type(problem).__name__})",
             remedy="Start it (`make up`, or prefect server start), or correct PREFECT_API_URL (it ends in /api), or "
             "unset it to run without a server",
         )

@@ -94,7 +94,7 @@ def site(checkout: Checkout, folder: Path, *, initial_steps: int) -> Iterator[Si
         made.git("add", "--all")
         made.git("commit", "--quiet", "--message", "The pipeline")
         api = checkout.environment["PREFECT_API_URL"]
-        with SyncPrefectClient(api) as client:
+        with SyncPrefectClient(api, auth_string=checkout.environment["PREFECT_API_AUTH_STRING"]) as client:
             made.server = Server(api, checkout.environment, folder / "logs" / "prefect.log", client)
             made.server.deploy(root)
             yield made

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -67,16 +70,73 @@ def test_no_file_holds_a_credential_and_the_one_that_does_is_ignored_by_git() ->
     for file in [INFRA / "compose.yaml", INFRA / "worker.Dockerfile", INFRA / "kubernetes" / "worker.yaml"]:
         for found in secret.finditer(file.read_text()):
             assert found["value"].startswith("${"), f"{file.name}: {found[0]}"
-    example = (INFRA / "env.example").read_text()
-    assert all(line.split("=")[1].startswith("change-me") for line in example.splitlines() if "=" in line)
     assert "infra/env" in (ROOT / ".gitignore").read_text().splitlines()
     ignored = (INFRA / "worker.Dockerfile.dockerignore").read_text().splitlines()
     assert {"infra/env", ".venv", ".dvc/config.local", "**/.env"} <= set(ignored)
 
 
-def test_every_variable_that_compose_needs_is_in_the_example() -> None:
+def test_new_env_makes_up_every_variable_that_compose_needs_for_the_owner_alone_and_once(tmp_path: Path) -> None:
+    shutil.copy(INFRA / "new-env", tmp_path)
+    made = tmp_path / "env"
+    subprocess.run([tmp_path / "new-env"], check=True, stdout=subprocess.DEVNULL)
+    content = made.read_text()
     needed = set(re.findall(r"\$\{(\w+):\?", (INFRA / "compose.yaml").read_text()))
-    assert needed == set(re.findall(r"^(\w+)=", (INFRA / "env.example").read_text(), re.MULTILINE))
+    values = dict(re.findall(r"^(\w+)=(\S+)$", content, re.MULTILINE))
+    assert needed == set(values)
+    assert len(set(values.values())) == len(values)
+    assert min(len(value) for value in values.values()) >= 40
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
+    assert subprocess.run([tmp_path / "new-env"], stderr=subprocess.DEVNULL).returncode != 0
+    assert made.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["PREFECT_API_AUTH_STRING", "PREFECT_API_DATABASE_CONNECTION_URL"])
+def test_a_container_does_not_start_with_an_examples_credential(name: str) -> None:
+    command = [INFRA / "entrypoint.sh", "true"]
+    environment = {"PATH": os.environ["PATH"], name: "postgresql+asyncpg://coalora:change-me-1@postgres/prefect"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert name in done.stderr
+
+
+def test_containers_have_no_rights_and_a_root_that_is_read_only() -> None:
+    for name, service in COMPOSE["services"].items():
+        confined = {key: service[key] for key in ("cap_drop", "security_opt", "read_only")}
+        assert confined == {"cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"], "read_only": True}, name
+    pods = [manifest("Deployment", "coalora-worker")["spec"]["template"], job_manifest({})["spec"]["template"]]
+    for pod in pods:
+        (container,) = pod["spec"]["containers"]
+        rights = container["securityContext"]
+        assert rights["readOnlyRootFilesystem"]
+        assert not rights["allowPrivilegeEscalation"]
+        assert rights["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_prefects_server_has_a_login_and_answers_to_its_own_pages_alone() -> None:
+    server = COMPOSE["services"]["prefect"]["environment"]
+    assert server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200,http://localhost:4200"
+    assert server["PREFECT_SERVER_API_AUTH_STRING"] == server["PREFECT_API_AUTH_STRING"]
+    for name in ("setup", "worker", "worker-gpu"):
+        assert COMPOSE["services"][name]["environment"]["PREFECT_API_AUTH_STRING"].startswith("${")
+
+
+def test_everyone_is_given_the_keys_that_it_needs() -> None:
+    secret = re.compile(r"AWS_.*KEY|PASSWORD|AUTH")
+    given = {n: {k for k in s.get("environment", {}) if secret.search(k)} for n, s in COMPOSE["services"].items()}
+    login, keys = {"PREFECT_API_AUTH_STRING"}, {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    assert given == {
+        "postgres": {"POSTGRES_PASSWORD"},
+        "s3": {"RCLONE_AUTH_KEY"},
+        "mlflow": keys,
+        "prefect": login | {"PREFECT_SERVER_API_AUTH_STRING"},
+        "setup": login,
+        "worker": login | keys,
+        "worker-gpu": login | keys,
+    }
+    (worker,) = manifest("Deployment", "coalora-worker")["spec"]["template"]["spec"]["containers"]
+    assert worker["envFrom"] == [{"configMapRef": {"name": "coalora-servers"}}]
+    (login_of_worker,) = [entry for entry in worker["env"] if "valueFrom" in entry]
+    assert login_of_worker["valueFrom"]["secretKeyRef"]["name"] == "coalora-login"
 
 
 def test_build_arguments_are_those_of_the_dockerfile_and_all_are_used() -> None:
@@ -138,6 +198,7 @@ def test_prefects_kubernetes_worker_makes_a_valid_job_with_a_gpu_of_the_template
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert container["image"] == "coalora-worker:cuda"
     assert {"secretRef": {"name": "coalora-credentials"}} in container["envFrom"]
+    assert {"secretRef": {"name": "coalora-login"}} in container["envFrom"]
     assert {v["name"]: v["value"] for v in container["env"]}["COALORA_PIPELINES"] == "pipelines.yaml"
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "coalora-data"}
     assert pod["securityContext"]["runAsNonRoot"]

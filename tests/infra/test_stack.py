@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 
 from coalora.cli import main
 from coalora.errors import CoaloraError
@@ -72,6 +73,7 @@ def test_another_port_for_a_running_service_is_refused(stack: Stack) -> None:
 
 
 def test_files_with_keys_are_for_the_owner_alone_and_no_command_line_shows_them(stack: Stack) -> None:
+    assert stat.S_IMODE(stack.folder.stat().st_mode) == 0o700
     keys = json.loads((stack.folder / "credentials.json").read_text())
     for name in ("credentials.json", "env"):
         assert stat.S_IMODE((stack.folder / name).stat().st_mode) == 0o600
@@ -108,7 +110,16 @@ def test_the_store_takes_multi_part_uploads_and_ranged_reads_with_the_variables_
 
 
 def test_pool_and_limits_are_set_up_again_without_a_change(stack: Stack) -> None:
-    api = variables(stack)["PREFECT_API_URL"]
+    told = variables(stack)
+    api, login = told["PREFECT_API_URL"], told["PREFECT_API_AUTH_STRING"]
+    with temporary_settings({PREFECT_API_AUTH_STRING: login}):
+        set_up_again(api)
+    with temporary_settings({PREFECT_API_AUTH_STRING: "coalora:wrong"}), pytest.raises(CoaloraError) as refusal:
+        set_up(api)
+    assert "refuses this login (HTTP 401)" in str(refusal.value)
+
+
+def set_up_again(api: str) -> None:
     assert set_up(api, gpus=3) == ["work pool coalora: there already", "tag gpu: 3 at a time"]
     assert set_up(api, pool="cluster", kind="kubernetes", limit=4)[0] == "work pool cluster: made, type kubernetes"
     assert set_up(api, pool="cluster", kind="kubernetes", limit=4)[0] == "work pool cluster: there already"
