@@ -1,9 +1,10 @@
 """Runners of the pipeline's cached stages: inside a Prefect flow, or without any server.
 
 A stage's result record (the small `Artifact`, as JSON) lies at the stage's key in Prefect's local result
-storage. `PrefectRunner` lets Prefect read and write the records; `DirectRunner` does it through
+storage. `PrefectRunner` lets Prefect write the records; `DirectRunner` does it through
 `prefect.results.ResultStore`, without the API: what a flow has computed is reused by `dvc repro`, and the
-other way round. A cache hit of Prefect's does not look at the files that the record refers to, so that both
+other way round. Records are read here alone (`recorded_artifact`): read by Prefect, a record would choose the code that
+reads it. And a cache hit of Prefect's does not look at the files that the record refers to, so that both
 look at the stored files before they trust a record (`Store.problems`), and rebuild what is damaged.
 
 A runner computes a key while it holds the key's lock (`pipeline.store.locks`), and looks again once it has it: of two
@@ -12,6 +13,7 @@ runs that need a result at once one computes it, and the other waits and takes i
 before the lock is given back.
 """
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +26,13 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from prefect import Task
+from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore, get_result_store
 from prefect.serializers import JSONSerializer
 from prefect.settings import get_current_settings
+from prefect.utilities.importtools import to_qualified_name
 
 from coalora.errors import CoaloraError
 from coalora.files import replace_file
@@ -274,7 +278,7 @@ class Runner(ABC):
     @contextmanager
     def _calling(self, plan: Plan) -> Iterator[None]:
         """The block is the call of a plan: its function reads and writes this runner's store."""
-        token = current_call.set(Call(plan.key, plan.executions, plan.pool))
+        token = current_call.set(Call(plan.key, plan.executions, plan.pool, plan.reuse))
         try:
             with using(self.store):
                 yield
@@ -313,7 +317,8 @@ class PrefectRunner(Runner):
     def _execute(self, plan: Plan) -> Artifact:
         task = self._task(plan)
         with waiting_logged(run_name(plan.stage.name, plan.call), task.tags, lambda: bool(plan.executions)):
-            return task(**plan.call)
+            made = task(**plan.call)
+        return plan.reuse or made  # Prefect returns the state of a reused one
 
     @contextmanager
     def _workers(self, workers: int) -> Iterator[Callable[[Plan], Any]]:
@@ -321,12 +326,13 @@ class PrefectRunner(Runner):
         yield lambda plan: self._task(plan).submit(**plan.call)
 
     def _task(self, plan: Plan) -> Task[..., Artifact]:
-        # A verified record goes through Prefect as well, so that the run page shows the stage as cached.
+        # A verified record is a task run as well, so that the run page shows the stage as cached.
         reused, tags = plan.reuse is not None, plan.stage.task.tags
         elsewhere = getattr(plan.pool, "address", None) is not None  # a cluster, whose workers have GPUs of their own
         return plan.stage.task.with_options(
-            cache_policy=replace(plan.stage.policy, key=plan.key),
-            refresh_cache=plan.reuse is None,
+            cache_policy=NO_CACHE if reused else replace(plan.stage.policy, key=plan.key),
+            persist_result=not reused,
+            refresh_cache=True,
             task_run_name=run_name(plan.stage.name, plan.call),
             tags=tags_of_call(tags, _flat(plan.call), reused=reused, elsewhere=elsewhere),
             **self.task_options,
@@ -374,11 +380,28 @@ class DirectRunner(Runner):
 
 
 def recorded_artifact(results: ResultStore, key: str) -> Artifact | None:
-    """The record at `key`; None for none, a half-written one, or one of another version of `Artifact`."""
-    if not results.exists(key):
+    """The artifact of the record at `key`; None for none.
+
+    Whatever is not the JSON of an `Artifact` is deleted, to be computed again: a half-written record, one of another
+    version, or one that names a serializer (pickle) or a class for Prefect to import and call.
+    """
+    storage = results.result_storage
+    local = isinstance(storage, LocalFileSystem)
+    path = Path(str(results.create_result_record(None, key=key).metadata.storage_key))
+    try:
+        content = path.read_bytes() if local else cast(Any, storage).read_path(key)
+    except (OSError, ValueError):  # Prefect says so of a path that does not exist
         return None
-    result = results.read(key).result
-    return result if isinstance(result, Artifact) else None
+    try:
+        result = json.loads(json.loads(content)["result"])
+        if result.keys() == {"__class__", "data"} and result["__class__"] == to_qualified_name(Artifact):
+            return Artifact.model_validate(result["data"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    get_logger().warning("The record %s is none of this project's: it is computed again", key)
+    if local:
+        path.unlink(missing_ok=True)  # the others are written over
+    return None
 
 
 def write_record(results: ResultStore, key: str, artifact: Artifact) -> None:

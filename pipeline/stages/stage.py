@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import prefect
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
+from prefect.states import Completed
 
 from coalora.allocator import keep_freed_memory
 from coalora.errors import CoaloraError
@@ -39,11 +40,15 @@ class Pool(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """What a runner tells the function of a stage: note that it has run in `executions`; run it in `pool`, if any."""
+    """What a runner tells the function of a stage: note that it has run in `executions`; run it in `pool`, if any.
+
+    Or not to run at all, where the runner has the verified artifact `reuse`.
+    """
 
     key: str
     executions: list[str]
     pool: Pool | None = None
+    reuse: Artifact | None = None
 
 
 # Set by the runner around a task call.
@@ -146,10 +151,12 @@ class Stage:
         """The function as runners call it: here, or in the pool that the runner has opened."""
 
         @wraps(self.fn)
-        def run(**inputs: Any) -> Artifact:
+        def run(**inputs: Any) -> Any:
             call = current_call.get()
             if call is None:
                 return self.measured(inputs)
+            if call.reuse is not None:
+                return Completed(name="Cached", data=call.reuse)  # the state that Prefect's own cache gives
             call.executions.append(self.name)
             return self.measured(inputs) if call.pool is None else call.pool.run(self, call.key, inputs)
 
