@@ -19,9 +19,9 @@ from safetensors import safe_open
 from coalora.configurations import SET_FORMAT, configuration_digest, read_choices
 from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING, WEIGHTS, check_binding
-from coalora.export.base import CONFIGURATION, PACKED
+from coalora.export.base import CONFIGURATION, PACKED, REST
 from coalora.export.bundle import Bundle
-from coalora.files import file_sha256, read_json, read_tensors, whole_or_nothing
+from coalora.files import check_files, file_sha256, read_json, read_tensors, whole_or_nothing
 
 RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
 
@@ -173,6 +173,11 @@ def _check_digest(folder: Path) -> Iterator[str]:
 def _check_base(folder: Path) -> Iterator[str]:
     yield from _check_digest(folder)
     content = read_json(folder / CONFIGURATION)
+    try:
+        check_files(folder, content.get("files"), (PACKED, REST))
+    except CoaloraError as error:  # one problem beside others
+        yield str(error)
+        return
     packed, _ = read_tensors(folder / PACKED)
     for name, (scheme, choice) in read_choices(content).items():
         parts = {key.rsplit(".", 1)[1]: t for key, t in packed.items() if key.rsplit(".", 1)[0] == name}

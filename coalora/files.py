@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from coalora.errors import CoaloraError
 
 # safetensors writes its metadata map in an arbitrary order; a single entry keeps equal content equal in bytes.
 _HEADER = "coalora"
@@ -93,6 +95,32 @@ def read_json(path: Path) -> Any:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: sha256} of files in a folder, for a file beside them that `check_files` is given."""
+    return {name: file_sha256(folder / name) for name in sorted(names)}
+
+
+def check_files(folder: Path, digests: object, names: Iterable[str]) -> None:
+    """Refuse files that are not the bytes that were written.
+
+    Args:
+        digests: what was written down of `file_digests`.
+        names: of the files.
+
+    Raises:
+        CoaloraError: a file is missing or has another sha256, or `digests` are not those of these files.
+    """
+    again = "Export again, or copy the folder as it was exported"
+    if not isinstance(digests, Mapping) or sorted(digests) != sorted(names):
+        raise CoaloraError(f"{folder} carries no sha256 of {', '.join(sorted(names))}", remedy=again)
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise CoaloraError(f"There is no {name} in {folder}", remedy=again)
+        if (found := file_sha256(folder / name)) != digests[name]:
+            told = str(digests[name])[:12]
+            raise CoaloraError(f"{name} of {folder} has sha256 {found[:12]}, and {told} was exported", remedy=again)
 
 
 def digest(content: object) -> str:

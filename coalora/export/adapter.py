@@ -1,22 +1,24 @@
 """PEFT adapters on disk, each bound to the quantized base that it was made for.
 
 The folder is PEFT's own format and loads with stock `PeftModel.from_pretrained`. Beside it stands `coalora.json` with
-the digest of the base's configuration, repeated in the tensors' header; stock PEFT ignores both, `load_adapted` checks
-both.
+the digest of the base's configuration, repeated in the tensors' header, and the sha256 of PEFT's two files: alpha,
+rank, initialisation, DoRA, bias and every tensor are those that were written. Stock PEFT ignores it, `load_adapted`
+checks it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.files import read_header, read_json, write_json, write_tensors
+from coalora.files import check_files, file_digests, read_header, read_json, write_json, write_tensors
 
 BINDING = "coalora.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def peft_key(name: str) -> str:
@@ -36,18 +38,18 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], 
     saved = config.to_dict() | {"inference_mode": True}
     # PEFT keeps sets; their order changes from run to run.
     saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
-    write_json(folder / "adapter_config.json", saved)
+    write_json(folder / CONFIG, saved)
     binding = {"base_configuration_digest": configuration["digest"], "base_digest": configuration["base_digest"]}
     write_tensors(folder / WEIGHTS, tensors, binding)
-    write_json(folder / BINDING, binding)
+    write_json(folder / BINDING, binding | {"files": file_digests(folder, (CONFIG, WEIGHTS))})
 
 
 def check_binding(folder: Path, digest: str) -> None:
-    """Refuse an adapter that was made for another quantized base.
+    """Refuse an adapter that was made for another quantized base, or whose files are not those that were exported.
 
     Raises:
-        CoaloraError: the digests differ (both are shown), the adapter carries none, or its weights are not those
-            that were exported with `coalora.json`.
+        CoaloraError: the digests differ (both are shown), the adapter carries none, or a file is not the one that was
+            exported with `coalora.json`.
     """
     folder = Path(folder)
     for name in (BINDING, WEIGHTS):
@@ -57,6 +59,9 @@ def check_binding(folder: Path, digest: str) -> None:
                 remedy="Export the adapter with this project, or load it with PEFT at your own risk",
             )
     binding, header = read_json(folder / BINDING), read_header(folder / WEIGHTS)
+    if not isinstance(binding, dict) or "base_configuration_digest" not in binding:
+        raise CoaloraError(f"{BINDING} of {folder} names no quantized base", remedy="Export the adapter again")
+    files = binding.pop("files", None)
     if header != binding:
         raise CoaloraError(
             f"{WEIGHTS} of {folder} carries {header}, and its {BINDING} {binding}",
@@ -67,4 +72,23 @@ def check_binding(folder: Path, digest: str) -> None:
         raise CoaloraError(
             f"The adapter was made for the quantized base {bound}, and this one is {digest}",
             remedy="Load the adapter that was exported beside this base",
+        )
+    check_files(folder, files, (CONFIG, WEIGHTS))
+
+
+def check_complete(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter that does not set every tensor of its model, or holds others: PEFT makes up what is missing.
+
+    Raises:
+        CoaloraError: with the first names.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
+    # Embeddings are never trained here; asked to find that out, PEFT would look for the base on the hub.
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wrong := sorted(stored ^ wanted):
+        raise CoaloraError(
+            f"{', '.join(wrong[:3])} of the adapter {folder} are missing or unknown ({len(stored - wanted)} unknown, "
+            f"{len(wanted - stored)} missing)",
+            remedy="Export the adapter again",
         )

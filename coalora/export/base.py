@@ -1,7 +1,8 @@
 """Packed quantized base on disk, and its loader.
 
 `quantized.safetensors` holds the bit-packed target layers and nothing else, so that its size is the reported bits
-(its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer; beside them
+(its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer and the sha256
+of both files, which are checked at loading; beside them
 the model's config and tokenizer. Loading dequantizes into an ordinary transformers model: the same weights, bit for
 bit, as the model that was evaluated.
 """
@@ -24,8 +25,8 @@ from coalora.adapt.lora import quiet_peft
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
-from coalora.export.adapter import check_binding
-from coalora.files import read_json, read_tensors, write_json, write_tensors
+from coalora.export.adapter import check_binding, check_complete
+from coalora.files import check_files, file_digests, read_json, read_tensors, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import Task
@@ -85,7 +86,7 @@ def write_base(
     }
     write_tensors(folder / PACKED, packed)
     write_tensors(folder / REST, _rest(model, names, rest_dtype))
-    write_json(folder / CONFIGURATION, content)
+    write_json(folder / CONFIGURATION, content | {"files": file_digests(folder, (PACKED, REST))})
     config = copy.deepcopy(model.config)
     config.use_cache = True  # off while the model is trained
     config.save_pretrained(folder)
@@ -106,8 +107,8 @@ def load_base(
         trust_remote_code: run the code in the folder, where the architecture is one that came with its checkpoint.
 
     Raises:
-        CoaloraError: the folder is no packed base, its content contradicts its digest, or tensors are missing or
-            have another size.
+        CoaloraError: the folder is no packed base, a file is not the one that was written, or tensors are missing,
+            unknown or have another size.
 
     Example:
         >>> from coalora import load_base
@@ -117,10 +118,17 @@ def load_base(
     """
     folder = Path(folder)
     content = _read_configuration(folder)
+    check_files(folder, content.get("files"), (PACKED, REST))
     config = load_config(folder, trust_remote_code=trust_remote_code)
     config.num_labels = content.get("num_labels", config.num_labels)
     choices = read_choices(content)
     packed, _ = read_tensors(folder / PACKED)
+    if unknown := sorted(key for key in packed if key.rpartition(".")[0] not in choices):
+        raise CoaloraError(
+            f"{', '.join(unknown[:3])} of {folder / PACKED} belong to no layer of its {CONFIGURATION} "
+            f"({len(unknown)} tensors in all)",
+            remedy="Export the base again",
+        )
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.items():
         name, part = key.rsplit(".", 1)
@@ -150,7 +158,8 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
     """The packed base with its adapter, ready to run; `options` as in `load_base`.
 
     Raises:
-        CoaloraError: the adapter was made for another base; both digests are shown.
+        CoaloraError: the adapter was made for another base (both digests are shown), is not the one that was exported,
+            or lacks tensors.
 
     Example:
         >>> from coalora import load_adapted
@@ -161,7 +170,17 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
     """
     check_binding(Path(adapter_folder), _read_configuration(Path(base_folder))["digest"])
     with quiet_peft():
-        return PeftModel.from_pretrained(load_base(base_folder, **options), str(adapter_folder)).eval()
+        base = load_base(base_folder, **options)
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter_folder)).eval()
+        except (KeyError, RuntimeError) as error:  # a head that is missing, a tensor of another size
+            raise CoaloraError(
+                f"PEFT cannot load the adapter {adapter_folder} ({str(error)[:200]}): a tensor is missing or has "
+                "another size",
+                remedy="Export the adapter again",
+            ) from error
+    check_complete(model, Path(adapter_folder))
+    return model
 
 
 def _read_configuration(folder: Path) -> dict:

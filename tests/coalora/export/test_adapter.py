@@ -81,6 +81,7 @@ def test_adapter_carries_the_digest_of_its_base_in_both_files(tiny_llama, make_b
     made = bundle.adapt_to(np.zeros(14, dtype=np.int64))
     bundle.write(made, tmp_path)
     binding = json.loads((tmp_path / "adapter" / "coalora.json").read_text())
+    assert sorted(binding.pop("files")) == ["adapter_config.json", "adapter_model.safetensors"]
     assert binding == {"base_configuration_digest": made.digest, "base_digest": "0" * 64}
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["coalora"]) == binding
@@ -137,4 +138,36 @@ def test_weights_saved_anew_without_their_digest_are_refused(exported) -> None:
     folder, digest = exported[0]
     write_tensors(folder / "adapter_model.safetensors", load_peft_weights(str(folder)))
     with pytest.raises(CoaloraError, match="carries None"):
+        check_binding(folder, digest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_alpha": 600}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"bias": "all"}, {"use_rslora": True}],
+    ids=str,
+)
+def test_a_config_that_was_changed_is_refused(exported, change) -> None:
+    folder, digest = exported[0]
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CoaloraError, match=r"adapter_config\.json of .* has sha256 .* was exported"):
+        check_binding(folder, digest)
+
+
+def test_tensors_that_were_changed_are_refused(exported) -> None:
+    folder, digest = exported[0]
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CoaloraError, match=r"adapter_model\.safetensors of .* has sha256"):
+        check_binding(folder, digest)
+
+
+@pytest.mark.parametrize("files", [None, {}, {"adapter_config.json": "0" * 64}, []])
+def test_an_adapter_without_digests_of_its_files_is_refused(exported, files) -> None:
+    folder, digest = exported[0]
+    path = folder / "coalora.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
+    with pytest.raises(CoaloraError, match="carries no sha256"):
         check_binding(folder, digest)

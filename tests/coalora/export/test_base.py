@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from coalora.calibrate.tables import calibration_tables
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base, write_base
-from coalora.files import read_tensors, write_tensors
+from coalora.files import file_digests, read_tensors, write_tensors
 from coalora.models.switching.quantized import QuantizedBase
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
@@ -28,6 +29,13 @@ def task_of(family: str) -> str:
 
 def mixed(tables) -> np.ndarray:
     return np.arange(len(tables.layers)) % len(tables.space)
+
+
+def rebind(folder) -> None:
+    """Write the digests of the files that are there, as a tampered folder's author would."""
+    path = folder / "configuration.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"files": file_digests(folder, content["files"])}))
 
 
 def header_bytes(path) -> int:
@@ -202,6 +210,9 @@ def test_packed_tensors_of_another_configuration_are_refused(tiny_llama, tables_
     model = tiny_llama()
     write_base(tmp_path / "other", model, tables_for(model), np.full(14, 7), task="language-modeling")
     (tmp_path / "other" / "quantized.safetensors").rename(llama_base / "quantized.safetensors")
+    with pytest.raises(CoaloraError, match=r"quantized\.safetensors of .* has sha256 .* was exported"):
+        load_base(llama_base, device=CPU)
+    rebind(llama_base)
     with pytest.raises(CoaloraError, match="is not that of a weight of shape"):
         load_base(llama_base, device=CPU)
 
@@ -222,9 +233,53 @@ def test_a_missing_tensor_is_refused_instead_of_made_up(llama_base, file) -> Non
     gone = "model.layers.0.mlp.up_proj.codes" if file == "quantized" else "model.norm.weight"
     del tensors[gone]
     write_tensors(path, tensors, header)
+    rebind(llama_base)
     words = "is not that of a weight of shape" if file == "quantized" else r"model\.norm\.weight"
     with pytest.raises(CoaloraError, match=words):
         load_base(llama_base, device=CPU)
+
+
+@pytest.mark.parametrize("name", ["no.such.layer.codes", "model.layers.0.mlp.up_proj.more"])
+def test_a_surplus_packed_tensor_is_refused(llama_base, name) -> None:
+    path = llama_base / "quantized.safetensors"
+    tensors, header = read_tensors(path)
+    write_tensors(path, tensors | {name: torch.zeros(3)}, header)
+    rebind(llama_base)
+    with pytest.raises(CoaloraError, match=r"no\.such\.layer\.codes|more: "):
+        load_base(llama_base, device=CPU)
+
+
+@pytest.mark.parametrize("file", ["quantized", "rest"])
+def test_a_byte_that_was_changed_is_refused(llama_base, file) -> None:
+    path = llama_base / f"{file}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CoaloraError, match=rf"{file}\.safetensors of .* has sha256"):
+        load_base(llama_base, device=CPU)
+
+
+def test_a_base_without_digests_of_its_files_is_refused(llama_base) -> None:
+    path = llama_base / "configuration.json"
+    content = json.loads(path.read_text())
+    del content["files"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CoaloraError, match="carries no sha256"):
+        load_base(llama_base, device=CPU)
+
+
+@pytest.mark.parametrize("change", ["half", "more"])
+def test_an_adapter_with_missing_or_surplus_tensors_is_refused(
+    tiny_bert_classifier, make_bundle, tmp_path, change
+) -> None:
+    bundle, _ = make_bundle(tiny_bert_classifier)
+    adapted = bundle.adapt_to(mixed(bundle.tables))
+    write_base(tmp_path / "base", tiny_bert_classifier(), bundle.tables, mixed(bundle.tables), task=bundle.task)
+    tensors = dict(list(adapted.tensors.items())[::2]) if change == "half" else dict(adapted.tensors)
+    tensors |= {"base_model.model.more.weight": torch.zeros(2)} if change == "more" else {}
+    replace(adapted, tensors=tensors).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoaloraError, match=r"are missing or unknown|a tensor is missing"):
+        load_adapted(tmp_path / "base", tmp_path / "adapter", device=CPU)
 
 
 def test_a_model_that_peft_has_wrapped_is_refused(tiny_llama, tables_for, make_adapted, tmp_path) -> None:
