@@ -10,7 +10,7 @@ Bits are counted, not computed from a nominal rule: every byte that packing stor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,11 @@ from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import CalibrationRecipe, Rounding
+
+_TOGETHER, _ELEMENTS = (
+    32,
+    2**26,
+)  # at most so many layers quantized together, and so many weights and entries of Hessians
 
 
 @dataclass(frozen=True)
@@ -177,24 +182,43 @@ def error_table(
 
     Args:
         keep: put the packed weights into each layer's `InputStatistics.packed`.
+        progress: listener (done, total), counting layers times choices.
     """
     err = np.zeros((len(weights), len(space.choices)))
     may = np.ones(err.shape, dtype=np.bool_) if allowed is None else allowed
-    for index, (weight, known) in enumerate(zip(weights, statistics, strict=True)):
-        measure = _OutputNorm(known, weight.device)
-        norm = measure(weight.float()) or 1.0
-        packed = {}
-        for k, state in space.quantize_many(weight, np.flatnonzero(may[index]).tolist(), known):
+    pairs, done = list(zip(weights, statistics, strict=True)), 0
+    for batch in _batches(weights, may):
+        own, known = zip(*(pairs[i] for i in batch), strict=True)
+        measures = [_OutputNorm(of_layer, weight.device) for weight, of_layer in zip(own, known, strict=True)]
+        norms = [measure(weight.float()) or 1.0 for weight, measure in zip(own, measures, strict=True)]
+        for k, states in space.quantize_layers(own, np.flatnonzero(may[batch[0]]).tolist(), known):
             scheme, choice = space.scheme_of(k), space.choices[k]
-            quantized = scheme.dequantize(state, choice, weight.shape)
-            err[index, k] = measure(quantized.sub_(weight.float())) / norm
-            if keep:
-                packed[choice] = {n: t.cpu() for n, t in scheme.pack(state, choice, weight.shape).items()}
-        cast(dict[Choice, Any], known.packed).update(packed)
-        err[index, ~may[index]] = err[index].max()
-        if progress:
-            progress(index + 1, len(weights))
+            for at, (i, state) in enumerate(zip(batch, states, strict=True)):
+                weight = own[at]
+                quantized = scheme.dequantize(state, choice, weight.shape)
+                err[i, k] = measures[at](quantized.sub_(weight.float())) / norms[at]
+                if keep:
+                    packed = scheme.pack(state, choice, weight.shape)
+                    cast(dict[Choice, Any], known[at].packed)[choice] = {n: t.cpu() for n, t in packed.items()}
+            done += len(batch)
+            if progress:
+                progress(done, int(may.sum()))
+        for i in batch:
+            err[i, ~may[i]] = err[i].max()
     return err
+
+
+def _batches(weights: Sequence[Tensor], may: np.ndarray) -> Iterator[list[int]]:
+    """Layers of one shape with the same choices, at most so many that they and their Hessians are small in memory.
+
+    Error feedback takes a layer's features one by one, and is quicker the more weights take each step together.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, weight in enumerate(weights):
+        alike.setdefault((*weight.shape, weight.device, may[i].tobytes()), []).append(i)
+    for (rows, columns, *_), found in alike.items():
+        step = max(1, min(_TOGETHER, _ELEMENTS // (columns * (rows + columns))))
+        yield from (found[start : start + step] for start in range(0, len(found), step))
 
 
 class _OutputNorm:
@@ -274,7 +298,7 @@ def calibrate(
         space,
         allowed=allowed,
         keep=keep,
-        progress=progress(f"errors of {len(space)} choices by layer") if progress else None,
+        progress=progress(f"quantizing {len(layers)} layers under {len(space)} choices") if progress else None,
     )
     return calibration_tables(layers, space, err, base_digest, allowed, rounding), statistics
 

@@ -19,14 +19,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from coalora.errors import CoaloraError
-from coalora.quant.feedback import Feedback
+from coalora.quant.feedback import CHUNK, Feedback, solve
 from coalora.quant.kernels.available import contiguous, use_triton
 from coalora.quant.packing import pack_codes, packed_size, unpack_codes
 from coalora.quant.scheme import Choice, InputStatistics, Scheme, check_tensors, check_weight, not_finite, own_choice
@@ -36,7 +36,6 @@ Tensors = tuple[Tensor, ...]
 # By bits, the parts of a group's range that are tried; each is refitted by least squares, so that few of them do. At 8
 # bits there is nothing to gain.
 SEARCHED = {2: (1.0, 0.85, 0.7, 0.58, 0.46), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 4: (1.0, 0.95, 0.9, 0.84, 0.76)}
-_CHUNK = 2**15  # weights, on a CPU: temporaries of so many stay in its cache
 
 
 @dataclass(frozen=True)
@@ -133,25 +132,29 @@ class GroupedScheme(Scheme, Generic[C]):
         return sum(stored.packed_nbytes for stored in self._layout(choice, shape).values())
 
     def quantize(self, weight: Tensor, choice: Choice, statistics: InputStatistics | None = None) -> dict[str, Tensor]:
-        return next(self.quantize_many(weight, [choice], statistics))
+        return next(self.quantize_layers([weight], [choice], [statistics]))[0]
 
-    def quantize_many(
-        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
-    ) -> Iterator[dict[str, Tensor]]:
+    def quantize_layers(
+        self, weights: Sequence[Tensor], choices: Sequence[Choice], statistics: Sequence[InputStatistics | None]
+    ) -> Iterator[list[dict[str, Tensor]]]:
         own = [own_choice(choice, self.choice_type) for choice in choices]
-        known = {} if statistics is None else statistics.packed
-        fresh = self.fresh_states(weight, [c for c in own if c not in known], statistics)
+        left = [c for c in own if not all(known is not None and c in known.packed for known in statistics)]
+        fresh = self.fresh_states(weights, left, statistics)
         for choice in own:
-            kept = self._kept(weight, choice, statistics)
-            yield next(fresh) if kept is None else self.unpack(kept, choice, weight.shape)
+            made: Sequence[dict[str, Tensor] | None] = next(fresh) if choice in left else [None] * len(weights)
+            states = []
+            for weight, known, state in zip(weights, statistics, made, strict=True):
+                kept = self._kept(weight, choice, known)
+                states.append(state if kept is None else self.unpack(kept, choice, weight.shape))
+            yield cast(list[dict[str, Tensor]], states)
 
     def fresh_states(
-        self, weight: Tensor, choices: Sequence[C], statistics: InputStatistics | None
-    ) -> Iterator[dict[str, Tensor]]:
-        """`quantize_many` of what is not packed yet."""
-        layer = _Layer(weight, statistics)
+        self, weights: Sequence[Tensor], choices: Sequence[C], statistics: Sequence[InputStatistics | None]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """`quantize_layers` of what is not packed yet."""
+        layers = [_Layer(weight, known) for weight, known in zip(weights, statistics, strict=True)]
         for choice in choices:
-            yield layer.quantized(self.grid(choice), self.group_size(choice))
+            yield _quantized(layers, self.grid(choice), self.group_size(choice))
 
     def dequantize(
         self,
@@ -290,7 +293,7 @@ class _Layer:
         self._weight = weight.detach().to(torch.float32).contiguous()
         self._finite = bool(torch.isfinite(self._weight.amax()) & torch.isfinite(self._weight.amin()))
         self._method = "absmax" if statistics is None else statistics.method
-        self._moment, self._feedback = None, None
+        self._moment, self.feedback = None, None
         if statistics is not None and self._method != "absmax":
             statistics.check(weight.shape[1])
             moment = statistics.second_moment.to(weight.device, torch.float32)
@@ -298,37 +301,44 @@ class _Layer:
             self._moment = moment + 1e-6 * moment.mean() + torch.finfo(torch.float32).tiny
             if self._method == "feedback":
                 assert statistics.hessian is not None
-                self._feedback = Feedback(statistics.hessian.to(weight.device))
+                self.feedback = Feedback(statistics.hessian.to(weight.device))
         self._fitted: dict[Hashable, Tensors] = {}
 
-    def quantized(self, grid: Grid, size: int) -> dict[str, Tensor]:
-        """A state."""
+    def groups(self, size: int) -> Tensor:
+        """The weight's groups (out, G, g, 1).
+
+        Raises:
+            CoaloraError: NaN or infinite weights.
+        """
         if not self._finite:
             raise not_finite()
+        return _grouped(self._weight, size)
+
+    def rounded(self, grid: Grid, size: int) -> dict[str, Tensor]:
+        """A state by absmax or searched scales, codes to nearest."""
+        groups = self.groups(size)
+        fitted = self.fit(grid, size)
+        frame, shared = grid.frame(fitted)
+        stored, parameters = grid.rounded(fitted, frame)
+        codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+        for part in _parts(groups):
+            codes[part] = grid.codes(groups[part], tuple(p[part] for p in parameters))
+        return self.state(grid, codes, stored, shared)
+
+    def state(self, grid: Grid, codes: Tensor, stored: Tensors, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state of codes and stored parameters of all groups, in the order of rows."""
         rows, columns = self._weight.shape
-        groups = _grouped(self._weight, size)
-        if self._feedback is not None:
-            frame, shared = grid.frame(self._fit(grid, groups, size)) if grid.has_frame else ((), {})
-            turned = groups.squeeze(-1).permute(1, 2, 0).contiguous()
-            found, parts = self._feedback.solve(grid, turned, tuple(f.view(rows, -1).T[:, None] for f in frame))
-            codes, stored = found.permute(2, 0, 1), tuple(part[:, 0].T for part in parts)
-        else:
-            fitted = self._fit(grid, groups, size)
-            frame, shared = grid.frame(fitted)
-            stored, parameters = grid.rounded(fitted, frame)
-            codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
-            for part in _parts(groups):
-                codes[part] = grid.codes(groups[part], tuple(p[part] for p in parameters))
         return {
             "codes": codes.reshape(rows, -1)[:, :columns].reshape(-1),
             **grid.named(tuple(s.reshape(-1) for s in stored)),
             **shared,
         }
 
-    def _fit(self, grid: Grid, groups: Tensor, size: int) -> Tensors:
+    def fit(self, grid: Grid, size: int) -> Tensors:
         """Parameters (out, G, 1, 1) of all groups."""
         key = (size, grid.key)
         if key not in self._fitted:
+            groups = self.groups(size)
             weighting = None if self._moment is None else _grouped(self._moment[None], size)
             parts = [
                 grid.absmax(groups[part]) if weighting is None else grid.searched(groups[part], weighting)
@@ -336,6 +346,29 @@ class _Layer:
             ]
             self._fitted[key] = tuple(torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
         return self._fitted[key]
+
+
+def _quantized(layers: Sequence[_Layer], grid: Grid, size: int) -> list[dict[str, Tensor]]:
+    """States of layers under one choice; error feedback works on all weights of one shape at once."""
+    solvers = [layer.feedback for layer in layers if layer.feedback is not None]
+    groups = [layer.groups(size) for layer in layers]
+    if len(solvers) < len(layers) or len({of_layer.shape for of_layer in groups}) > 1:
+        if len(layers) > 1:
+            return [state for layer in layers for state in _quantized([layer], grid, size)]
+        if not solvers:
+            return [layers[0].rounded(grid, size)]
+    framed = [grid.frame(layer.fit(grid, size)) if grid.has_frame else ((), {}) for layer in layers]
+    frame = tuple(torch.stack([_turned(f) for f in parts]) for parts in zip(*(own for own, _ in framed), strict=True))
+    codes, stored = solve(solvers, grid, torch.stack([_turned(of_layer) for of_layer in groups]), frame)
+    return [
+        layer.state(grid, codes[i].permute(2, 0, 1), tuple(s[i].permute(2, 0, 1) for s in stored), shared)
+        for i, (layer, (_, shared)) in enumerate(zip(layers, framed, strict=True))
+    ]
+
+
+def _turned(groups: Tensor) -> Tensor:
+    """(G, g, out) of (out, G, g, 1), the order in which the rows of a weight go together."""
+    return groups.squeeze(-1).permute(1, 2, 0)
 
 
 def _grouped(matrix: Tensor, size: int) -> Tensor:
@@ -347,5 +380,5 @@ def _grouped(matrix: Tensor, size: int) -> Tensor:
 def _parts(groups: Tensor) -> list[slice]:
     """Rows to work on at a time."""
     rows = len(groups)
-    step = rows if groups.device.type != "cpu" else max(1, _CHUNK * rows // groups.numel())
+    step = rows if groups.device.type != "cpu" else max(1, CHUNK * rows // groups.numel())
     return [slice(start, start + step) for start in range(0, rows, step)]

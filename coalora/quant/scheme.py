@@ -167,12 +167,12 @@ class Scheme(ABC):
             CoaloraError: the weight is empty, not floating point, or not finite.
         """
 
-    def quantize_many(
-        self, weight: Tensor, choices: Sequence[Choice], statistics: InputStatistics | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """`quantize` for every choice in turn, exactly, sharing work between choices where a scheme can."""
+    def quantize_layers(
+        self, weights: Sequence[Tensor], choices: Sequence[Choice], statistics: Sequence[InputStatistics | None]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """`quantize` of every weight, for every choice in turn: exactly that, sharing work where a scheme can."""
         for choice in choices:
-            yield self.quantize(weight, choice, statistics)
+            yield [self.quantize(weight, choice, known) for weight, known in zip(weights, statistics, strict=True)]
 
     @abstractmethod
     def dequantize(

@@ -149,13 +149,15 @@ class ChoiceSpace:
         """The scheme of choice k."""
         return self.schemes[self.scheme_index[k]]
 
-    def quantize_many(
-        self, weight: Tensor, indices: Sequence[int], statistics: InputStatistics | None = None
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(k, state of the weight under choice k), scheme by scheme; see `Scheme.quantize_many`."""
+    def quantize_layers(
+        self, weights: Sequence[Tensor], indices: Sequence[int], statistics: Sequence[InputStatistics | None]
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """(k, states of the weights under choice k), scheme by scheme; see `Scheme.quantize_layers`."""
         for s, scheme in enumerate(self.schemes):
             own = [k for k in indices if self.scheme_index[k] == s]
-            yield from zip(own, scheme.quantize_many(weight, [self.choices[k] for k in own], statistics), strict=True)
+            yield from zip(
+                own, scheme.quantize_layers(weights, [self.choices[k] for k in own], statistics), strict=True
+            )
 
     def index(self, choice: Choice | Mapping[str, Any]) -> int:
         """The index k of a choice, given as the object or as its dictionary (`choice_dict`).

@@ -86,13 +86,13 @@ def test_tables_hold_errors_of_allowed_choices_and_finite_stand_ins_for_the_rest
 def test_what_is_not_allowed_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     space = ChoiceSpace("int", bits=[2, 4], group_size=[32], mode=["sym"])
     seen: list[str] = []
-    own = type(space.scheme).quantize_many
+    own = type(space.scheme).quantize_layers
 
-    def spy(scheme: Any, weight: Any, choices: Any, statistics: Any = None) -> Any:
+    def spy(scheme: Any, weights: Any, choices: Any, statistics: Any) -> Any:
         seen.extend(map(str, choices))
-        return own(scheme, weight, choices, statistics)
+        return own(scheme, weights, choices, statistics)
 
-    monkeypatch.setattr(type(space.scheme), "quantize_many", spy)
+    monkeypatch.setattr(type(space.scheme), "quantize_layers", spy)
     allowed = np.array([[True, False], [False, True]])
     error_table([torch.ones(2, 32)] * 2, [InputStatistics(torch.ones(32))] * 2, space, allowed=allowed)
     assert seen == ["int2 g32 sym", "int4 g32 sym"]

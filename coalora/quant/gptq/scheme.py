@@ -87,21 +87,27 @@ class GPTQScheme(GroupedScheme[GPTQChoice]):
         return triton
 
     def fresh_states(
-        self, weight: Tensor, choices: Sequence[GPTQChoice], statistics: InputStatistics | None
-    ) -> Iterator[dict[str, Tensor]]:
-        if statistics is None or statistics.hessian is None:
-            raise CoaloraError(
-                "Scheme 'gptq' needs the Hessian of a layer's inputs and got none",
-                remedy="Collect it with coalora.calibrate.statistics.collect_statistics(hessians=True)",
-            )
-        solver = LayerSolver(weight, statistics.hessian)
-        for choice in choices:
-            solution = solver.solve(choice.bits, choice.group_size, sym=bool(choice.sym))
-            scales = solution.scales.to(torch.float16)
-            if not bool(torch.isfinite(scales).all()):
+        self, weights: Sequence[Tensor], choices: Sequence[GPTQChoice], statistics: Sequence[InputStatistics | None]
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        solvers = []
+        for weight, known in zip(weights, statistics, strict=True):
+            if known is None or known.hessian is None:
                 raise CoaloraError(
-                    f"A scale of scheme 'gptq' is {float(solution.scales.abs().max()):.3g}, beyond fp16's 65504",
-                    remedy="Leave the layer out of target_modules, or take scheme 'nf', whose scales may be bf16",
+                    "Scheme 'gptq' needs the Hessian of a layer's inputs and got none",
+                    remedy="Collect it with coalora.calibrate.statistics.collect_statistics(hessians=True)",
                 )
-            state = {"codes": solution.codes.reshape(-1), "scales": scales.reshape(-1)}
-            yield state | ({choice.zeros: solution.zeros.reshape(-1)} if choice.zeros else {})
+            solvers.append(LayerSolver(weight, known.hessian))
+        for choice in choices:
+            yield [_solved(solver, choice) for solver in solvers]
+
+
+def _solved(solver: LayerSolver, choice: GPTQChoice) -> dict[str, Tensor]:
+    solution = solver.solve(choice.bits, choice.group_size, sym=bool(choice.sym))
+    scales = solution.scales.to(torch.float16)
+    if not bool(torch.isfinite(scales).all()):
+        raise CoaloraError(
+            f"A scale of scheme 'gptq' is {float(solution.scales.abs().max()):.3g}, beyond fp16's 65504",
+            remedy="Leave the layer out of target_modules, or take scheme 'nf', whose scales may be bf16",
+        )
+    state = {"codes": solution.codes.reshape(-1), "scales": scales.reshape(-1)}
+    return state | ({choice.zeros: solution.zeros.reshape(-1)} if choice.zeros else {})

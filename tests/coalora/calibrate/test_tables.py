@@ -185,12 +185,16 @@ def test_layers_weights_and_moments_must_be_as_many(small_space: ChoiceSpace) ->
         error_table([torch.ones(2, 16)], [], small_space)
 
 
-def test_progress_counts_layers(small_space: ChoiceSpace) -> None:
-    seen = []
+def test_progress_counts_layers_and_choices(small_space: ChoiceSpace) -> None:
+    seen: list[tuple[int, int]] = []
     error_table(
-        [torch.ones(2, 16)] * 2, [InputStatistics(torch.ones(16))] * 2, small_space, progress=lambda *x: seen.append(x)
+        [torch.ones(2, 16), torch.ones(3, 16)],
+        [InputStatistics(torch.ones(16))] * 2,
+        small_space,
+        progress=lambda *x: seen.append(x),
     )
-    assert seen == [(1, 2), (2, 2)]
+    total = 2 * len(small_space)
+    assert seen == [(i + 1, total) for i in range(total)]
 
 
 def test_joining_keeps_errors_and_digest(tiny_llama, small_space: ChoiceSpace) -> None:

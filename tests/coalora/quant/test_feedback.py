@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.quant.feedback import DAMPING, Feedback
+from coalora.quant.feedback import DAMPING, Feedback, solve
 from coalora.quant.grouped import Grid, Tensors
 from coalora.quant.integer.scheme import IntChoice, IntScheme
 from coalora.quant.nf.scheme import NFChoice, NFScheme
@@ -66,7 +66,7 @@ def test_codes_are_those_of_the_update_written_out(size: int) -> None:
     diagonal = H.diagonal().view(-1, size)
     groups = diagonal.sum(1).argsort(descending=True).tolist()
     order = [g * size + int(j) for g in groups for j in diagonal[g].argsort(descending=True)]
-    codes, _ = Feedback(H).solve(Halves(), W.T.contiguous().view(-1, size, 40), ())
+    codes, _ = solve([Feedback(H)], Halves(), W.T.contiguous().view(1, -1, size, 40), ())
     result = Halves().values(codes.view(16, 40).T, ()).numpy()
     expected = written_out(W.numpy(), H.numpy(), order)
     assert (result == expected).mean() > 0.99  # a weight between two multiples may fall to either

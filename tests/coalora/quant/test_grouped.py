@@ -94,7 +94,7 @@ def test_many_are_each_alone_and_inputs_stay_as_they_were(scheme: Scheme, choice
     known = InputStatistics(moments(70), H.clone(), rounding)  # type: ignore[arg-type]
     kept = W.clone()
     both = [choice, dataclasses.replace(choice, bits=8), choice]
-    for one, state in zip(both, scheme.quantize_many(W, both, known), strict=True):
+    for one, (state,) in zip(both, scheme.quantize_layers([W], both, [known]), strict=True):
         alone = scheme.quantize(W, one, known)
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.items())
     assert torch.equal(W, kept)
@@ -150,3 +150,18 @@ def test_weights_quantized_before_are_checked_before_they_are_read() -> None:
         else:
             with pytest.raises(CoaloraError, match="packed weight is not that"):
                 NF.quantize_packed(W, choice, known)
+
+
+@pytest.mark.parametrize("rounding", ["absmax", "searched", "feedback"])
+@each
+def test_layers_together_are_each_alone(scheme: Scheme, choice, rounding: str) -> None:
+    weights = [gaussian(7, 70) * (i + 1) for i in range(3)] + [gaussian(5, 70)]
+    known = []
+    for i in range(4):
+        x = torch.randn(200, 70, generator=torch.Generator().manual_seed(i)) @ (torch.eye(70) + 0.05 * i)
+        known.append(InputStatistics(x.square().mean(0), x.T @ x / 200, rounding))  # type: ignore[arg-type]
+    for same_shape in (weights[:3], weights):
+        (states,) = scheme.quantize_layers(same_shape, [choice], known[: len(same_shape)])
+        for weight, own, state in zip(same_shape, known, states, strict=False):
+            alone = scheme.quantize(weight, choice, own)
+            assert all(torch.equal(state[name], tensor) for name, tensor in alone.items())

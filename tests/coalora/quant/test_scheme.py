@@ -63,7 +63,8 @@ def test_a_scheme_of_another_module_works_through_the_defaults() -> None:
     assert scheme.choices() == (RoundChoice(1), RoundChoice(2), RoundChoice(4))
     scheme.require_packages()
     W = torch.tensor([[3.2, -4.9]])
-    assert [s["codes"].tolist() for s in scheme.quantize_many(W, scheme.choices())] == [[[3, -5]], [[2, -2]], [[1, -1]]]
+    found = scheme.quantize_layers([W], scheme.choices(), [None])
+    assert [s["codes"].tolist() for (s,) in found] == [[[3, -5]], [[2, -2]], [[1, -1]]]
     results = [scheme.fake_quantize(torch.tensor([[3.2, -4.9]]), choice) for choice in scheme.choices()]
     assert [r.tolist() for r in results] == [[[3, -5]], [[4, -4]], [[4, -4]]]
 

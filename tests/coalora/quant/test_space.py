@@ -188,7 +188,7 @@ def test_unions_survive_json_and_copying_and_a_union_of_one_scheme_is_that_schem
 
 def test_many_results_of_a_union_are_those_of_its_schemes(mixed: ChoiceSpace) -> None:
     weight = torch.randn(6, 70, generator=torch.Generator().manual_seed(0))
-    seen = dict(mixed.quantize_many(weight, [7, 0, 3]))
+    seen = {k: state for k, (state,) in mixed.quantize_layers([weight], [7, 0, 3], [None])}
     assert sorted(seen) == [0, 3, 7]
     for k, state in seen.items():
         alone = mixed.scheme_of(k).quantize(weight, mixed.choices[k])

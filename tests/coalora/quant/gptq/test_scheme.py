@@ -273,7 +273,7 @@ def test_many_choices_together_give_what_each_gives_alone_again_and_again() -> N
     """The factor that they share belongs to the Hessian and the group size, and nothing random enters."""
     W, statistics = gaussian(24, 96), known(inputs(96))
     before = W.clone(), statistics.hessian.clone()
-    together = list(GPTQ.quantize_many(W, SOME, statistics))
+    together = [state for (state,) in GPTQ.quantize_layers([W], SOME, [statistics])]
     for choice, state in zip(SOME, together, strict=True):
         alone = GPTQ.quantize(W, choice, statistics)
         assert all(torch.equal(alone[name], tensor) and not tensor.is_inference() for name, tensor in state.items())

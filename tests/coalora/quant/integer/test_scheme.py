@@ -140,7 +140,7 @@ def test_nominal_bits_are_the_bytes_of_groups_that_fit() -> None:
 def test_many_are_each_alone_and_leave_the_weight_as_it_was() -> None:
     weight = gaussian(13, 100)
     kept = weight.clone()
-    for choice, state in zip(ALL, INT.quantize_many(weight, ALL), strict=True):
+    for choice, (state,) in zip(ALL, INT.quantize_layers([weight], ALL, [None]), strict=True):
         assert all(torch.equal(state[name], tensor) for name, tensor in INT.quantize(weight, choice).items())
         for tensor in state.values():
             tensor.zero_()

@@ -110,7 +110,7 @@ def test_the_formula_check_itself_notices_a_wrong_code() -> None:
 @pytest.mark.parametrize("name", ["no block divides it", "some zero blocks", "mixed magnitudes", "huge"])
 def test_quantizing_alone_or_together_is_the_same(name: str) -> None:
     weight = WEIGHTS[name]()
-    together = list(NF.quantize_many(weight, ALL))
+    together = [state for (state,) in NF.quantize_layers([weight], ALL, [None])]
     assert len(together) == len(ALL) == 432
     for choice, state in list(zip(ALL, together, strict=True))[::7]:
         alone = NF.quantize(weight, choice)
@@ -121,7 +121,7 @@ def test_quantizing_alone_or_together_is_the_same(name: str) -> None:
 def test_states_do_not_share_memory_with_each_other_or_the_weight() -> None:
     weight = gaussian(4, 64)
     kept = weight.clone()
-    first, second = NF.quantize_many(weight, [SOME[0], SOME[0]])
+    (first,), (second,) = NF.quantize_layers([weight], [SOME[0], SOME[0]], [None])
     for tensor in first.values():
         tensor.zero_()
     assert all(torch.equal(second[name], tensor) for name, tensor in NF.quantize(weight, SOME[0]).items())
