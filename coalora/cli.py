@@ -29,12 +29,20 @@ _INSTALL = "pip install 'coalora[pipeline]'"
 
 
 class Command(TyperCommand):
-    """A command whose repeatable options take several values at once: `--set a=1 b=2` is `--set a=1 --set b=2`."""
+    """A command whose repeatable options take several values at once: `--set a=1 b=2` is `--set a=1 --set b=2`.
+
+    An empty value, as of a shell variable that is not set, is refused: it would mean what leaving it out does.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {
             name for param in self.get_params(ctx) if getattr(param, "multiple", False) for name in param.opts
         }
+        for before, word in zip(["", *args], args, strict=False):
+            name, equals, value = word.partition("=")
+            if not word or (name.startswith("--") and equals and not value):
+                where = name or (before if before.startswith("--") else "an argument")
+                raise CoaloraError(f"The value of {where} is empty", remedy="Give one, or leave it out")
         spread: list[str] = []
         option, given = "", 0
         for word in args:

@@ -21,7 +21,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING, WEIGHTS, check_binding
 from coalora.export.base import CONFIGURATION, PACKED, REST
 from coalora.export.bundle import Bundle
-from coalora.files import check_files, file_sha256, read_json, read_tensors, whole_or_nothing
+from coalora.files import check_files, file_sha256, read_json, read_tensors, reading, whole_or_nothing
 
 RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
 
@@ -87,31 +87,30 @@ def adapt_bundle(path: Path, budget: float, out: Path) -> str:
     require_new(out)
     import torch
 
-    run = read_json(path / RUN) if kind == "run" else {}
-    dtype = run.get("settings", {}).get("export", {}).get("adapter_dtype", "float32")
+    dtype = torch.float32
+    with reading(path / RUN):
+        if kind == "run":
+            settings = read_json(path / RUN).get("settings", {})
+            dtype = getattr(torch, settings.get("export", {}).get("adapter_dtype", "float32"))
     bundle = Bundle.load(path / "bundle" if kind == "run" else path)
     adapted = bundle.adapt(budget)
     with whole_or_nothing(out) as part:
-        bundle.write(adapted, part, dtype=getattr(torch, dtype))
+        bundle.write(adapted, part, dtype=dtype)
     nbytes = (out / "adapter" / WEIGHTS).stat().st_size
     return f"{out}: {adapted.average_bits:.3f} average bits, adapter {nbytes:,} bytes"
 
 
 def require_new(out: Path) -> None:
-    """Refuse an output folder that is a file, or holds files."""
+    """Refuse an output folder that is a file, or holds files, or whose name a file has on the way to it."""
+    if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
+        raise CoaloraError(f"{out} lies below a file", remedy="Name another folder with --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CoaloraError(f"{out} is not new or empty", remedy="Name another folder with --out")
 
 
 def _readable(path: Path, read: Callable[[], Any]) -> Any:
-    try:
+    with reading(path):
         return read()
-    except CoaloraError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of its reader: that it is damaged is the answer
-        raise CoaloraError(
-            f"{path} cannot be read ({type(error).__name__}: {error})", remedy="Make or download it again"
-        ) from error
 
 
 def _exports(run: Path) -> list[Path]:

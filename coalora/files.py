@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,19 +28,42 @@ _HEADER = "coalora"
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None) -> None:
     """Write named tensors and a JSON-able header as safetensors."""
     plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous().clone() for k in sorted(tensors)}
+    path.write_bytes(b"")  # with the rights that new files have here: safetensors would write for its owner alone
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True)})
+    path.chmod(mode)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within, whatever a damaged file makes of its reader ends as an error that names the file.
+
+    Raises:
+        CoaloraError: the file is damaged, or is none of the kind that is read.
+    """
+    try:
+        yield
+    except (CoaloraError, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CoaloraError(f"{path} cannot be read ({reason})", remedy="Make or download it again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Contents of a file of `write_tensors`: (tensors, header)."""
-    with safe_open(path, framework="pt") as file:
+    """Contents of a file of `write_tensors`: (tensors, header).
+
+    Raises:
+        CoaloraError: the file is damaged.
+    """
+    with reading(path), safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
 
 
 def read_header(path: Path) -> Any:
-    """The header alone of what `write_tensors` wrote; None where there is none."""
-    with safe_open(path, framework="pt") as file:
+    """The header alone of what `write_tensors` wrote; None where there is none. As `read_tensors`."""
+    with reading(path), safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get(_HEADER, "null"))
 
 
@@ -89,7 +113,23 @@ def to_disk(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value of a JSON file.
+
+    Raises:
+        CoaloraError: it is no JSON in UTF-8, or nested too deeply. OSError: there is no such file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CoaloraError(f"{path} is no JSON in UTF-8 ({reason})", remedy="Make or download it again") from error
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work for it is done."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        what = "is a folder" if path.is_dir() else "cannot be written: its folder is missing, or not yours"
+        raise CoaloraError(f"{path} {what}", remedy="Name another file, or make its folder")
 
 
 def file_sha256(path: Path) -> str:

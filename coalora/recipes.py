@@ -107,8 +107,10 @@ class Recipe:
 class CalibrationRecipe(Recipe):
     """Measurement of the base model's layers: input statistics, and the error of every choice."""
 
-    n_samples: int = hyper(64, "Calibration samples", "Training examples or blocks run through the model.", ge=1)
-    batch_size: int = hyper(16, "Batch size", "Examples a batch.", ge=1)
+    n_samples: int = hyper(
+        64, "Calibration samples", "Training examples or blocks run through the model.", ge=1, le=1_000_000
+    )
+    batch_size: int = hyper(16, "Batch size", "Examples a batch.", ge=1, le=65_536)
     hessians: bool = hyper(
         True,
         "Whole Hessians",
@@ -123,7 +125,11 @@ class CalibrationRecipe(Recipe):
         "switch; of the others each layer is quantized once under every choice, and kept.",
     )
     kept_mb: int = hyper(
-        4096, "Kept quantized weights (MB)", "Most that all layers under all choices may take, packed.", ge=0
+        4096,
+        "Kept quantized weights (MB)",
+        "Most that all layers under all choices may take, packed.",
+        ge=0,
+        le=100_000_000,
     )
 
 
@@ -139,22 +145,25 @@ class AdapterRecipe(Recipe):
         (3, 0, 1.0)
     """
 
-    r: int = hyper(16, "LoRA rank (r)", "LoRA rank of a layer, compensation included.", ge=1)
-    lora_alpha: int = hyper(16, "LoRA alpha", "LoRA scale s = lora_alpha / r, the same in every layer.", ge=1)
+    r: int = hyper(16, "LoRA rank (r)", "LoRA rank of a layer, compensation included.", ge=1, le=4096)
+    lora_alpha: int = hyper(
+        16, "LoRA alpha", "LoRA scale s = lora_alpha / r, the same in every layer.", ge=1, le=65_536
+    )
     lora_dropout: float = hyper(0.0, "LoRA dropout", "Dropout before lora_A, in training.", ge=0, lt=1)
     theta: Literal["all", "others", "none"] = hyper(
         "others",
         "Choices that theta adjusts",
         "Choices that theta adjusts the shared pair to: all, others (those without a pair of their own), or none.",
     )
-    embedding_dim: int = hyper(8, "Embedding size of theta", "Size of each embedding of theta.", ge=1)
-    hidden_dim: int = hyper(128, "Hidden size of theta", "Hidden width of theta.", ge=1)
+    embedding_dim: int = hyper(8, "Embedding size of theta", "Size of each embedding of theta.", ge=1, le=4096)
+    hidden_dim: int = hyper(128, "Hidden size of theta", "Hidden width of theta.", ge=1, le=65_536)
     compensation_rank: int | None = hyper(
         None,
         "Compensation rank",
         "Part of the rank that is closed-form compensation of each layer's choice; 0 for none. "
         "By default half of the rank for classifiers, and none for language models.",
         ge=0,
+        le=4096,
     )
     expert_bits: int | None = hyper(
         None,
@@ -237,9 +246,13 @@ class Objective(Recipe):
     distillation: float = hyper(
         0.0, "Share of distillation", "0 is the task's loss alone, 1 distillation alone.", ge=0, le=1
     )
-    temperature: float = hyper(1.0, "Temperature", "Softens the outputs that are compared.", gt=0)
+    temperature: float = hyper(1.0, "Temperature", "Softens the outputs that are compared.", gt=0, le=1000)
     hidden: float = hyper(
-        0.0, "Weight of hidden states", "Weight of the hidden states' error beside the outputs'; 0 leaves it out.", ge=0
+        0.0,
+        "Weight of hidden states",
+        "Weight of the hidden states' error beside the outputs'; 0 leaves it out.",
+        ge=0,
+        le=1_000_000,
     )
     teacher: Teacher = hyper(
         "auto",
@@ -253,14 +266,18 @@ class Objective(Recipe):
 class TrainingRecipe(Recipe):
     """Steps and learning rates, which rise over `warmup_steps` and fall to a tenth along a cosine over all rounds."""
 
-    initial_steps: int = hyper(300, "Steps on the initial set", "Steps on the initial configuration set.", ge=1)
-    round_steps: int = hyper(100, "Steps after each search round", "Steps after every search round.", ge=1)
-    batch_size: int = hyper(32, "Batch size", "Examples or blocks a step.", ge=1)
-    lr: float = hyper(1e-3, "Learning rate of LoRA", "Peak learning rate of lora_A and lora_B.", gt=0)
-    theta_lr: float = hyper(1e-3, "Learning rate of theta", "Peak learning rate of theta.", gt=0)
-    head_lr: float = hyper(1e-3, "Learning rate of the head", "Peak learning rate of a classifier's head.", gt=0)
-    weight_decay: float = hyper(0.0, "Weight decay", "AdamW's weight decay.", ge=0)
-    warmup_steps: int = hyper(20, "Warm-up", "Steps of linear warm-up; 0 for none.", ge=0)
+    initial_steps: int = hyper(
+        300, "Steps on the initial set", "Steps on the initial configuration set.", ge=1, le=10_000_000
+    )
+    round_steps: int = hyper(
+        100, "Steps after each search round", "Steps after every search round.", ge=1, le=10_000_000
+    )
+    batch_size: int = hyper(32, "Batch size", "Examples or blocks a step.", ge=1, le=65_536)
+    lr: float = hyper(1e-3, "Learning rate of LoRA", "Peak learning rate of lora_A and lora_B.", gt=0, le=10)
+    theta_lr: float = hyper(1e-3, "Learning rate of theta", "Peak learning rate of theta.", gt=0, le=10)
+    head_lr: float = hyper(1e-3, "Learning rate of the head", "Peak learning rate of a classifier's head.", gt=0, le=10)
+    weight_decay: float = hyper(0.0, "Weight decay", "AdamW's weight decay.", ge=0, le=100)
+    warmup_steps: int = hyper(20, "Warm-up", "Steps of linear warm-up; 0 for none.", ge=0, le=10_000_000)
     max_grad_norm: float = hyper(1.0, "Gradient clipping (norm)", "Largest norm of the whole gradient.", gt=0)
     sampling: Sampling = hyper(
         "low-bits",
@@ -269,7 +286,7 @@ class TrainingRecipe(Recipe):
         "steps where the loss is in excess.",
     )
     sampling_power: float = hyper(
-        2.5, "Strength of the sampling", "Strength of low-bits (1 is uniform) and of adaptive.", ge=1
+        2.5, "Strength of the sampling", "Strength of low-bits (1 is uniform) and of adaptive.", ge=1, le=100
     )
     objective: Objective = hyper(Objective, "Objective", "Loss that a step minimises.")
     gradient_checkpointing: bool = hyper(
@@ -287,7 +304,7 @@ class TrainingRecipe(Recipe):
 class InitialSetRecipe(Recipe):
     """Configuration set of round 0: allocations at evenly spread budgets."""
 
-    size: int = hyper(50, "Budgets of the initial set", "Number of budgets.", ge=2)
+    size: int = hyper(50, "Budgets of the initial set", "Number of budgets.", ge=2, le=10_000)
     min_budget: float | None = hyper(
         None, "Smallest budget", "Smallest budget, in units of cost; else the space's.", gt=0
     )
@@ -307,13 +324,17 @@ class SearchRecipe(Recipe):
         "configurations; frozen never changes the initial set; or module:name of your own.",
         json_schema_extra=listed(lambda: _strategies()),
     )
-    rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0)
-    candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1)
-    restarts: int = hyper(8, "Restarts", "Starts of the hill climbing for each proposal.", ge=1)
-    max_steps: int = hyper(50, "Moves of a climb", "Moves of one climb at most.", ge=1)
-    delta: int = hyper(1, "Step size (delta)", "A neighbour differs in one field by at most so many steps.", ge=1)
-    segments: int = hyper(40, "Segments (U)", "Segments of cost that each keep their non-dominated members.", ge=1)
-    batch_size: int = hyper(64, "Batch size", "Examples a batch when losses are measured.", ge=1)
+    rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0, le=1000)
+    candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1, le=10_000)
+    restarts: int = hyper(8, "Restarts", "Starts of the hill climbing for each proposal.", ge=1, le=10_000)
+    max_steps: int = hyper(50, "Moves of a climb", "Moves of one climb at most.", ge=1, le=100_000)
+    delta: int = hyper(
+        1, "Step size (delta)", "A neighbour differs in one field by at most so many steps.", ge=1, le=1000
+    )
+    segments: int = hyper(
+        40, "Segments (U)", "Segments of cost that each keep their non-dominated members.", ge=1, le=10_000
+    )
+    batch_size: int = hyper(64, "Batch size", "Examples a batch when losses are measured.", ge=1, le=65_536)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -334,6 +355,7 @@ class RuntimeRecipe(Recipe):
         "Memory for layers of configurations in use: packed and, on a CPU, weights that wait.",
         unit="MiB",
         ge=0,
+        le=100_000_000,
     )
     master: MasterMode = hyper(
         "device",
@@ -351,15 +373,17 @@ class RuntimeRecipe(Recipe):
 class PretrainRecipe(Recipe):
     """Small Llama decoder trained from scratch on a benchmark's training text: warm-up, then linear decay to zero."""
 
-    hidden_size: int = hyper(128, "Hidden size", "Width of the decoder.", ge=8)
-    intermediate_size: int = hyper(384, "MLP size", "Width of its MLP.", ge=8)
-    num_hidden_layers: int = hyper(4, "Blocks", "Transformer blocks.", ge=1)
-    num_attention_heads: int = hyper(4, "Attention heads", "Attention heads.", ge=1)
-    vocab_size: int = hyper(512, "Vocabulary", "Tokens of the byte-level BPE tokenizer.", unit="tokens", ge=260)
-    max_length: int = hyper(128, "Block length", "Tokens a training block.", unit="tokens", ge=8)
-    steps: int = hyper(600, "Steps", "Training steps.", ge=1)
-    batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1)
-    lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0)
+    hidden_size: int = hyper(128, "Hidden size", "Width of the decoder.", ge=8, le=32_768)
+    intermediate_size: int = hyper(384, "MLP size", "Width of its MLP.", ge=8, le=131_072)
+    num_hidden_layers: int = hyper(4, "Blocks", "Transformer blocks.", ge=1, le=256)
+    num_attention_heads: int = hyper(4, "Attention heads", "Attention heads.", ge=1, le=256)
+    vocab_size: int = hyper(
+        512, "Vocabulary", "Tokens of the byte-level BPE tokenizer.", unit="tokens", ge=260, le=1_000_000
+    )
+    max_length: int = hyper(128, "Block length", "Tokens a training block.", unit="tokens", ge=8, le=131_072)
+    steps: int = hyper(600, "Steps", "Training steps.", ge=1, le=10_000_000)
+    batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1, le=65_536)
+    lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0, le=10)
 
 
 def _strategies() -> Any:
@@ -383,7 +407,7 @@ def _fits(value: object, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) < 1e300  # an integer may be larger than any float
     wanted = get_origin(hint) or hint
     return isinstance(value, wanted) and (wanted is str or not isinstance(value, str))
 

@@ -83,6 +83,7 @@ def adapt(
     """
     from coalora.contents import RUN, adapt_bundle, require_new
 
+    _outside_of_home(out)
     if not base or not (path / RUN).is_file():
         print(adapt_bundle(path, budget, out))
         return
@@ -105,6 +106,7 @@ def score(
     Each (text, budget) is kept in the store: asking again costs nothing.
     """
     log_to_terminal()
+    _outside_of_home(json)
     from flows.finished import score_run
 
     print(score_run(run, text, budget, max_length, stride, json))
@@ -165,6 +167,7 @@ def download(
     Every file is verified; an interrupted download goes on with the files that are missing.
     """
     log_to_terminal()
+    _outside_of_home(out)
     from pipeline.s3.client import S3Address
 
     place, storage = S3Address.parse(address), _storage(None, endpoint_url, region, profile)
@@ -199,11 +202,13 @@ def restore(
     if mlflow_run and rev:
         raise CoaloraError("--mlflow-run and --rev name two sources", remedy="Give one of them")
     log_to_terminal()
-    from pipeline.tracking.server import place_of_runs
+    _outside_of_home(out)
+    from pipeline.tracking.server import place_of_runs, require_server
     from pipeline.versioning.restoring import from_dvc, from_mlflow, write_new
 
     if mlflow_run:
         uri = place_of_runs(tracking_uri)
+        require_server(uri, existing=True)
         found = from_mlflow(mlflow_run, round, tracking_uri=uri, root=Path.cwd())
     else:
         found = from_dvc(Path.cwd(), rev=rev, pipeline=pipeline, round_index=round)
@@ -244,13 +249,26 @@ def prune(
         raise CoaloraError("--withdraw names published runs, and no place", remedy="Give --at s3://BUCKET/PREFIX")
     if not 0 <= older_than < 1e6:
         raise CoaloraError(f"--older-than is {older_than:g}", remedy="Give a number of days, 0 or more")
+    if not root.is_dir():
+        raise CoaloraError(f"--root {root} is no folder", remedy="Name the checkout with runs/ and configurations/")
     from flows.prune import prune_bucket, prune_store
+    from pipeline.tracking.server import require_server
 
+    for uri in tracking_uri:
+        require_server(uri, existing=True)
     if at:
         storage = _storage(None, endpoint_url, region, profile, at=at)
         prune_bucket(storage, root.resolve(), tracking_uri, withdraw, days=older_than, delete=delete)
     else:
         prune_store(root.resolve(), tracking_uri, days=older_than, delete=delete)
+
+
+def _outside_of_home(out: Path | None) -> None:
+    """Refuse to write among what is kept: a file more in an artifact makes it another one."""
+    from pipeline.environment import coalora_home
+
+    if out is not None and out.resolve().is_relative_to(coalora_home()):
+        raise CoaloraError(f"{out} lies in {coalora_home()}, where the store is", remedy="Name another place")
 
 
 def _settings(name: str, file: Path, changes: list[str]) -> Any:

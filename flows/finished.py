@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
-from coalora.files import read_json, whole_or_nothing, write_json
+from coalora.files import read_json, require_writable, whole_or_nothing, write_json
 from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
@@ -32,8 +32,8 @@ def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
             f"{folder} is no run folder: it holds no run.json",
             remedy="Name one such as runs/demo/latest, or run the pipeline first (`coalora run demo`)",
         )
+    record: Any = read_json(file)
     try:
-        record: Any = read_json(file)
         settings = validate_settings(record["settings"], str(file))
         return settings, {n: Artifact.model_validate(record[n]) for n in ARTIFACTS}
     except CoaloraError:
@@ -86,12 +86,14 @@ def score_run(
             f"{folder} is a run of task {settings.benchmark.task}, which has no perplexity",
             remedy="Name a run whose benchmark.task is language-modeling",
         )
-    max_length = max_length or settings.benchmark.max_length + 1
-    stride = stride or max_length - 1
+    if json is not None:
+        require_writable(json)
+    max_length = settings.benchmark.max_length + 1 if max_length is None else max_length
+    stride = max_length - 1 if stride is None else stride
     export = _export(settings, artifacts)
     windows(2, max_length, stride)  # here and below: whatever can be told before a model is loaded
     _require_stored(artifacts)
-    limit = getattr(BaseModel(export.base).config(), "max_position_embeddings", None)
+    limit = getattr(BaseModel(export.base).config().get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise CoaloraError(
             f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"

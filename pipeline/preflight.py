@@ -1,26 +1,40 @@
 """Checks of settings against files, shapes and servers, made before anything runs: no typing error costs hours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
-from coalora.calibrate.tables import calibration_tables
-from coalora.data.classification import read_header
+from coalora.calibrate.tables import calibration_tables, check_kept
+from coalora.data.benchmark import Split
+from coalora.data.build import check_pads, example_split, text_split
+from coalora.data.classification import Examples, check_classes
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import check_tasks
+from coalora.files import read_header
 from coalora.method.initial import given_set
 from coalora.models.files import model_files
-from coalora.models.loading import check_causal, load_config, meta_model, small_model
+from coalora.models.loading import (
+    check_causal,
+    check_padding,
+    load_config,
+    load_tokenizer,
+    meta_model,
+    resolved,
+    small_model,
+)
 from coalora.models.targets import TargetLayer, find_target_layers
-from coalora.train.pretrain import llama_config
+from coalora.train.pretrain import llama_config, train_tokenizer
 from pipeline.inputs.choices import choices_of, priced_tables
-from pipeline.inputs.corpus import input_files
+from pipeline.inputs.corpus import content_key, documents, examples, input_files
 from pipeline.inputs.loaders import read_set_file
-from pipeline.settings.sections import Settings
+from pipeline.settings.sections import BenchmarkSettings, Settings
 from pipeline.tracking.server import place_of_runs, require_server
+from pipeline.versioning.repository import check_repository
 from pipeline.workers.pool import check_runner
 
 
@@ -33,6 +47,7 @@ class Preflight:
     bits_range: tuple[float, float]
     cost_range: tuple[float, float]
     cost_words: str
+    kept_mb: float  # packed weights of all layers under all choices, which rounding other than absmax keeps
 
     @property
     def n_weights(self) -> int:
@@ -40,7 +55,7 @@ class Preflight:
 
 
 def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
-    """Check files, columns, choice space and its packages, lengths, target layers, budgets, DVC, MLflow and S3.
+    """Check data, model and tokenizer, choice space and its packages, lengths, target layers, budgets, DVC, MLflow, S3.
 
     Args:
         root: where DVC must be initialised, MLflow's server answer, and S3 be reachable where a run is published;
@@ -49,13 +64,16 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     Raises:
         CoaloraError: the first thing that is wrong.
     """
+    resolved(settings.runtime)
     _check_files(settings)
     model = shapes_of_model(settings)
     _check_sizes(settings, model)
+    _check_data(settings, model)
     layers = find_target_layers(model, settings.target_modules)
     space, allowed = choices_of(settings.choices, layers)
     for scheme in space.schemes:
         scheme.require_packages()
+    kept = check_kept(layers, space, settings.calibration, allowed)
     # All but the errors, which take the weights.
     tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
     if settings.initial_set.file is not None:
@@ -65,18 +83,22 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_objective(settings)
     _check_harness(settings)
     check_runner(settings.evaluation.runner)
-    if root is not None and settings.versioning.enabled and not (root / ".dvc").is_dir():
-        raise CoaloraError(
-            f"Configuration sets are to be versioned, but {root} has no .dvc",
-            remedy="Run `dvc init` (or `dvc init --no-scm` without git), or set versioning.enabled=false",
-        )
+    if root is not None and settings.versioning.enabled:
+        check_repository(root, push=settings.versioning.push)
     if root is not None:
-        require_server(place_of_runs(settings.tracking.tracking_uri))
+        require_server(place_of_runs(settings.tracking.tracking_uri), experiment=settings.tracking.experiment)
     if root is not None and settings.storage.publish:
         from pipeline.s3.client import S3Location  # boto3 is imported where it is wanted alone
 
         S3Location.of(settings.storage).check()
-    return Preflight(layers, len(space), tables.bits_range(), tables.cost_range(), tables.cost_unit.words)
+    return Preflight(
+        layers,
+        len(space),
+        tables.bits_range(),
+        tables.cost_range(),
+        tables.cost_unit.words,
+        0.0 if settings.calibration.rounding == "absmax" else kept,
+    )
 
 
 def shapes_of_model(settings: Settings) -> PreTrainedModel:
@@ -107,15 +129,15 @@ def positions(model: PreTrainedModel) -> int | None:
 def _check_files(settings: Settings) -> None:
     model, benchmark = settings.model, settings.benchmark
     if model.name_or_path and Path(model.name_or_path).is_dir():
-        model_files(Path(model.name_or_path))
+        for file in model_files(Path(model.name_or_path)):
+            if file.suffix == ".safetensors":
+                read_header(file)
     for path in input_files(benchmark):
         if not path.is_file():
             raise CoaloraError(
                 f"There is no benchmark file {path}",
                 remedy="Correct the path, for example --set benchmark.files.train=PATH",
             )
-        if benchmark.task == "classification":
-            read_header(path, [*benchmark.text_columns, benchmark.label_column])
 
 
 def _check_sizes(settings: Settings, model: PreTrainedModel) -> None:
@@ -127,11 +149,91 @@ def _check_sizes(settings: Settings, model: PreTrainedModel) -> None:
             remedy="Lower calibration.n_samples or raise benchmark.n_train",
         )
     limit = positions(model)
-    if limit is not None and benchmark.max_length > limit:
+    # A block holds one token more than it predicts.
+    width = benchmark.max_length + (benchmark.task == "language-modeling")
+    if limit is not None and width > limit:
+        most = benchmark.max_length - (width - limit)
         raise CoaloraError(
-            f"benchmark.max_length {benchmark.max_length} is more than the base model's {limit} positions",
-            remedy=f"Lower benchmark.max_length to at most {limit}",
+            f"benchmark.max_length {benchmark.max_length} is more than the base model's {limit} positions take",
+            remedy=f"Lower benchmark.max_length to at most {most}",
         )
+
+
+def _check_data(settings: Settings, model: PreTrainedModel) -> None:
+    """Read local data as the stages will, and refuse too little of it, and a tokenizer that is none of the model's."""
+    source, benchmark = settings.model, settings.benchmark
+    tokenizer = None
+    if source.pretrain is None:
+        tokenizer = load_tokenizer(
+            str(source.name_or_path), revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+        if benchmark.task == "classification":
+            check_pads(tokenizer)
+            check_padding(model, tokenizer.pad_token_id)
+    if benchmark.hub is not None:
+        return
+    n_samples = settings.calibration.n_samples
+    if benchmark.task == "classification":
+        train, validation, search = examples(benchmark)
+        for part, found in {"train": train, "validation": validation, "search": search}.items():
+            if found is not None:
+                check_classes(found, benchmark.num_labels, part)
+        rest = len(train.texts) - (benchmark.n_search if search is None else 0)
+        if rest < n_samples:
+            raise CoaloraError(
+                f"{len(train.texts)} training examples leave {max(rest, 0)} beside the search's, and "
+                f"calibration.n_samples is {n_samples}",
+                remedy="Lower calibration.n_samples or benchmark.n_search, or give more examples",
+            )
+        splits = (
+            {
+                "train": example_split(
+                    Examples(train.texts[:256], train.labels[:256]), tokenizer, max_length=benchmark.max_length
+                )
+            }
+            if tokenizer
+            else {}
+        )
+    else:
+        texts = documents(benchmark)
+        if tokenizer is None and source.pretrain is not None:
+            tokenizer = _own_tokenizer(*content_key(benchmark), source.pretrain.vocab_size)
+            _blocks("train", texts, tokenizer, source.pretrain.max_length, 1, "model.pretrain.max_length")
+        wanted = {"train": n_samples, "search": 1, "validation": 1}
+        splits = {
+            part: _blocks(part, texts, tokenizer, benchmark.max_length, n, "benchmark.max_length")
+            for part, n in wanted.items()
+        }
+    highest = max((int(split.input_ids.max()) for split in splits.values()), default=0)
+    if highest >= model.get_input_embeddings().num_embeddings:
+        raise CoaloraError(
+            f"The tokenizer gives token {highest}, and the model embeds {model.get_input_embeddings().num_embeddings}",
+            remedy="Put the model's own tokenizer into its folder",
+        )
+
+
+@lru_cache(maxsize=1)
+def _own_tokenizer(benchmark: str, stamps: object, vocab_size: int) -> Any:
+    """The tokenizer that a pre-trained decoder will have; a run is checked twice."""
+    return train_tokenizer(documents(BenchmarkSettings.model_validate_json(benchmark))["train"], vocab_size)
+
+
+def _blocks(
+    part: str, texts: Mapping[str, Sequence[str]], tokenizer: Any, max_length: int, wanted: int, key: str
+) -> Split:
+    """The first blocks of a part; refuses fewer than are wanted."""
+    try:
+        split = text_split(texts[part], tokenizer, max_length=max_length, limit=wanted)
+    except CoaloraError as error:
+        raise CoaloraError(
+            f"The {part} text is too short: {error.problem}", remedy=f"Give more text, or lower {key}"
+        ) from error
+    if len(split) < wanted:
+        raise CoaloraError(
+            f"The {part} text makes {len(split)} blocks of {max_length} tokens, and calibration.n_samples is {wanted}",
+            remedy=f"Set calibration.n_samples to at most {len(split)}, give more text, or lower {key}",
+        )
+    return split
 
 
 def _check_adapter(settings: Settings, layers: list[TargetLayer]) -> None:
@@ -168,26 +270,33 @@ def _check_harness(settings: Settings) -> None:
 
 def _check_budgets(settings: Settings, cost_range: tuple[float, float], unit: str) -> None:
     low, high = cost_range
+    if high - low <= 1e-9 * high:
+        raise CoaloraError(
+            f"Every configuration costs {low:.6g} {unit}: there is nothing to choose",
+            remedy="Allow more choices (choices.allow) where there is only one, or give latencies that differ",
+        )
     initial: Sequence[float | None] = (settings.initial_set.min_budget, settings.initial_set.max_budget)
     named = [("evaluation.budgets", b) for b in settings.evaluation.budgets]
     named += [(f"initial_set.{n}_budget", b) for n, b in zip(("min", "max"), initial, strict=True) if b is not None]
     for key, budget in named:
         if not low <= budget <= high:
+            least, most = _shown(low, high)
             raise CoaloraError(
                 f"{key} {budget:g} {unit} is outside of the choice space",
-                remedy=f"Set {key} to {_inside(low, np.ceil)} to {_inside(high, np.floor)} {unit}, or allow other "
-                "choices (choices.allow)",
+                remedy=f"Set {key} to {least} to {most} {unit}, or allow other choices (choices.allow)",
             )
     start, end = (default if asked is None else asked for asked, default in zip(initial, cost_range, strict=True))
     if start >= end:
         raise CoaloraError(
             f"initial_set.min_budget {start:g} is not below initial_set.max_budget {end:g} {unit} (by default the ends "
             f"of the choice space, {low:.6g} and {high:.6g})",
-            remedy="Correct initial_set, or allow more choices (choices.allow) where there is only one",
+            remedy="Correct initial_set",
         )
 
 
-def _inside(value: float, rounding: Callable[[float], float]) -> str:
-    """An end of the range with enough digits, rounded into the range: what the message names is accepted."""
-    scale = 1000 if value >= 1 else 10.0 ** (3 - np.floor(np.log10(value or 1)))
-    return f"{rounding(value * scale) / scale:.{max(3, round(np.log10(scale)))}f}"
+def _shown(low: float, high: float) -> tuple[str, str]:
+    """The ends of the range with enough digits, rounded into it: what the message names is accepted."""
+    step = min(0.001 if low >= 1 else 0.001 * (low or 1), (high - low) / 10)
+    digits = int(np.ceil(-np.log10(step)))
+    scale = 10.0**digits
+    return tuple(f"{r(value * scale) / scale:.{digits}f}" for r, value in ((np.ceil, low), (np.floor, high)))  # type: ignore[return-value]

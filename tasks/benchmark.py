@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coalora.data import build
-from pipeline.inputs.corpus import documents, examples
+from pipeline.inputs.corpus import documents, examples, forget
 from pipeline.inputs.loaders import BaseModel
 from pipeline.settings.sections import BenchmarkSettings
 from pipeline.stages.runner import stage
@@ -34,6 +34,7 @@ def prepare_benchmark(*, base: Artifact, benchmark: BenchmarkSettings, content: 
                 limits=limits,
                 seed=benchmark.split_seed,
             )
+        forget()
         made.save(folder)
         return {f"n_{split}": len(getattr(made, split)) for split in limits}
 

@@ -15,6 +15,7 @@ import csv
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ class CostUnit:
     unit: str
     suffix: str
 
+
+_MOST = 1e12  # microseconds: more than a week for one layer
 
 UNITS: dict[CostKind, CostUnit] = {
     "average_bits": CostUnit("average bits per weight", "average bits", "bits", "bits"),
@@ -63,32 +66,43 @@ def read_latency(
     header, rows = _rows(path)
     fields = [name for name in header if name not in ("layer", "choice", "microseconds")]
     known = ["scheme", *dict.fromkeys(name for scheme in space.schemes for name in scheme.field_values)]
-    unknown = [name for name in fields if name not in known]
+    unknown = [name for name in fields if name not in known] or len(set(header)) < len(header)
     if {"layer", "microseconds"} - set(header) or unknown or ("choice" in header) == bool(fields):
         raise CoaloraError(
-            f"the latency table {path} has the columns {', '.join(header) or '(none)'}",
+            f"the latency table {path} has the columns {', '.join(header)[:300] or '(none)'}",
             remedy=f"Write layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
         )
     choices = [{"scheme": space.scheme_of(k).name, **c.as_dict()} for k, c in enumerate(space.choices)]
-    table, line_of = np.zeros(allowed.shape), np.zeros(allowed.shape, dtype=np.int64)
-    for line, row in rows:
-        value = _microseconds(row["microseconds"], f"{path}, line {line}")
-        pattern = row["layer"]
-        at_layer = [fnmatchcase(layer.kind, pattern) or matches(layer.name, pattern) for layer in layers]
+    names, may = list(map(str, space.choices)), allowed.tolist()
+
+    # A table has hundreds of thousands of rows, and few words in them: each is matched once.
+    @cache
+    def layers_of(pattern: str) -> list[int]:
+        return [i for i, at in enumerate(layers) if fnmatchcase(at.kind, pattern) or matches(at.name, pattern)]
+
+    @cache
+    def choices_of(words: tuple[str, ...]) -> list[int]:
         if "choice" in header:
-            at_choice = [fnmatchcase(str(choice), row["choice"]) for choice in space.choices]
-        else:
-            given = {name: row[name] for name in fields if row[name]}
-            at_choice = [all(str(choice.get(n)) == text for n, text in given.items()) for choice in choices]
-        cells = np.outer(at_layer, at_choice) & allowed
-        if (twice := cells & (line_of > 0)).any():
-            at, k = np.argwhere(twice)[0]
-            raise CoaloraError(
-                f"lines {line_of[at, k]} and {line} of {path} both give {layers[at].name} under "
-                f"{space.describe(int(k))}",
-                remedy="Make one of the two rows narrower, or leave it out",
-            )
-        table[cells], line_of[cells] = value, line
+            return [k for k, name in enumerate(names) if fnmatchcase(name, words[0])]
+        given = {name: word for name, word in zip(fields, words, strict=True) if word}
+        return [k for k, choice in enumerate(choices) if all(str(choice.get(n)) == word for n, word in given.items())]
+
+    at_layer, at_value = header.index("layer"), header.index("microseconds")
+    at_choice = [header.index(name) for name in (["choice"] if "choice" in header else fields)]
+    table, line_of = np.zeros(allowed.shape), np.zeros(allowed.shape, dtype=np.int64)
+    for line, cells in rows:
+        value = _microseconds(cells[at_value], path, line)
+        for at in layers_of(cells[at_layer]):
+            for k in choices_of(tuple(cells[i] for i in at_choice)):
+                if not may[at][k]:
+                    continue
+                if line_of[at, k]:
+                    raise CoaloraError(
+                        f"lines {line_of[at, k]} and {line} of {path} both give {layers[at].name} under "
+                        f"{space.describe(k)}",
+                        remedy="Make one of the two rows narrower, or leave it out",
+                    )
+                table[at, k], line_of[at, k] = value, line
     if (absent := allowed & (line_of == 0)).any():
         pairs = [f"{layers[at].kind} under {space.describe(int(k))}" for at, k in np.argwhere(absent)]
         raise CoaloraError(
@@ -98,33 +112,40 @@ def read_latency(
     return table
 
 
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Header, and the rows that are not blank with their line numbers."""
+def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header, and the rows that are not blank with their line numbers; a file is read once while it stays as it is."""
     if not path.is_file():
         raise CoaloraError(f"the latency table {path} does not exist", remedy="Correct cost.table")
+    stat = path.stat()
+    return _read(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, size: int, time: int) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise CoaloraError(f"{path} is no CSV in UTF-8 ({error})", remedy="Correct the latency table") from error
     header = lines[0][1] if lines else []
     for line, cells in lines[1:]:
         if len(cells) != len(header):
             raise CoaloraError(
-                f"line {line} of {path} has {len(cells)} cells for {len(header)} columns ({', '.join(header)})",
+                f"line {line} of {path} has {len(cells)} cells for {len(header)} columns ({', '.join(header)[:300]})",
                 remedy="Complete the line",
             )
-    return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+    return header, lines[1:]
 
 
-def _microseconds(text: str, where: str) -> float:
+def _microseconds(text: str, path: Path, line: int) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= _MOST or "_" in text:
         raise CoaloraError(
-            f"the microseconds {text!r} of {where} are no finite number from 0 on", remedy="Write them as 81.5"
+            f"the microseconds {text[:100]!r} of {path}, line {line} are no finite number from 0 on",
+            remedy=f"Write them as 81.5, at most {_MOST:g}",
         )
     return value

@@ -272,17 +272,8 @@ def calibrate(
             remedy="Lower calibration.n_samples",
         )
     rounding = recipe.rounding
-    keep = rounding != "absmax" or space.needs_statistics
-    nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    kept = int(nbytes.sum() if allowed is None else nbytes[allowed].sum())
-    if kept > recipe.kept_mb * 1e6:
-        if rounding != "absmax":
-            raise CoaloraError(
-                f"Rounding {rounding} keeps the weights of {len(layers)} layers under {len(space)} choices: "
-                f"{kept / 1e6:,.0f} MB, above calibration.kept_mb {recipe.kept_mb:,}",
-                remedy="Allow fewer choices, raise calibration.kept_mb, or set calibration.rounding to absmax",
-            )
-        keep = False
+    kept = check_kept(layers, space, recipe, allowed)
+    keep = (rounding != "absmax" or space.needs_statistics) and kept <= recipe.kept_mb
     statistics = collect_statistics(
         model,
         layers,
@@ -301,6 +292,25 @@ def calibrate(
         progress=progress(f"quantizing {len(layers)} layers under {len(space)} choices") if progress else None,
     )
     return calibration_tables(layers, space, err, base_digest, allowed, rounding), statistics
+
+
+def check_kept(
+    layers: Sequence[TargetLayer], space: ChoiceSpace, recipe: CalibrationRecipe, allowed: np.ndarray | None = None
+) -> float:
+    """Megabytes of all layers under all allowed choices, packed: what rounding other than absmax keeps.
+
+    Raises:
+        CoaloraError: more than `recipe.kept_mb`, where they must be kept.
+    """
+    nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
+    kept = float(nbytes.sum() if allowed is None else nbytes[allowed].sum()) / 1e6
+    if recipe.rounding != "absmax" and kept > recipe.kept_mb:
+        raise CoaloraError(
+            f"Rounding {recipe.rounding} keeps the weights of {len(layers)} layers under {len(space)} choices: "
+            f"{kept:,.0f} MB, above calibration.kept_mb {recipe.kept_mb:,}",
+            remedy="Allow fewer choices, raise calibration.kept_mb, or set calibration.rounding to absmax",
+        )
+    return kept
 
 
 def calibration_tables(

@@ -5,16 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from coalora.errors import CoaloraError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 _ENCODING = "utf-8-sig"  # spreadsheets put a byte-order mark in front, which must not become part of a name
@@ -37,24 +32,47 @@ def read_table(
         CoaloraError: missing file, unknown format, a file that cannot be parsed, missing column, missing value,
             or labels that are no integers (no finite numbers for a regression).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CoaloraError(f"The benchmark file {path} does not exist", remedy="Correct the path in benchmark.files")
-    frame = _frame(path, text_columns)
     wanted = [*text_columns, label_column]
-    _check_columns(path, list(frame.columns), wanted)
-    cells = frame[wanted]
-    holes = (cells.isna() | (cells.astype(str).apply(lambda column: column.str.strip()) == "")).any(axis=1)
-    if holes.any():
+    texts: list[tuple[str, ...]] = []
+    labels: list[object] = []
+    for line, row in _rows(Path(path), wanted):
+        *cells, label = (row[name] for name in wanted)
+        for name, cell in zip(text_columns, cells, strict=True):
+            _check_text(cell, name, line, path)
+        if label is None or (isinstance(label, str) and not label.strip()):
+            raise _lacking(line, path)
+        texts.append(tuple(map(str, cells)))
+        labels.append(label)
+    return to_examples(texts, labels, Path(path).name, regression=regression)
+
+
+def read_texts(path: str | Path, column: str) -> list[str]:
+    """One text column of a csv, tsv, jsonl or parquet file, each row a document; rows without text are left out.
+
+    Raises:
+        CoaloraError: as `read_table`.
+    """
+    found = []
+    for line, row in _rows(Path(path), [column]):
+        if row[column] not in (None, ""):
+            _check_text(row[column], column, line, path)
+            found.append(str(row[column]))
+    return [text for text in found if text.strip()]
+
+
+def _check_text(cell: object, column: str, line: int, path: str | Path) -> None:
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        raise _lacking(line, path)
+    if not isinstance(cell, str):
         raise CoaloraError(
-            f"Row {int(holes.argmax()) + 1} of {path.name} lacks a text or its label",
-            remedy="Remove or complete the row",
+            f"Row {line} of {Path(path).name} holds a {type(cell).__name__} in column {column!r}, and no text",
+            remedy="Convert it to texts, or name another column in benchmark.text_columns",
         )
-    return to_examples(
-        [tuple(map(str, row)) for row in zip(*(frame[c] for c in text_columns), strict=True)],
-        frame[label_column].tolist(),
-        path.name,
-        regression=regression,
+
+
+def _lacking(line: int, path: str | Path) -> CoaloraError:
+    return CoaloraError(
+        f"Row {line} of {Path(path).name} lacks a text or its label", remedy="Remove or complete the row"
     )
 
 
@@ -94,45 +112,23 @@ def _label(label: object, regression: bool) -> float | int | None:
     """A label as a finite number, or as an integer from 0; else None. Columns with a text have texts for numbers."""
     try:
         value = float(label)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if isinstance(label, str) and "_" in label:  # digits to Python, and to nobody else
         return None
     if regression:
         return value if math.isfinite(value) else None
     return int(value) if value >= 0 and value.is_integer() else None
 
 
-def read_header(path: Path, wanted: Sequence[str]) -> None:
-    """Check that a table has the columns, without reading it whole.
+def _rows(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    """(number from 1, cells by column) of every row; cells are texts but in jsonl and parquet.
 
-    Raises:
-        CoaloraError: a column is missing, the format is unknown, or the file cannot be read as it.
+    Nothing is guessed: a row that is longer or shorter than the header, a column that is there twice, and whatever
+    cannot be parsed, is refused.
     """
-    _check_columns(path, list(_frame(path, [], header=True).columns), wanted)
-
-
-def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
-    missing = [c for c in wanted if c not in columns]
-    if missing:
-        raise CoaloraError(
-            f"{path.name} has no column {', '.join(map(repr, missing))}, but {', '.join(map(repr, columns))}",
-            remedy="Set benchmark.text_columns and benchmark.label_column",
-        )
-
-
-def _row(number: int, line: str) -> dict[str, object]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} is no object")
-    return row
-
-
-def _frame(path: Path, text_columns: Sequence[str], *, header: bool = False) -> pd.DataFrame:
-    """The table; for its `header`, columns and at most one row."""
-    import pandas as pd
-
+    if not path.is_file():
+        raise CoaloraError(f"There is no benchmark file {path}", remedy="Correct the path in benchmark.files")
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise CoaloraError(
@@ -140,26 +136,77 @@ def _frame(path: Path, text_columns: Sequence[str], *, header: bool = False) -> 
             remedy="Rename or convert it",
         )
     try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_schema(path).empty_table().to_pandas() if header else pd.read_parquet(path)
-        if suffix == ".jsonl":
-            with path.open(encoding=_ENCODING) as file:
-                lines = ((n, line) for n, line in enumerate(file, 1) if line.strip())
-                return pd.DataFrame([_row(n, line) for n, line in islice(lines, 1 if header else None)], dtype=object)
-        # Texts stay texts: no guessing of numbers ("007"), missing values ("NA") or dates.
-        return pd.read_csv(
-            path,
-            sep="\t" if suffix == ".tsv" else ",",
-            quoting=csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL,
-            keep_default_na=False,
-            dtype=dict.fromkeys(text_columns, str),
-            encoding=_ENCODING,
-            nrows=0 if header else None,
-        )
-    except ValueError as error:  # pandas' and pyarrow's parser errors derive from it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield from {".parquet": _parquet, ".jsonl": _jsonl}.get(suffix, _delimited)(path, wanted)
+    except CoaloraError:
+        raise
+    except (ValueError, csv.Error, OSError, RecursionError) as error:  # pyarrow's errors derive from the first
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CoaloraError(
             f"{path.name} cannot be read as {suffix} in UTF-8 ({reason})", remedy="Repair, rename or convert it"
         ) from error
+
+
+def _delimited(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    tabs = path.suffix.lower() == ".tsv"
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    with path.open(encoding=_ENCODING, newline="") as file:
+        reader = csv.reader(
+            file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
+        )
+        header = next(reader, [])
+        _check_columns(path, header, wanted)
+        for number, cells in enumerate(filter(None, reader), 1):
+            if len(cells) != len(header):
+                raise CoaloraError(
+                    f"Row {number} of {path.name} (line {reader.line_num}) has {len(cells)} cells, and the header "
+                    f"{len(header)}",
+                    remedy="Quote texts that hold a comma, or complete the row" if not tabs else "Complete the row",
+                )
+            yield number, dict(zip(header, cells, strict=True))
+
+
+def _jsonl(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    with path.open(encoding=_ENCODING) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, object_pairs_hook=_distinct)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            if number > 1 and not set(wanted) <= set(row):
+                raise _lacking(number, path)
+            _check_columns(path, list(row), wanted)
+            yield number, row
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key is given twice")
+    return row
+
+
+def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow.names, wanted)
+        number = 0
+        for batch in file.iter_batches(columns=list(wanted)):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _check_columns(path: Path, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    if missing := [c for c in wanted if c not in columns]:
+        shown = ", ".join(map(repr, columns))[:300]
+        raise CoaloraError(
+            f"{path.name} has no column {', '.join(map(repr, missing))}, but {shown or 'none'}",
+            remedy="Set benchmark.text_columns and benchmark.label_column",
+        )
+    if twice := [c for c in wanted if list(columns).count(c) > 1]:
+        raise CoaloraError(f"{path.name} has the column {twice[0]!r} twice", remedy="Rename one of them")

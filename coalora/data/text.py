@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,18 +42,33 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def text_file(path: str | Path) -> list[str]:
-    """The documents of a UTF-8 text file: cut at blank lines into pieces of about 2 kB.
+def text_file(path: str | Path, least: int = 1) -> list[str]:
+    """The documents of a UTF-8 text file: cut at blank lines, which may hold blanks, into pieces of about 2 kB.
+
+    Args:
+        least: where blank lines make fewer pieces, line ends or else blanks cut the text, so that there is something
+            to deal out.
 
     Raises:
         CoaloraError: no such file, or not UTF-8.
     """
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    pieces = _pieces(text, r"\n[^\S\n]*\n", 2048, end="\n\n")
+    for ends in (r"\n", r"\s", r""):
+        if len(pieces) >= least:
+            break
+        pieces = _pieces(text, ends, min(2048, len(text) // (2 * least)))
+    return pieces
+
+
+def _pieces(text: str, ends: str, size: int, end: str = "") -> list[str]:
+    """Pieces of at least `size` characters that end where `ends` matches; the last one with `end`."""
     pieces: list[str] = [""]
-    for paragraph in text.split("\n\n"):
-        if len(pieces[-1]) > 2048:
+    parts = re.split(f"({ends})", text)
+    for part, separator in zip(parts[::2], [*parts[1::2], end], strict=True):
+        if len(pieces[-1]) > size:
             pieces.append("")
-        pieces[-1] += paragraph + "\n\n"
+        pieces[-1] += part + separator
     return [piece for piece in pieces if piece.strip()]
 
 

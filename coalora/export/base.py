@@ -26,7 +26,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding, check_complete
-from coalora.files import check_files, file_digests, read_json, read_tensors, write_json, write_tensors
+from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import Task
@@ -116,7 +116,13 @@ def load_base(
         >>> len(load_base(folder / "alone/base").coalora_digest)
         64
     """
-    folder = Path(folder)
+    with reading(Path(folder)):
+        return _dequantized(Path(folder), device, dtype, trust_remote_code)
+
+
+def _dequantized(
+    folder: Path, device: torch.device | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
     content = _read_configuration(folder)
     check_files(folder, content.get("files"), (PACKED, REST))
     config = load_config(folder, trust_remote_code=trust_remote_code)
@@ -168,8 +174,10 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
         >>> device(**model.tokenizer("a text", return_tensors="pt")).logits.shape[0]
         1
     """
-    check_binding(Path(adapter_folder), _read_configuration(Path(base_folder))["digest"])
-    with quiet_peft():
+    with reading(Path(base_folder)):
+        digest = _read_configuration(Path(base_folder))["digest"]
+    with reading(Path(adapter_folder)), quiet_peft():
+        check_binding(Path(adapter_folder), digest)
         base = load_base(base_folder, **options)
         try:
             model = PeftModel.from_pretrained(base, str(adapter_folder)).eval()

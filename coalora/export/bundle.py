@@ -24,7 +24,7 @@ from coalora.configurations import ConfigurationSet, configuration_dict, configu
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key, write_adapter
 from coalora.export.base import CONFIGURATION
-from coalora.files import read_json, read_tensors, write_json, write_tensors
+from coalora.files import read_json, read_tensors, reading, write_json, write_tensors
 from coalora.recipes import AdapterRecipe, Task
 from coalora.search.budget import best_within
 
@@ -217,35 +217,36 @@ class Bundle:
         """Read what `save` wrote.
 
         Raises:
-            CoaloraError: a file is missing or of another format, or the set belongs to other tables.
+            CoaloraError: a file is missing, damaged or of another format, or the set belongs to other tables.
         """
         folder = Path(folder)
         for name in ("adapter.safetensors", "tables.safetensors", "configurations.json"):
             if not (folder / name).is_file():
                 raise CoaloraError(f"There is no {name} in {folder}", remedy="Name the folder of a bundle")
-        tables = CalibrationTables.load(folder / "tables.safetensors")
-        members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
-        if not len(members):
-            raise CoaloraError(
-                f"configurations.json of {folder} has no members", remedy="Make or download the bundle again"
+        with reading(folder):
+            tables = CalibrationTables.load(folder / "tables.safetensors")
+            members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
+            if not len(members):
+                raise CoaloraError(
+                    f"configurations.json of {folder} has no members", remedy="Make or download the bundle again"
+                )
+            tensors, header = read_tensors(folder / "adapter.safetensors")
+            if not isinstance(header, dict) or header.get("format") != _FORMAT:
+                raise CoaloraError(
+                    f"adapter.safetensors of {folder} has the header {header}, not that of a bundle ({_FORMAT})",
+                    remedy="Write the bundle again with this version",
+                )
+            stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
+            pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
+            return cls(
+                tables,
+                members,
+                tensors,
+                AdapterRecipe.from_dict(_OLDER | header["recipe"]),
+                header["task"],
+                base_model=header["base_model"],
+                compensation={
+                    (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
+                    for i, k in pairs
+                },
             )
-        tensors, header = read_tensors(folder / "adapter.safetensors")
-        if not isinstance(header, dict) or header.get("format") != _FORMAT:
-            raise CoaloraError(
-                f"adapter.safetensors of {folder} has the header {header}, not that of a bundle ({_FORMAT})",
-                remedy="Write the bundle again with this version",
-            )
-        stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
-        pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
-        return cls(
-            tables,
-            members,
-            tensors,
-            AdapterRecipe.from_dict(_OLDER | header["recipe"]),
-            header["task"],
-            base_model=header["base_model"],
-            compensation={
-                (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
-                for i, k in pairs
-            },
-        )

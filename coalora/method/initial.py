@@ -57,7 +57,7 @@ def given_set(content: dict[str, Any], tables: CalibrationTables) -> Configurati
             f"The initial set does not fit this run: {error.problem}",
             remedy="Use a set of the same base architecture, target_modules and choices, or set initial_set.file=null",
         ) from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise CoaloraError(
             f"The initial set is damaged ({error!r})", remedy=f"Use a file that was written in format {SET_FORMAT}"
         ) from error

@@ -1,29 +1,70 @@
 """Raw benchmark data: what settings name, read as texts or as labelled examples."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from coalora.data.classification import Examples, read_table, to_examples
+from coalora.data.classification import FORMATS, Examples, read_table, read_texts, to_examples
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
 from pipeline.settings.sections import BenchmarkSettings, HubSettings
 
 # Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
 _BYTES_A_TOKEN = 16
+_LEAST = 64  # documents of which parts are split off
 
 
 def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
-    """Texts of `train`, `search` and `validation`; parts that have no file of their own are split off train."""
+    """Texts of `train`, `search` and `validation`; parts that have no file of their own are split off train.
+
+    What local files hold is read once: the checks before a run and its stages share it (`forget`).
+    """
     if settings.hub is not None:
         return _hub_documents(settings, settings.hub)
+    return _local_documents(*content_key(settings))
+
+
+def examples(settings: BenchmarkSettings) -> tuple[Examples, Examples, Examples | None]:
+    """Labelled examples of train, validation, and search where it has a file of its own; as `documents`."""
+    if settings.hub is not None:
+        hub, columns, label = settings.hub, settings.text_columns, settings.label_column
+        train, validation = (
+            _hub_examples(hub, split, columns, label, regression=settings.num_labels == 1)
+            for split in (hub.train_split, hub.validation_split)
+        )
+        return train, validation, None
+    return _local_examples(*content_key(settings))
+
+
+def forget() -> None:
+    """Free the texts that `documents` and `examples` keep."""
+    _local_documents.cache_clear()
+    _local_examples.cache_clear()
+
+
+def content_key(settings: BenchmarkSettings) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """What decides the texts of local files, as arguments of a cached function."""
+    return settings.data_only().model_dump_json(), _stamps(settings)
+
+
+def _stamps(settings: BenchmarkSettings) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of the benchmark's files: another content is read again."""
+    found = [(path.resolve(), path.stat()) for path in input_files(settings) if path.is_file()]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+@lru_cache(maxsize=1)
+def _local_documents(benchmark: str, stamps: object) -> dict[str, list[str]]:
+    settings = BenchmarkSettings.model_validate_json(benchmark)
     given: dict[str, list[str]] = {}
     if settings.files is not None:
-        source = text_file(settings.files.train)
+        alone = settings.files.search is not None and settings.files.validation is not None
+        source = _documents_of(settings.files.train, settings, least=1 if alone else _LEAST)
         for part in ("search", "validation"):
             path = getattr(settings.files, part)
             if path is not None:
-                given[part] = text_file(path)
+                given[part] = _documents_of(path, settings)
     else:
         source = pydoc_topics()
     fractions = {"search": settings.search_fraction, "validation": settings.validation_fraction}
@@ -32,19 +73,20 @@ def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:
     return parts | given
 
 
-def examples(settings: BenchmarkSettings) -> tuple[Examples, Examples, Examples | None]:
-    """Labelled examples of train, validation, and search where it has a file of its own."""
-    columns, label, regression = settings.text_columns, settings.label_column, settings.num_labels == 1
-    if settings.hub is not None:
-        hub = settings.hub
-        train, validation = (
-            _hub_examples(hub, split, columns, label, regression=regression)
-            for split in (hub.train_split, hub.validation_split)
-        )
-        return train, validation, None
+def _documents_of(path: str, settings: BenchmarkSettings, least: int = 1) -> list[str]:
+    """Plain text, or the text column of a table, by the file's ending."""
+    if Path(path).suffix.lower() in FORMATS:
+        return read_texts(path, settings.text_columns[0])
+    return text_file(path, least)
+
+
+@lru_cache(maxsize=1)
+def _local_examples(benchmark: str, stamps: object) -> tuple[Examples, Examples, Examples | None]:
+    settings = BenchmarkSettings.model_validate_json(benchmark)
 
     def read(file: str | None) -> Examples:
-        return read_table(str(file), columns, label, regression=regression)
+        regression = settings.num_labels == 1
+        return read_table(str(file), settings.text_columns, settings.label_column, regression=regression)
 
     files = settings.files
     assert files is not None  # checked with the settings, as is its validation file

@@ -120,15 +120,13 @@ def read_set_file(file: str | Path) -> dict[str, Any]:
             f"initial_set.file {path} does not exist",
             remedy="Bring a set back with `coalora restore ... --out FILE`, or correct the path",
         )
-    try:
-        content = read_json(path)
-        form = content.get("format") if isinstance(content, dict) else type(content).__name__
-        problem = f"{path} is of the form {form}, and no configuration set"
-    except ValueError as error:
-        form, problem = None, f"{path} is no JSON ({error})"
+    content = read_json(path)
+    form = content.get("format") if isinstance(content, dict) else type(content).__name__
     if form != SET_FORMAT:
-        remedy = "Take a file round-*.json of configurations/, or bring one back with `coalora restore`"
-        raise CoaloraError(problem, remedy=remedy)
+        raise CoaloraError(
+            f"{path} is of the form {str(form)[:100]!r}, and no configuration set",
+            remedy="Take a file round-*.json of configurations/, or bring one back with `coalora restore`",
+        )
     return content
 
 

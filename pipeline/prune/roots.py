@@ -30,6 +30,7 @@ from pipeline.faults import disk_faults
 from pipeline.scrub import one_line, scrub_text
 from pipeline.store.artifacts import MARKER, Artifact
 from pipeline.store.locks import is_held
+from pipeline.tracking.server import require_server
 
 _NAME = re.compile(r"(?P<pipeline>.+)-(?P<identity>[0-9a-f]{16,64})\.jsonl")
 
@@ -157,7 +158,8 @@ def roots_of(checkout: Path, tracking_uris: set[str]) -> Roots:
     for dvc_file in sorted((checkout / "configurations").rglob("*.dvc")):
         _dvc_file(dvc_file, found)
     for uri in sorted(uris):
-        _mlflow(uri, found)
+        if uri in tracking_uris or not _is_gone(uri):
+            _mlflow(uri, found)
     return found
 
 
@@ -202,6 +204,15 @@ def _readable(file: Path, remedy: str) -> Iterator[None]:
         raise CoaloraError(
             f"{file} cannot be read, so that nothing may be removed ({reason})", remedy=remedy
         ) from error
+
+
+def _is_gone(uri: str) -> bool:
+    """Whether a database that a run names is there no more: asking MLflow would make an empty one."""
+    try:
+        require_server(uri, existing=True)
+    except CoaloraError:
+        return uri.startswith("sqlite:")  # another kind may answer again: asking it says so
+    return False
 
 
 def _mlflow(uri: str, found: Roots) -> None:

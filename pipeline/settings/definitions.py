@@ -11,11 +11,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from coalora.errors import CoaloraError
 from pipeline.scrub import scrub_text
+from pipeline.settings.parse import parse_yaml
 from pipeline.settings.sections import Settings
 
 DEFAULT_FILE = "pipelines.yaml"
@@ -53,9 +53,9 @@ def read_pipelines(file: str | Path = DEFAULT_FILE) -> dict[str, dict[str, Any]]
             f"There is no file of pipelines {path}", remedy="Run from the checkout's root, or name the file with --file"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CoaloraError(f"{path} is not YAML in UTF-8: {error}", remedy="Correct the file there") from error
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise CoaloraError(f"{path} is not YAML in UTF-8 ({error})", remedy="Save it as UTF-8") from error
     definitions = content.get("definitions") if isinstance(content, dict) else None
     pipelines = definitions.get("pipelines") if isinstance(definitions, dict) else None
     if not isinstance(pipelines, dict) or not all(isinstance(v, dict) for v in pipelines.values()):
@@ -86,10 +86,10 @@ def apply_change(settings: dict[str, Any], change: str) -> dict[str, Any]:
             f"The change {change!r} is not section.key=value", remedy="Write for example --set search.rounds=2"
         )
     try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError as error:
+        value = parse_yaml(text, f"The value of the change {change!r}"[:200]) if text.strip() else None
+    except CoaloraError as error:
         raise CoaloraError(
-            f"The value of the change {change!r} is not YAML",
+            error.problem,
             remedy="Close every bracket and quote, and keep the shell from splitting it, "
             "for example --set 'evaluation.budgets=[2.5, 3]'",
         ) from error

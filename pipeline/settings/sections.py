@@ -107,7 +107,7 @@ class ModelSettings(Section):
 
 
 class FilesSettings(Section):
-    """Local files of a benchmark: csv, tsv, jsonl or parquet for classification, plain text for language modelling."""
+    """Local files of a benchmark: csv, tsv, jsonl or parquet; for language modelling plain text as well."""
 
     train: str = setting(_REQUIRED, "Training file", "Training file.")
     validation: str | None = setting(None, "Validation file", "Validation file; text may be split off the training.")
@@ -135,7 +135,9 @@ class BenchmarkSettings(Section):
     hub: HubSettings | None = setting(None, "Data set of the hub", "Data set of the hub.")
     text_columns: list[str] = setting(["text"], "Text columns", "One column, or a pair.", min_length=1, max_length=2)
     label_column: str = setting("label", "Label column", "Column of class indices, or of values.")
-    num_labels: int = setting(2, "Classes", "Number of classes; 1 is a regression on values, as of GLUE's STS-B.", ge=1)
+    num_labels: int = setting(
+        2, "Classes", "Number of classes; 1 is a regression on values, as of GLUE's STS-B.", ge=1, le=100_000
+    )
     metric: str | None = setting(
         None,
         "Headline metric",
@@ -143,13 +145,23 @@ class BenchmarkSettings(Section):
         "(default) or spearman of values, bits_per_byte (default) or perplexity of text.",
     )
     metrics: list[str] | None = setting(None, "Further metrics", "Further metrics in reports; by default all.")
-    max_length: int = setting(128, "Length of an example", "Tokens an example or block.", unit="tokens", ge=8)
-    n_train: int | None = setting(None, "Training examples", "At most so many training examples or blocks.", ge=1)
-    n_search: int = setting(256, "Search examples", "Examples that guide the search; never validation data.", ge=1)
-    n_validation: int | None = setting(None, "Validation examples", "At most so many examples or blocks.", ge=1)
+    max_length: int = setting(
+        128, "Length of an example", "Tokens an example or block.", unit="tokens", ge=8, le=1_048_576
+    )
+    n_train: int | None = setting(
+        None, "Training examples", "At most so many training examples or blocks.", ge=1, le=1_000_000_000
+    )
+    n_search: int = setting(
+        256, "Search examples", "Examples that guide the search; never validation data.", ge=1, le=1_000_000_000
+    )
+    n_validation: int | None = setting(
+        None, "Validation examples", "At most so many examples or blocks.", ge=1, le=1_000_000_000
+    )
     search_fraction: float = setting(0.05, "Share for the search", "Share of documents for the search.", gt=0, lt=1)
     validation_fraction: float = setting(0.1, "Share for validation", "Share of documents held out.", gt=0, lt=1)
-    split_seed: int = setting(0, "Seed of the split", "Decides which documents or examples are set aside.", ge=0)
+    split_seed: int = setting(
+        0, "Seed of the split", "Decides which documents or examples are set aside.", ge=0, le=2_147_483_647
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -157,6 +169,8 @@ class BenchmarkSettings(Section):
             raise ValueError("set exactly one of benchmark.builtin, benchmark.files and benchmark.hub")
         if self.builtin and self.task != "language-modeling":
             raise ValueError("benchmark.builtin is text: set benchmark.task to language-modeling")
+        if len({*self.text_columns, self.label_column}) <= len(self.text_columns) and self.task == "classification":
+            raise ValueError("benchmark.text_columns and benchmark.label_column name one column twice")
         if self.files and self.task == "classification" and self.files.validation is None:
             raise ValueError("classification from files needs benchmark.files.validation")
         if self.task == "language-modeling":
@@ -213,8 +227,12 @@ class RuleSettings(Section):
         dict, "Allowed values", "Allowed values by field, of `scheme` or else of what the layers have."
     )
     also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that these layers may take.")
-    min_bits: int | None = setting(None, "Fewest bits", "Fewest bits of a weight (the field bits, no scales).", ge=1)
-    max_bits: int | None = setting(None, "Most bits", "Most bits of a weight (the field bits, without scales).", ge=1)
+    min_bits: int | None = setting(
+        None, "Fewest bits", "Fewest bits of a weight (the field bits, no scales).", ge=1, le=32
+    )
+    max_bits: int | None = setting(
+        None, "Most bits", "Most bits of a weight (the field bits, without scales).", ge=1, le=32
+    )
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -265,7 +283,9 @@ class BaselineSettings(Section):
         "Methods for each budget",
         "Trained for each budget's configuration alone: qlora, lq-lora (started from the error's SVD).",
     )
-    per_budget_steps: int | None = setting(None, "Steps for each budget", "By default as the whole training.", ge=1)
+    per_budget_steps: int | None = setting(
+        None, "Steps for each budget", "By default as the whole training.", ge=1, le=10_000_000
+    )
 
     @field_validator("methods", "per_budget")
     @classmethod
@@ -309,12 +329,13 @@ class EvaluationSettings(Section):
         "Budgets asked for, in units of cost; each is evaluated and exported. [each above 0]",
         min_length=1,
     )
-    batch_size: int = setting(64, "Batch size", "Examples a batch.", ge=1)
+    batch_size: int = setting(64, "Batch size", "Examples a batch.", ge=1, le=65_536)
     shard_size: int = setting(
         16,
         "Configurations a shard",
         "Configurations a shard; an evaluation that was killed goes on behind its last shard.",
         ge=1,
+        le=100_000,
     )
     workers: int = setting(1, "Shards at a time", "Each worker holds a model of its own.", ge=1, le=64)
     runner: Literal["threads", "processes", "dask", "ray"] = setting(
@@ -334,7 +355,9 @@ class EvaluationSettings(Section):
         "Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval]).",
     )
     harness_include: str | None = setting(None, "Folder of harness tasks", "Folder of own harness tasks (YAML).")
-    harness_limit: int | None = setting(None, "Examples of a harness task", "At most so many of each task.", ge=1)
+    harness_limit: int | None = setting(
+        None, "Examples of a harness task", "At most so many of each task.", ge=1, le=1_000_000_000
+    )
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> Self:
@@ -388,7 +411,8 @@ class TrackingSettings(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _server_or_database(cls, uri: str | None) -> str | None:
-        if uri is not None and ("://" not in uri or uri.startswith("file:")):
+        known = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+        if uri is not None and ("://" not in uri or urlsplit(uri).scheme.partition("+")[0] not in known):
             raise ValueError(
                 "MLflow keeps no runs in folders: give a server such as http://host:5000 or a database such as "
                 "sqlite:////folder/mlflow.db, or leave it out"
@@ -422,7 +446,9 @@ class StorageSettings(Section):
     region: str | None = setting(None, "Region", "Region; by default AWS_REGION or the profile's.")
     profile: str | None = setting(None, "Profile", "Profile of ~/.aws that credentials come from; else AWS_PROFILE.")
     attempts: int = setting(5, "Attempts of a request", "Attempts where network or server fail.", ge=1, le=20)
-    timeout_seconds: float = setting(30.0, "Timeout", "Longest wait for the next bytes.", unit="seconds", gt=0)
+    timeout_seconds: float = setting(
+        30.0, "Timeout", "Longest wait for the next bytes.", unit="seconds", gt=0, le=86_400
+    )
     part_mib: int = setting(16, "Size of a part", "Larger files travel in parts.", unit="MiB", ge=5, le=512)
     workers: int = setting(4, "Transfers at a time", "Parts or files under way at a time.", ge=1, le=64)
 
@@ -472,13 +498,16 @@ class StageSettings(Section):
     """How Prefect treats stages that compute."""
 
     retries: int = setting(0, "Retries of a stage", "Retries of a failed stage.", ge=0, le=10)
-    timeout_hours: float | None = setting(None, "Time limit of a stage", "Longer ones fail.", unit="hours", gt=0)
+    timeout_hours: float | None = setting(
+        None, "Time limit of a stage", "Longer ones fail.", unit="hours", gt=0, le=100_000
+    )
     checkpoint_seconds: float | None = setting(
         60.0,
         "Time between checkpoints",
         "Time between checkpoints of training, where a killed run resumes; null: between stages alone.",
         unit="seconds",
         gt=0,
+        le=1_000_000,
     )
 
 
@@ -487,7 +516,7 @@ class RuntimeSettings(RuntimeRecipe):
     """Device, number type and memory of the model, and the processes that train it."""
 
     processes: int = hyper(
-        1, "Training processes", "Training processes; on GPUs one each. Each takes examples of its own.", ge=1
+        1, "Training processes", "Training processes; on GPUs one each. Each takes examples of its own.", ge=1, le=1024
     )
     process_configurations: Literal["own", "same"] = hyper(
         "own",

@@ -5,13 +5,19 @@ waited for, and an error names the way on instead of MLflow's traceback.
 """
 
 import errno
+import json
 import os
 import re
+import sqlite3
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing, suppress
+from http.client import HTTPException
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from coalora.errors import CoaloraError
 from pipeline.environment import coalora_home
@@ -38,21 +44,92 @@ def place_of_runs(tracking_uri: str | None = None) -> str:
     return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / 'mlflow.db'}"
 
 
-def require_server(uri: str, *, seconds: float = 10.0) -> None:
-    """Refuse the URI of a server that does not answer, before anything is computed; databases pass."""
+def require_server(uri: str, *, experiment: str | None = None, existing: bool = False, seconds: float = 10.0) -> None:
+    """Refuse a server that does not answer and a database that cannot be opened, before anything is computed.
+
+    Args:
+        experiment: it must not be a deleted one.
+        existing: refuse a database that would have to be made: nothing can be read from it.
+    """
     if not uri.startswith(("http://", "https://")):
+        _require_database(uri, experiment, existing=existing)
         return
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds) as answer:
-            content = answer.read(100)
+        content = _get(f"{uri.rstrip('/')}/health", seconds)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return  # it lives; MLflow's client has the credentials (MLFLOW_TRACKING_USERNAME and the like)
         raise _unreachable(uri, f"HTTP {error.code}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise _unreachable(uri, str(getattr(error, "reason", error))) from error
     if content.strip() != b"OK":
         raise _unreachable(uri, "what answers is no MLflow server")
+    if experiment is not None:
+        name = quote(experiment, safe="")
+        try:
+            found = json.loads(
+                _get(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}", seconds)
+            )
+        except (OSError, ValueError, HTTPException):
+            return  # there is none of that name, or the client has the credentials
+        stage = found.get("experiment", {}).get("lifecycle_stage") if isinstance(found, dict) else None
+        _refuse_deleted(stage, experiment, uri)
+
+
+def _get(url: str, seconds: float) -> bytes:
+    with urllib.request.urlopen(url, timeout=seconds) as answer:
+        content: bytes = answer.read(1 << 16)
+        return content
+
+
+def _require_database(uri: str, experiment: str | None, *, existing: bool) -> None:
+    scheme, _, place = uri.partition("://")
+    if scheme.partition("+")[0] != "sqlite":
+        from sqlalchemy import create_engine
+
+        try:
+            create_engine(uri).connect().close()
+        except Exception as error:  # of any kind, by the driver: that it cannot be opened is the answer
+            raise _closed(uri, scrub_text(str(error).splitlines()[0])[:200]) from error
+        return
+    path = Path(place.partition("?")[0].removeprefix("/"))
+    if not place.startswith("/") or not path.name:
+        raise _closed(uri, "the address of a file has three slashes, and four where it is absolute")
+    if not path.exists():
+        if existing:
+            raise _closed(uri, f"there is no file {path}")
+        if path.parent != coalora_home() and not os.access(path.parent, os.W_OK | os.X_OK):
+            raise _closed(uri, f"{path.parent} is no folder that can be written")
+        return
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise _closed(uri, error.strerror or str(error)) from error
+    if start not in (b"", b"SQLite format 3\0"):
+        raise _closed(uri, "the file is no database of SQLite")
+    if experiment is not None:
+        with (
+            suppress(sqlite3.Error),
+            closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database,
+        ):
+            row = database.execute("select lifecycle_stage from experiments where name = ?", [experiment]).fetchone()
+            _refuse_deleted(row and row[0], experiment, uri)
+
+
+def _refuse_deleted(stage: object, experiment: str, uri: str) -> None:
+    if stage == "deleted":
+        raise CoaloraError(
+            f"The experiment {experiment!r} of MLflow at {scrub_text(uri)} is deleted",
+            remedy="Restore it (`mlflow experiments restore`), or set tracking.experiment to another name",
+        )
+
+
+def _closed(uri: str, reason: str) -> CoaloraError:
+    return CoaloraError(
+        f"MLflow's database {scrub_text(uri)} cannot be opened ({reason})",
+        remedy="Correct MLFLOW_TRACKING_URI or tracking.tracking_uri, for example sqlite:////folder/mlflow.db",
+    )
 
 
 def patiently(fn: Callable[[], T], uri: str, *, delays: tuple[float, ...] = DELAYS) -> T:

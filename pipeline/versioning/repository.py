@@ -1,5 +1,6 @@
 """DVC repository opened for one call: silent, with a bounded wait for its lock, its errors as `CoaloraError`."""
 
+import configparser
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +26,31 @@ def initialised(repo_root: Path) -> Path:
             "or set versioning.enabled=false",
         )
     return root
+
+
+def check_repository(repo_root: Path, *, push: bool) -> None:
+    """Refuse a folder in which DVC cannot add sets, or with `push` not send them, before anything is computed."""
+    root = initialised(repo_root)
+    config = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        config.read([root / ".dvc/config", root / ".dvc/config.local"], encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise CoaloraError(f"{root / '.dvc/config'} is damaged ({one_line(error)})", remedy="Mend it") from error
+    without_git = config.get("core", "no_scm", fallback="false").strip().lower() == "true"
+    if not without_git and not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        raise CoaloraError(
+            f"{root} has .dvc, and no git around it, so that DVC refuses every command",
+            remedy="Run `git init`, or `dvc config core.no_scm true` to use DVC without git, or set "
+            "versioning.enabled=false",
+        )
+    if push and not config.get("core", "remote", fallback=None):
+        from dvc.config import Config  # which reads the user's and the machine's files as well
+
+        if not Config(str(root / ".dvc"))["core"].get("remote"):
+            raise CoaloraError(
+                f"versioning.push is on, and DVC has no default remote in {root}",
+                remedy="Run `dvc remote add --default NAME s3://BUCKET/PREFIX`, or set versioning.push=false",
+            )
 
 
 def with_repository(

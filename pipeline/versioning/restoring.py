@@ -6,6 +6,7 @@ carries as a tag). What one of them no longer has is taken from the other.
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -193,8 +194,11 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
             remedy="Bring a working file back with `dvc checkout --force`",
         )
     try:
-        form = json.loads(content)["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        read = json.loads(content)
+        form = read["format"]
+        if form == SET_FORMAT and not sum(math.isfinite(member["average_bits"]) for member in read["members"]):
+            raise ValueError("no members")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CoaloraError(f"{source} is no configuration set ({error!r})", remedy="Name another revision") from error
     if form != SET_FORMAT:
         raise CoaloraError(

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from coalora.train.pretrain import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,16 @@ ARCHITECTURES = {
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
-    """A model folder as far as checks look: its config, and a file where the weights would be."""
+    """A model folder as far as checks look: config, tokenizer, and a file where the weights would be."""
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.get("pad_token_id", 0))
+    tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").write_bytes(b"not read")
+    save_file({"not.read": torch.zeros(1)}, folder / "model.safetensors")
     return folder
+
+
+@cache
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["some words for a tokenizer of bytes"], 300)

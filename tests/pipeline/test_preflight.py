@@ -47,7 +47,7 @@ def refused(settings: Settings, **options: Any) -> str:
 
 
 def classifier(
-    folder: Path, *changes: str, config: dict[str, Any] = ROBERTA, rows: str = "text,label\na,0\n"
+    folder: Path, *changes: str, config: dict[str, Any] = ROBERTA, rows: str = "text,label\n" + "a,0\nb,1\n" * 10
 ) -> Settings:
     """Settings of a classifier with local files."""
     model = write_model(folder / "model", config)
@@ -101,7 +101,7 @@ def test_an_unknown_ending_lists_the_formats(tmp_path: Path) -> None:
 
 
 def test_text_needs_no_ending(tmp_path: Path) -> None:
-    (tmp_path / "corpus").write_text("some words\n")
+    (tmp_path / "corpus").write_text("\n".join(f"some words in row {i}" for i in range(1000)))
     preflight(tiny("benchmark.builtin=null", "benchmark.files.train=corpus"))
 
 
@@ -146,7 +146,7 @@ def test_a_model_that_is_nowhere_is_refused(name: str) -> None:
         (["initial_set.min_budget=3.5", "initial_set.max_budget=3"], ["3.5 is not below initial_set.max_budget 3"]),
         (["initial_set.min_budget=3", "initial_set.max_budget=3"], ["is not below"]),
         (["calibration.n_samples=65"], ["calibration.n_samples 65 is more than benchmark.n_train 64"]),
-        (["benchmark.max_length=257"], ["benchmark.max_length 257 is more", "at most 256"]),
+        (["benchmark.max_length=257"], ["benchmark.max_length 257 is more", "at most 255"]),
         (["model.pretrain.hidden_size=34", "model.pretrain.num_attention_heads=4"], ["model.pretrain.hidden_size"]),
     ],
 )  # fmt: skip
@@ -182,7 +182,8 @@ def test_a_space_of_one_choice_has_no_range_for_the_initial_set() -> None:
     nbytes = ChoiceSpace("nf", **one).packed_nbytes_table([layer.shape for layer in layers]).sum()
     only = float(nbytes * 8 / sum(layer.n_weights for layer in layers))
     text = refused(tiny(f"choices.allow={one}", f"evaluation.budgets=[{only!r}]"))
-    assert "allow more choices (choices.allow) where there is only one" in text
+    assert "Every configuration costs" in text
+    assert "Allow more choices (choices.allow) where there is only one" in text
 
 
 def test_the_ends_of_the_space_that_the_message_names_are_accepted() -> None:
@@ -222,7 +223,12 @@ def test_dvc_must_be_initialised_unless_versioning_is_off(tmp_path: Path) -> Non
     assert "versioning.enabled=false" in text
     preflight(tiny("versioning.enabled=false"), root=tmp_path)
     (tmp_path / ".dvc").mkdir()
+    assert "no git around it" in refused(tiny(), root=tmp_path)
+    (tmp_path / ".git").mkdir()
     preflight(tiny(), root=tmp_path)
+    assert "DVC has no default remote" in refused(tiny("versioning.push=true"), root=tmp_path)
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    remote = there\n")
+    preflight(tiny("versioning.push=true"), root=tmp_path)
 
 
 def test_checks_write_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from coalora.data.classification import FORMATS, Examples, read_header, read_table, to_examples
+from coalora.data.classification import FORMATS, Examples, read_table, read_texts, to_examples
 from coalora.errors import CoaloraError
 
 # Texts that readers like to turn into something else.
@@ -36,7 +36,7 @@ def _write(path: Path, texts: list[str], labels: list, second: list[str] | None 
 def test_every_format_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
     path = _write(tmp_path / f"a{suffix}", TEXTS, LABELS)
     assert read_table(path, ["sentence"], "label") == Examples([(text,) for text in TEXTS], LABELS)
-    read_header(path, ["sentence", "label"])
+    assert read_texts(path, "sentence") == [text for (text,) in read_table(path, ["sentence"], "label").texts]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -66,28 +66,24 @@ def test_a_tsv_takes_quotes_as_they_are(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, suffix: str) -> None:
     path = _write(tmp_path / f"a{suffix}", ["a", "b"], [0, 1])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    read_header(path, ["sentence", "label"])
+    assert read_texts(path, "sentence") == [text for (text,) in read_table(path, ["sentence"], "label").texts]
     assert read_table(path, ["sentence"], "label").labels == [0, 1]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match=r"none\.csv does not exist"):
+    with pytest.raises(CoaloraError, match=r"There is no benchmark file .*none\.csv"):
         read_table(tmp_path / "none.csv", ["sentence"], "label")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize(
-    "read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_header(p, ["text", "label"])]
-)
+@pytest.mark.parametrize("read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_texts(p, "text")])
 def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path: Path, suffix: str, read) -> None:
     path = _write(tmp_path / f"a{suffix}", ["a"], [0])
     with pytest.raises(CoaloraError, match=rf"a\{suffix} has no column 'text', but .*'sentence', 'label'"):
         read(path)
 
 
-@pytest.mark.parametrize(
-    "read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_header(p, ["text", "label"])]
-)
+@pytest.mark.parametrize("read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_texts(p, "text")])
 def test_an_unknown_ending_is_refused(tmp_path: Path, read) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     with pytest.raises(CoaloraError, match=r"ending of a\.xlsx is none of \.csv"):
@@ -95,9 +91,7 @@ def test_an_unknown_ending_is_refused(tmp_path: Path, read) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize(
-    "read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_header(p, ["text", "label"])]
-)
+@pytest.mark.parametrize("read", [lambda p: read_table(p, ["text"], "label"), lambda p: read_texts(p, "text")])
 def test_a_file_that_is_not_what_its_ending_says_is_refused(tmp_path: Path, suffix: str, read) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b'\xff\xfe\x00"{')

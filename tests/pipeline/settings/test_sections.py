@@ -179,8 +179,8 @@ def test_the_form_shows_titles_of_the_field_and_units_and_ranges() -> None:
     search = SCHEMA["$defs"]["SearchRecipe"]
     assert search["additionalProperties"] is False
     assert search["properties"]["rounds"] == {
-        "default": 2, "description": "Search rounds, each followed by training. [at least 0]", "minimum": 0,
-        "title": "Search rounds", "type": "integer",
+        "default": 2, "description": "Search rounds, each followed by training. [at least 0, at most 1000]",
+        "minimum": 0, "maximum": 1000, "title": "Search rounds", "type": "integer",
     }  # fmt: skip
     titles = {f"{part}.{name}": field["title"] for part, section in SCHEMA["$defs"].items()
               for name, field in section["properties"].items() if "$ref" not in field}  # fmt: skip
@@ -191,7 +191,8 @@ def test_the_form_shows_titles_of_the_field_and_units_and_ranges() -> None:
     assert titles["RuntimeSettings.cache_mib"] == "Cache of layers (MiB)"
     ranges = {name: SCHEMA["$defs"]["EvaluationSettings"]["properties"][name]["description"].partition("[")[2]
               for name in ("workers", "budgets", "harness_limit")}  # fmt: skip
-    assert ranges == {"workers": "at least 1, at most 64]", "budgets": "each above 0]", "harness_limit": "at least 1]"}
+    assert ranges == {"workers": "at least 1, at most 64]", "budgets": "each above 0]",
+                      "harness_limit": "at least 1, at most 1000000000]"}  # fmt: skip
     assert SCHEMA["required"] == ["model", "benchmark"]
     for field in SCHEMA["properties"].values():
         shown = SCHEMA["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}) | field
@@ -264,7 +265,6 @@ def test_a_text_benchmark_has_one_source_that_leaves_text_to_train_on(sources: d
         (True, {"device": "cpu"}, ("cpu", "float32")),
         (False, {"dtype": "bfloat16"}, ("cpu", "bfloat16")),
         (True, {"dtype": "float32"}, ("cuda", "float32")),
-        (False, {"device": "cuda"}, ("cuda", "bfloat16")),
     ],
 )
 def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(

@@ -109,12 +109,12 @@ def test_another_server_at_the_address_is_not_taken_for_mlflow() -> None:
         require_server(uri)
 
 
-def test_a_healthy_server_one_with_a_login_and_a_database_pass() -> None:
+def test_a_healthy_server_one_with_a_login_and_a_database_pass(tmp_path: Path) -> None:
     with answering(200, b"OK") as uri:
         require_server(uri)
     with answering(401, b"") as uri:
         require_server(uri)
-    require_server("sqlite:////nowhere/mlflow.db")
+    require_server(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.mark.parametrize(
