@@ -21,6 +21,7 @@ from coalora.models.files import model_files
 from coalora.models.loading import (
     check_causal,
     check_padding,
+    embedded,
     load_config,
     load_tokenizer,
     meta_model,
@@ -205,9 +206,9 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
             for part, n in wanted.items()
         }
     highest = max((int(split.input_ids.max()) for split in splits.values()), default=0)
-    if highest >= model.get_input_embeddings().num_embeddings:
+    if highest >= embedded(model):
         raise CoaloraError(
-            f"The tokenizer gives token {highest}, and the model embeds {model.get_input_embeddings().num_embeddings}",
+            f"The tokenizer gives token {highest}, and the model embeds {embedded(model)}",
             remedy="Put the model's own tokenizer into its folder",
         )
 

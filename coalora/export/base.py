@@ -126,7 +126,8 @@ def _dequantized(
     content = _read_configuration(folder)
     check_files(folder, content.get("files"), (PACKED, REST))
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    config.num_labels = content.get("num_labels", config.num_labels)
+    if "num_labels" in content:
+        config.num_labels = content["num_labels"]
     choices = read_choices(content)
     packed, _ = read_tensors(folder / PACKED)
     if unknown := sorted(key for key in packed if key.rpartition(".")[0] not in choices):

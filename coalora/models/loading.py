@@ -206,6 +206,11 @@ def check_padding(model: PreTrainedModel, pad_token_id: int) -> None:
             )
 
 
+def embedded(model: PreTrainedModel) -> int:
+    """Number of tokens that the model embeds."""
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
+
+
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
     """Refuse a language model that sees the tokens which it predicts: its first output follows the last token.
@@ -213,7 +218,7 @@ def check_causal(model: PreTrainedModel) -> None:
     transformers makes a language model of bidirectional encoders, too. Numbers of random draws are left as they are.
     """
     device = next(model.parameters()).device
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = embedded(model)
     ids = (vocab_size - 1 - torch.arange(8, device=device) % vocab_size)[None]  # special tokens have low numbers
     other = ids.clone()
     other[0, -1] = ids[0, 0]
