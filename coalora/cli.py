@@ -15,13 +15,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperCommand
 
-from coalora.errors import CoaloraError
+from coalora.errors import CoaloraError, printable
 
 ROOMS = ("flows", "infra")
 OURS = ("coalora", "pipeline", "tasks", *ROOMS)
@@ -93,8 +94,31 @@ def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or 
     return 1 if found else 0
 
 
+class _Terminal:
+    """Standard output that shows paths and names of others as they are, and does not let them write on the screen."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return int(self._stream.write(printable(text, colours=True)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad input is a message on standard error."""
+    with redirect_stdout(cast(TextIO, _Terminal(sys.stdout))):
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python -m` does: the checkout's rooms
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -160,5 +184,7 @@ def _in_checkout(room: str) -> bool:
 
 def log_to_terminal() -> None:
     """Progress lines of the library on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("coalora").setLevel(logging.INFO)

@@ -10,6 +10,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.files import digest
 from coalora.models.switching.quantized import check_configuration
+from coalora.quant.registry import SCHEMES
 from coalora.quant.scheme import Choice, Scheme
 from coalora.quant.space import MIXED, ChoiceSpace
 
@@ -167,7 +168,7 @@ def read_choices(content: dict) -> dict[str, tuple[Scheme, Choice]]:
         # In a mixed space each choice names its scheme.
         own = {"scheme": content["scheme"], **fields} if content["scheme"] != MIXED else dict(fields)
         scheme = own.pop("scheme", "none")
-        space = spaces[scheme] = spaces.get(scheme) or ChoiceSpace(scheme)
+        space = spaces[scheme] = spaces.get(scheme) or ChoiceSpace(SCHEMES.check_foreign(scheme))
         read[name] = space.scheme, space.choices[space.index(own)]
     return read
 

@@ -10,6 +10,7 @@ room without a circle. Other packages add parts in two ways, neither of which to
       ternary = "my_package.ternary:TernaryScheme"
 
 - ``module:attribute`` itself as the name, in code, settings and files: ``ChoiceSpace("my_package.ternary:Ternary")``.
+  In settings and files, which somebody else may have written, it needs `COALORA_TRUST_CODE=1` (`check_foreign`).
 
 The source of an added part counts in the pipeline's cache keys (`added_modules`), as that of the built-in ones does.
 """
@@ -20,6 +21,7 @@ import difflib
 import hashlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from importlib import import_module
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from coalora.errors import CoaloraError
+from coalora.trust import require_trust
 
 T = TypeVar("T")
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -94,6 +97,20 @@ class Registry(Mapping[str, T], Generic[T]):
             f"There is no {self.kind} {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""),
             remedy=f"Take one of {', '.join(self)}, or name an object of your own as `module:name`",
         )
+
+    def check_foreign(self, name: str) -> str:
+        """`check` of a name from settings or from a file that somebody else may have written.
+
+        A ``module:attribute`` would import any module that is installed. It is taken where that changes nothing (the
+        module is imported already, or an installed package registers it) and where the machine's owner has agreed.
+
+        Raises:
+            CoaloraError: an unknown name, or one that needs `COALORA_TRUST_CODE=1`.
+        """
+        module = self.check(name).partition(":")[0]
+        if name not in self and name not in self._added.values() and module not in sys.modules:
+            require_trust(f"The {self.kind} {name!r} would import {module}")
+        return name
 
     def _import(self, name: str, reference: str) -> T:
         base = _attribute(self._base)

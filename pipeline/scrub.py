@@ -8,11 +8,16 @@ from typing import Any
 _SECRET_KEY = re.compile(
     r"token(?!iz)|secret|passw(or)?d|credential|key_?id|(api|access|private)[_-]?key", re.IGNORECASE
 )
-# Up to the last @ before a slash or a space: a password may itself hold an @.
-_USERINFO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s\"']*@")
-_QUERY_SECRET = re.compile(
-    r"([?&][\w.-]*(?:token|signature|secret|password|credential|sig|key)[\w.-]*=)[^&\s\"']+", re.IGNORECASE
+# Up to the last @ before a slash or a space: a password may itself hold an @. Or, where something else than a port
+# follows the first colon, a slash or spaces: up to the last @ of the word, or to the next @ of the line.
+_USERINFO = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)"
+    r"(?:[^/\s\"']*@|[^/\s\"'@:]*:(?!\d{1,5}(?:[/?#\s\"',;)]|$))(?:(?:(?!://)[^\s\"'])*@|(?:(?!://)[^\n\"'@])*@))"
 )
+_QUERY_SECRET = re.compile(
+    r"([?&#;][\w.-]*(?:token|signature|secret|passw|credential|sig|key)[\w.-]*=)[^&#\s\"']+", re.IGNORECASE
+)
+_HEADER = re.compile(r"\b(Bearer|Authorization: *\w+) +[\w.~+/=-]{6,}", re.IGNORECASE)
 
 
 def is_secret(key: str) -> bool:
@@ -21,8 +26,13 @@ def is_secret(key: str) -> bool:
 
 
 def scrub_text(text: str) -> str:
-    """The text without user names and passwords in URIs, and without signatures in their queries."""
-    return _QUERY_SECRET.sub(r"\1***", _USERINFO.sub(r"\1", text))
+    """The text without logins in URIs, secrets in their queries and fragments, and tokens of HTTP headers."""
+    return _HEADER.sub(r"\1 ***", _QUERY_SECRET.sub(r"\1***", _USERINFO.sub(r"\1", text)))
+
+
+def has_login(uri: str) -> bool:
+    """Whether an address holds a user name or a password."""
+    return _USERINFO.match(uri) is not None
 
 
 def scrub(value: Any) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.quant.registry import get_scheme
+from coalora.quant.registry import SCHEMES, get_scheme
 from coalora.quant.scheme import Choice, FieldValue, InputStatistics, Scheme
 from coalora.registry import added_source
 
@@ -241,7 +241,7 @@ class ChoiceSpace:
             return cls.union([cls.from_dict(part) for part in data["parts"]])
         if data.keys() - {"source"} != {"scheme", "fields"}:
             raise CoaloraError(f"A choice space is read from `scheme` and `fields`, not from {sorted(data)}")
-        return cls(data["scheme"], **data["fields"])
+        return cls(SCHEMES.check_foreign(data["scheme"]), **data["fields"])
 
     def _choice(self, k: int) -> Choice:
         if not 0 <= k < len(self.choices):

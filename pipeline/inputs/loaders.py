@@ -20,6 +20,7 @@ from coalora.errors import CoaloraError
 from coalora.files import read_json
 from coalora.models.loading import load_config, load_model, load_tokenizer
 from coalora.quant.scheme import InputStatistics
+from coalora.trust import require_trust
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.settings.sections import RuntimeSettings
 from pipeline.store.store import Artifact, Scalar, current_store
@@ -90,7 +91,10 @@ class BaseModel:
     @property
     def trusted(self) -> bool:
         reference = self._reference
-        return bool(reference and reference["trust_remote_code"])
+        found = bool(reference and reference["trust_remote_code"])
+        if found:  # another machine may have made the artifact
+            require_trust(f"The base model {self.name} would run code that comes with it")
+        return found
 
 
 def load_benchmark(artifact: Artifact) -> Benchmark:

@@ -156,9 +156,10 @@ def _problem(problem: Any) -> str:
         message = message.split(" or an instance of ")[0].split(" or instance of ")[0]
         message = message.replace("Input should", "it should").replace("a dictionary", "a mapping")
         message = message[0].lower() + message[1:]
-    return (
-        f"{key}: {message}" if isinstance(value, dict | BaseModel) else f"{key} is {scrub_text(repr(value))}: {message}"
-    )
+    if isinstance(value, dict | BaseModel):
+        return f"{key}: {message}"
+    told = scrub_text(repr(value))
+    return f"{key} is {told if len(told) <= 200 else f'{told[:200]}...'}: {message}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

@@ -42,10 +42,13 @@ from coalora.recipes import (
     hyper,
     listed,
 )
+from coalora.search.strategies import STRATEGIES
+from coalora.trust import require_trust
+from pipeline.scrub import has_login
 
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"  # names that S3 allows
 Allowed = dict[str, list[int | str]]
-SchemeName = Annotated[str, AfterValidator(SCHEMES.check)]
+SchemeName = Annotated[str, AfterValidator(SCHEMES.check_foreign)]
 _REQUIRED = ...
 
 
@@ -64,7 +67,10 @@ def _of_the_config(name: str) -> Any:
 class Section(BaseModel):
     """A section of the settings: unknown keys, infinite numbers, and truth values in place of numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    # A value may hold a password: errors do not repeat it.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), hide_input_in_errors=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -96,13 +102,17 @@ class ModelSettings(Section):
 
     name_or_path: str | None = setting(None, "Hub id or folder", "Hub id or local folder of the base model.")
     revision: str | None = setting(None, "Revision", "Branch, tag or commit on the hub; pin one for repeatability.")
-    trust_remote_code: bool = setting(False, "Run code that comes with the model", "Off unless you have read it.")
+    trust_remote_code: bool = setting(
+        False, "Run code that comes with the model", "Needs COALORA_TRUST_CODE=1 as well."
+    )
     pretrain: PretrainRecipe | None = setting(None, "Pre-train a small decoder", "On the benchmark's text instead.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name_or_path is None) == (self.pretrain is None):
             raise ValueError("set exactly one of model.name_or_path and model.pretrain")
+        if self.trust_remote_code:
+            require_trust("model.trust_remote_code would run code that comes with the model")
         return self
 
 
@@ -294,7 +304,7 @@ class BaselineSettings(Section):
         if "coa" in methods:
             raise ValueError("leave coa out: it is what the others are compared with")
         for method in methods:
-            if place[METHODS[method].over] != field.field_name:
+            if place[METHODS[METHODS.check_foreign(method)].over] != field.field_name:
                 raise ValueError(f"move {method} to {place[METHODS[method].over]}")
         return methods
 
@@ -354,10 +364,19 @@ class EvaluationSettings(Section):
         "Harness tasks",
         "Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval]).",
     )
-    harness_include: str | None = setting(None, "Folder of harness tasks", "Folder of own harness tasks (YAML).")
+    harness_include: str | None = setting(
+        None, "Folder of harness tasks", "Folder of own tasks (YAML); needs COALORA_TRUST_CODE=1."
+    )
     harness_limit: int | None = setting(
         None, "Examples of a harness task", "At most so many of each task.", ge=1, le=1_000_000_000
     )
+
+    @field_validator("harness_include")
+    @classmethod
+    def _agreed_to_functions(cls, folder: str | None) -> str | None:
+        if folder is not None:
+            require_trust("evaluation.harness_include would run functions that the tasks in its folder name")
+        return folder
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> Self:
@@ -392,13 +411,18 @@ class ExportSettings(Section):
     def _known(cls, formats: list[str]) -> list[str]:
         if "peft" not in formats:
             raise ValueError("keep peft among the formats: results count and check its adapter")
-        return [EXPORT_FORMATS.check(name) for name in formats]
+        return [EXPORT_FORMATS.check_foreign(name) for name in formats]
 
 
 class TrackingSettings(Section):
     """MLflow."""
 
-    tracking_uri: str | None = setting(None, "Address of MLflow", "Server or database; by default in COALORA_HOME.")
+    tracking_uri: str | None = setting(
+        None,
+        "Address of MLflow",
+        "Server or database, without a login; by default in COALORA_HOME.",
+        json_schema_extra={"pattern": "^(?![A-Za-z0-9+.-]*://[^/]*@)"},  # Prefect would keep it in clear
+    )
     experiment: str = setting("coalora", "Experiment", "Experiment name.", min_length=1)
     registered_model: str | None = setting(
         None,
@@ -416,6 +440,11 @@ class TrackingSettings(Section):
             raise ValueError(
                 "MLflow keeps no runs in folders: give a server such as http://host:5000 or a database such as "
                 "sqlite:////folder/mlflow.db, or leave it out"
+            )
+        if uri is not None and has_login(uri):
+            raise ValueError(
+                "leave the login out of the address, which is kept in clear: give it by MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; a database with a password by MLFLOW_TRACKING_URI"
             )
         return uri
 
@@ -547,6 +576,12 @@ class Settings(Section):
     stages: StageSettings = setting(StageSettings(), "Stages", "Retries and time limits.")
     runtime: RuntimeSettings = setting(RuntimeSettings(), "Runtime", "Device, number type, memory.")
     seed: int = _of_the_config("seed")
+
+    @field_validator("search")
+    @classmethod
+    def _agreed_to_the_strategy(cls, recipe: SearchRecipe) -> SearchRecipe:
+        STRATEGIES.check_foreign(recipe.strategy)
+        return recipe
 
     def of_the_result(self) -> Self:
         """The same with defaults for what changes no number: where a run is kept, how its stages are cut and run."""

@@ -23,7 +23,7 @@ from coalora.errors import CoaloraError
 from pipeline.environment import coalora_home
 from pipeline.faults import LOCKED
 from pipeline.progress import get_logger
-from pipeline.scrub import scrub_text
+from pipeline.scrub import has_login, scrub_text
 
 T = TypeVar("T")
 AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"
@@ -40,8 +40,19 @@ _ARTIFACTS = re.compile(r"mlflow-artifacts|/artifacts/", re.IGNORECASE)
 
 
 def place_of_runs(tracking_uri: str | None = None) -> str:
-    """MLflow server or database: the settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db`."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / 'mlflow.db'}"
+    """MLflow server or database: the settings' URI, else `MLFLOW_TRACKING_URI`, else `<COALORA_HOME>/mlflow.db`.
+
+    Raises:
+        CoaloraError: the address of a server holds a login. A database's may, in the variable.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / 'mlflow.db'}"
+    if uri.startswith(("http://", "https://")) and has_login(uri):
+        raise CoaloraError(
+            f"The address of MLflow's server {scrub_text(uri)} was given with a login in it",
+            remedy="Leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN",
+        )
+    return uri
 
 
 def require_server(uri: str, *, experiment: str | None = None, existing: bool = False, seconds: float = 10.0) -> None:

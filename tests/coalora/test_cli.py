@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -187,3 +188,19 @@ def test_a_process_ends_with_the_exit_code(checkout: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
+
+
+def test_what_a_strangers_folder_says_cannot_write_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run\x1b[2J"
+    folder.mkdir()
+    record = {"pipeline": "p\x1b]0;title\x07", "identity": "i\u202e", "settings": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["verify", str(folder)]) == 0
+    assert main(["adapt", str(folder), "--budget", "3", "--out", str(folder)]) == 2
+    told = "".join(capsys.readouterr())
+    assert "p\\x1b]0;title\\x07" in told
+    assert r"run\x1b[2J" in told
+    assert not set("\x1b\x07\u202e") & set(told)

@@ -107,3 +107,17 @@ def test_built_in_names_are_listed_without_torch_and_scipy() -> None:
         "none,shared,paper,coa,qlora,lq-lora",
         "peft,packed",
     ]
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_name_from_outside_imports_nothing_that_the_machine_has_not_agreed_to(
+    units: Registry[Fraction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tenth", "half", "units_plugin:half"):  # built in, registered, and what is registered by its reference
+        assert units.check_foreign(name) == name
+    assert units.check_foreign("fractions:Fraction") == "fractions:Fraction"  # imported already
+    with pytest.raises(CoaloraError, match=r"'units_plugin:word' would import units_plugin.*COALORA_TRUST_CODE=1"):
+        units.check_foreign("units_plugin:word")
+    monkeypatch.setenv("COALORA_TRUST_CODE", "1")
+    assert units.check_foreign("units_plugin:word") == "units_plugin:word"
+    assert "units_plugin" not in sys.modules

@@ -35,14 +35,15 @@ from coalora.recipes import (
     TrainingRecipe,
 )
 from coalora.search.strategies import STRATEGIES
+from pipeline.settings.definitions import validate_settings
 from pipeline.settings.sections import (
     BenchmarkSettings,
     EvaluationSettings,
     InitialSetSettings,
-    ModelSettings,
     RuntimeSettings,
     Settings,
     StorageSettings,
+    TrackingSettings,
     storage_settings,
 )
 
@@ -220,7 +221,7 @@ def test_a_truth_value_is_no_number_and_a_number_is_no_list(value: bool) -> None
         EvaluationSettings(budgets=[2.0, value])
     with pytest.raises(ValidationError, match="true and false are no value"):
         EvaluationSettings(batch_size=value)
-    assert ModelSettings(name_or_path="m", trust_remote_code=value).trust_remote_code is value
+    assert TrackingSettings(system_metrics=value).system_metrics is value
 
 
 @pytest.mark.parametrize("budgets", [[3.0, 3], [2.5, 2.5000001]])
@@ -337,3 +338,49 @@ def test_where_a_run_is_kept_is_no_part_of_its_result() -> None:
     plain = Settings(**MINIMAL)
     kept = Settings(**MINIMAL, storage={"publish": True, "bucket": "models"}, versioning={"push": True})
     assert kept.of_the_result() == plain.of_the_result()
+
+
+TRUSTING: list[dict[str, Any]] = [
+    {"model": {"name_or_path": "m", "trust_remote_code": True}},
+    {"evaluation": {"harness_include": "tasks"}},
+    {"choices": {"scheme": "antigravity:fly"}},
+    {"choices": {"also": [{"scheme": "antigravity:fly"}]}},
+    {"choices": {"rules": [{"layers": "*", "scheme": "antigravity:fly"}]}},
+    {"search": {"strategy": "antigravity:fly"}},
+    {"baselines": {"methods": ["shared", "antigravity:fly"]}},
+    {"export": {"formats": ["peft", "antigravity:fly"]}},
+]
+
+
+@pytest.mark.parametrize("changes", TRUSTING, ids=str)
+def test_settings_that_would_run_code_need_a_variable_of_the_machine(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="COALORA_TRUST_CODE=1"):
+        Settings.model_validate(MINIMAL | changes)
+    assert "antigravity" not in sys.modules  # it opens a browser
+
+
+@pytest.mark.parametrize("changes", [c for c in TRUSTING if "baselines" not in c], ids=str)
+def test_with_the_variable_they_are_taken(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COALORA_TRUST_CODE", "1")
+    assert Settings.model_validate(MINIMAL | changes)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("uri", ["http://me:SECRET@h:5000", "postgresql://me:SEC/RET@h/db", "https://SECRET@h"])
+def test_an_address_of_mlflow_holds_no_login_and_no_error_repeats_it(uri: str) -> None:
+    for refused in (lambda: TrackingSettings(tracking_uri=uri), lambda: _validated({"tracking_uri": uri})):
+        with pytest.raises(ValueError, match="MLFLOW_TRACKING_USERNAME") as error:
+            refused()
+        assert "SECRET" not in str(error.value)
+        assert "RET@" not in str(error.value)
+
+
+def _validated(tracking: dict[str, Any]) -> Settings:
+    return validate_settings(MINIMAL | {"tracking": tracking}, "the form")
+
+
+def test_the_form_refuses_an_address_with_a_login_before_a_run_is_made() -> None:
+    pattern = TrackingSettings.model_json_schema()["properties"]["tracking_uri"]["pattern"]
+    assert not re.search(pattern, "http://me:SECRET@h:5000")
+    for uri in ("http://h:5000", "sqlite:////a@b/mlflow.db", "http://h/a@b"):
+        assert re.search(pattern, uri)
