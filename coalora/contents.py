@@ -144,15 +144,13 @@ def _against_marker(folder: Path) -> Iterator[str]:
 
 
 def _check_bundle(folder: Path) -> Iterator[str]:
-    bundle = Bundle.load(folder)
-    for layer, rank in zip(bundle.tables.layers, bundle.ranks, strict=True):
-        rank -= bundle.recipe.compensation_rank or 0
-        n_out, n_in = layer.shape
-        for side, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
-            name = f"lora.{layer.name}.lora_{side}.weight"
-            tensor = bundle.tensors.get(name)
-            if tensor is None or tuple(tensor.shape) != shape:
-                yield f"{name} is {'missing' if tensor is None else tuple(tensor.shape)}, and its layer needs {shape}"
+    yield from Bundle.load(folder).problems()
+
+
+def _check_run(folder: Path) -> Iterator[str]:
+    record = read_json(folder / RUN)
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        yield f"{RUN} is no record of a run"
 
 
 def _check_export(folder: Path) -> Iterator[str]:
@@ -285,7 +283,7 @@ class _Kind:
 
 # In this order: a bundle holds a set, and a base a configuration.
 _KINDS = {
-    "run": _Kind((RUN,), _describe_run),
+    "run": _Kind((RUN,), _describe_run, _check_run),
     "bundle": _Kind((SET, "tables.safetensors", "adapter.safetensors"), _describe_bundle, _check_bundle),
     "base": _Kind((CONFIGURATION, PACKED), _describe_configuration, _check_base),
     "adapter": _Kind(("adapter_config.json", WEIGHTS), _describe_adapter, _check_adapter),

@@ -43,8 +43,12 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (CoaloraError, MemoryError):
+    except MemoryError:
         raise
+    except CoaloraError as error:
+        if str(path) in str(error):
+            raise
+        raise CoaloraError(f"{path}: {error.problem}", remedy=error.remedy) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CoaloraError(f"{path} cannot be read ({reason})", remedy="Make or download it again") from error

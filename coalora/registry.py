@@ -116,9 +116,9 @@ class Registry(Mapping[str, T], Generic[T]):
         base = _attribute(self._base)
         try:
             found = _attribute(reference)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # of any kind: importing runs what others wrote
             raise CoaloraError(
-                f"The {self.kind} {name!r} cannot be imported from {reference!r} ({error})",
+                f"The {self.kind} {name!r} cannot be imported from {reference!r} ({type(error).__name__}: {error})",
                 remedy="Install the package that defines it, or correct the name",
             ) from error
         if not (isinstance(found, base) or (isinstance(found, type) and issubclass(found, base))):

@@ -45,6 +45,8 @@ def up(
 ) -> int:
     """Start what is not running and wait until it is healthy; may be repeated."""
     asked = _numbers(ports, "--ports", "prefect=4201, or 0 for a free one", highest=65535)
+    if not 0 < wait < 1e6:
+        raise CoaloraError(f"--wait is {wait:g}", remedy="Give a number of seconds above 0")
     _stack(state).up(asked, wait=wait)
     return status(state)
 

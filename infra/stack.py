@@ -131,6 +131,10 @@ class Stack:
             else:
                 wanted = asked.get(name, known or default)
                 ports[name] = wanted or free_port()
+            if shared := [other for other in ports if other != name and ports[other] == ports[name]]:
+                raise CoaloraError(
+                    f"{shared[0]} and {name} have one port, {ports[name]}", remedy="Give each its own with --ports"
+                )
         return ports
 
     def _credentials(self, *, make: bool = True) -> dict[str, str]:

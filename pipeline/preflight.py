@@ -15,6 +15,7 @@ from coalora.data.build import check_pads, example_split, text_split
 from coalora.data.classification import Examples, check_classes
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import check_tasks
+from coalora.export.formats import EXPORT_FORMATS
 from coalora.files import read_header
 from coalora.method.initial import given_set
 from coalora.models.files import model_files
@@ -29,6 +30,7 @@ from coalora.models.loading import (
     small_model,
 )
 from coalora.models.targets import TargetLayer, find_target_layers
+from coalora.search.strategies import STRATEGIES
 from coalora.train.pretrain import llama_config, train_tokenizer
 from pipeline.inputs.choices import choices_of, priced_tables
 from pipeline.inputs.corpus import content_key, documents, examples, input_files
@@ -84,6 +86,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_objective(settings)
     _check_harness(settings)
     check_runner(settings.evaluation.runner)
+    _ = STRATEGIES[settings.search.strategy], [EXPORT_FORMATS[name] for name in settings.export.formats]
     if root is not None and settings.versioning.enabled:
         check_repository(root, push=settings.versioning.push)
     if root is not None:

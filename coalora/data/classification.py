@@ -63,9 +63,10 @@ def read_texts(path: str | Path, column: str) -> list[str]:
 def _check_text(cell: object, column: str, line: int, path: str | Path) -> None:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         raise _lacking(line, path)
-    if not isinstance(cell, str):
+    if not isinstance(cell, str) or "\0" in cell:
+        held = type(cell).__name__ if not isinstance(cell, str) else "NUL character"
         raise CoaloraError(
-            f"Row {line} of {Path(path).name} holds a {type(cell).__name__} in column {column!r}, and no text",
+            f"Row {line} of {Path(path).name} holds a {held} in column {column!r}, and no text",
             remedy="Convert it to texts, or name another column in benchmark.text_columns",
         )
 

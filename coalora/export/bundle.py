@@ -6,6 +6,7 @@ configuration and the adapter of any budget follow in milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ class Bundle:
             members.configurations, members.losses, tables.search_cost, tables.err, budget, allowed=tables.allowed
         )
 
+    def problems(self) -> Iterator[str]:
+        """Tensors of pairs and experts that are missing, or of another shape than their layers ask for."""
+        experts = range(max(self._experts) + 1 if any(name.startswith("experts.") for name in self.tensors) else 0)
+        for index, (layer, rank) in enumerate(zip(self.tables.layers, self.ranks, strict=True)):
+            rank -= self.recipe.compensation_rank or 0
+            n_out, n_in = layer.shape
+            for side, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
+                own = [f"experts.lora_{side}.{index}_{expert}" for expert in experts]
+                for name in [f"lora.{layer.name}.lora_{side}.weight", *own]:
+                    tensor = self.tensors.get(name)
+                    if tensor is None or tuple(tensor.shape) != shape:
+                        found = "missing" if tensor is None else tuple(tensor.shape)
+                        yield f"{name} is {found}, and its layer needs {shape}"
+
     @torch.no_grad()
     def adapt_to(self, configuration: np.ndarray) -> Adapted:
         """The adapter of one configuration (N,): theta's U folded into lora_A."""
@@ -238,7 +253,7 @@ class Bundle:
                 )
             stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
             pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
-            return cls(
+            bundle = cls(
                 tables,
                 members,
                 tensors,
@@ -250,3 +265,6 @@ class Bundle:
                     for i, k in pairs
                 },
             )
+            for problem in bundle.problems():
+                raise CoaloraError(f"adapter.safetensors: {problem}", remedy="Make or download the bundle again")
+            return bundle

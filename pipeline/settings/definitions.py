@@ -20,6 +20,8 @@ from pipeline.settings.sections import Settings
 
 DEFAULT_FILE = "pipelines.yaml"
 
+_MOST = 6  # problems that are told at a time
+
 # It names a folder under runs/, a DVC file and a registered model.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -125,9 +127,11 @@ def validate_settings(raw: dict[str, Any], where: str) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         # A value that may be a number or a text fails twice; the first says enough.
-        problems = {_key(p): _problem(p) for p in reversed(error.errors(include_url=False))}
+        problems = {_key(p): p for p in reversed(error.errors(include_url=False))}
+        told = [_problem(p) for p in list(reversed(problems.values()))[:_MOST]]
+        told += [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
         raise CoaloraError(
-            f"Wrong settings in {where}: {'; '.join(reversed(problems.values()))}",
+            f"Wrong settings in {where}: {'; '.join(told)}",
             remedy="Correct them in the file or with --set (pipeline/settings/sections.py and coalora/recipes.py "
             "describe all keys)",
         ) from error
@@ -139,14 +143,14 @@ def _key(problem: Any) -> str:
     unions = re.compile(r"(list|literal)\[.*\]")
     if (path[:2] == ["choices", "allow"] and path[-1] in ("int", "str")) or (path and unions.fullmatch(path[-1])):
         path.pop()
-    return ".".join(path) or "settings"
+    return ".".join(path)[:200] or "settings"
 
 
 def _problem(problem: Any) -> str:
     key, path = _key(problem), [str(part) for part in problem["loc"]]
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
+        close = difflib.get_close_matches(path[-1][:100], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
         return f"{key} is an unknown key ({hint})"
     if problem["type"] == "missing":
@@ -157,9 +161,10 @@ def _problem(problem: Any) -> str:
         message = message.replace("Input should", "it should").replace("a dictionary", "a mapping")
         message = message[0].lower() + message[1:]
     if isinstance(value, dict | BaseModel):
-        return f"{key}: {message}"
-    told = scrub_text(repr(value))
-    return f"{key} is {told if len(told) <= 200 else f'{told[:200]}...'}: {message}"
+        return f"{key}: {message[:300]}"
+    # Cut behind what is shown, so that no half of an address is left in which a password is not recognised.
+    told = scrub_text(repr(value)[:1000])
+    return f"{key} is {told if len(told) <= 200 else f'{told[:200]}...'}: {message[:300]}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
