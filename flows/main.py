@@ -17,8 +17,8 @@ from prefect.runtime import deployment
 from pydantic import Field
 
 from flows.graph import STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
-from pipeline.orchestration.server import check_deployment, check_server
-from pipeline.orchestration.temporary import prepare_temporary_server
+from pipeline.orchestration.server import check_deployment, check_server, server_faults
+from pipeline.orchestration.temporary import start_temporary_server
 from pipeline.preflight import preflight
 from pipeline.progress import get_logger
 from pipeline.settings.definitions import change_settings, check_name
@@ -70,11 +70,13 @@ def run_pipeline(name: str, settings: Settings, refresh: Sequence[str] = ()) -> 
     check_refresh(refresh)
     check_server()
     preflight(settings, root=Path.cwd())
-    prepare_temporary_server()
+    start_temporary_server()
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
         # A terminal that is closed ends the run as SIGTERM does: Prefect and MLflow are told.
         signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-    show(pipeline(name=name, settings=settings, refresh=list(refresh)), settings)
+    with server_faults():
+        published = pipeline(name=name, settings=settings, refresh=list(refresh))
+    show(published, settings)
 
 
 def show(published: Published, settings: Settings) -> None:

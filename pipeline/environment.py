@@ -6,8 +6,11 @@ Prefect's settings are `[tool.prefect]` in pyproject.toml. A variable that the u
 
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
+
+from coalora.errors import CoaloraError
 
 HOME_VARIABLE = "COALORA_HOME"
 STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
@@ -16,6 +19,7 @@ _RESULTS = ("PREFECT_RESULTS_LOCAL_STORAGE_PATH", "PREFECT_LOCAL_STORAGE_PATH") 
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
+    "PREFECT_CLIENT_MAX_RETRIES": "8",  # eight minutes of a database that is locked or a server that starts, not one
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # a minute for a server that is started again, and not four
@@ -29,6 +33,24 @@ _DEFAULTS = {
 def coalora_home() -> Path:
     """Absolute folder of all that is kept: `COALORA_HOME`, else `.coalora` under the working directory."""
     return Path(os.environ.get(HOME_VARIABLE) or ".coalora").expanduser().resolve()
+
+
+def require_home() -> Path:
+    """`coalora_home()`, made where it is missing.
+
+    Raises:
+        CoaloraError: it cannot be written.
+    """
+    home = coalora_home()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        raise CoaloraError(
+            f"{home}, where results are kept, cannot be written ({error.strerror})",
+            remedy=f"Mend its owner or permissions, or set {HOME_VARIABLE} to another folder",
+        ) from error
+    return home
 
 
 def set_defaults() -> None:

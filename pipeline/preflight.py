@@ -32,6 +32,7 @@ from coalora.models.loading import (
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.search.strategies import STRATEGIES
 from coalora.train.pretrain import llama_config, train_tokenizer
+from pipeline.environment import require_home
 from pipeline.inputs.choices import choices_of, priced_tables
 from pipeline.inputs.corpus import content_key, documents, examples, input_files
 from pipeline.inputs.loaders import read_set_file
@@ -67,6 +68,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     Raises:
         CoaloraError: the first thing that is wrong.
     """
+    require_home()
     resolved(settings.runtime)
     _check_files(settings)
     model = shapes_of_model(settings)

@@ -1,7 +1,8 @@
 """Checks of the Prefect server that a run talks to, and of the deployment that started it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from coalora.errors import CoaloraError
@@ -77,3 +78,37 @@ def check_server() -> None:
             remedy="Start it (`make up`, or prefect server start), or correct PREFECT_API_URL (it ends in /api), or "
             "unset it to run without a server",
         )
+
+
+@contextmanager
+def server_faults() -> Iterator[None]:
+    """Turn a Prefect server that does not answer in mid-run, or answers that it is busy, into an error that says so."""
+    import httpx
+    from prefect.concurrency._asyncio import ConcurrencySlotAcquisitionError
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        yield
+    except CoaloraError:
+        raise
+    except (ConcurrencySlotAcquisitionError, PrefectHTTPStatusError, httpx.TransportError) as error:
+        cause = error.__cause__ if isinstance(error, ConcurrencySlotAcquisitionError) else error
+        answer = getattr(cause, "response", None)
+        if answer is not None and answer.status_code not in (408, 429, 502, 503, 504):
+            raise
+        if isinstance(cause, httpx.TransportError) and not str(cause.request.url).startswith(_api()):
+            raise  # another server, such as the hub's
+        told = f"HTTP {answer.status_code}" if answer is not None else f"{type(cause).__name__}: {cause}"[:200]
+        raise CoaloraError(
+            f"The Prefect server did not do its part for minutes ({scrub_text(told)}): it is away, or its database is "
+            "locked by another run",
+            remedy="Run again: every finished stage is kept. Several runs at once want a server with a database of its "
+            "own (`make up`), or a COALORA_HOME each",
+        ) from error
+
+
+def _api() -> str:
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL
+
+    return PREFECT_API_URL.value() or SubprocessASGIServer().api_url

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from coalora.files import read_json, replace_file
 from coalora.train.checkpoint import Checkpoints
 from pipeline.environment import coalora_home
+from pipeline.faults import disk_faults
 from pipeline.progress import get_logger
 
 DEFAULT_SECONDS = 60.0
@@ -62,10 +63,15 @@ def checkpoint_seconds() -> float | None:
 
 @contextmanager
 def scratch_of(key: str) -> Iterator[None]:
-    """The block is the stage call of `key`: its scratch outlives an exception and is removed at the end."""
+    """The block is the stage call of `key`: its scratch outlives an exception and is removed at the end.
+
+    Raises:
+        CoaloraError: the disk got full in the block, or the scratch cannot be written.
+    """
     token = _scratch.set(checkpoints_folder() / key)
     try:
-        yield
+        with disk_faults(checkpoints_folder()):
+            yield
         discard(key)
         _sweep()
     finally:

@@ -16,9 +16,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import filelock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -80,12 +82,16 @@ class Tracker:
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         database = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
-        if database and database[1] != ":memory:":
+        on_disk = database is not None and database[1] != ":memory:"
+        if database and on_disk:
             Path(database[1]).parent.mkdir(parents=True, exist_ok=True)
         self.tracking_uri, self.experiment = tracking_uri, experiment
-        # The registry is named too: by default it is the process's, not the client's.
-        self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        self.experiment_id = self._experiment(artifact_root.resolve().as_uri() if artifact_root and database else None)
+        # Opening a database migrates it: of two processes that both begin, one would find the other's half.
+        with filelock.FileLock(f"{database[1]}.lock") if database and on_disk else nullcontext():
+            # The registry is named too: by default it is the process's, not the client's.
+            self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            root = artifact_root.resolve().as_uri() if artifact_root and database else None
+            self.experiment_id = self._experiment(root)
 
     def _experiment(self, artifact_location: str | None) -> str:
         found = self.client.get_experiment_by_name(self.experiment)

@@ -17,8 +17,8 @@ SERVED = """
 import json, os, time
 from pipeline.environment import set_defaults
 set_defaults()
-from pipeline.orchestration.temporary import prepare_temporary_server
-prepare_temporary_server()
+from pipeline.orchestration.temporary import start_temporary_server
+start_temporary_server()
 from prefect import flow
 from prefect.server.api.server import SubprocessASGIServer
 
@@ -34,10 +34,10 @@ served()
 
 
 @contextmanager
-def served(folder: Path, script: str = SERVED) -> Iterator[tuple[Process, dict[str, str]]]:
-    """The process of a script and what it told; its COALORA_HOME is `folder`."""
-    database = shared.prefect_home(folder / "migrated") / "prefect.db"
-    shutil.move(database, folder / "prefect.db")
+def served(folder: Path, script: str = SERVED, *, database: bool = True) -> Iterator[tuple[Process, dict[str, str]]]:
+    """The process of a script and what it told; its COALORA_HOME is `folder`, with a database that is migrated."""
+    if database:
+        shutil.move(shared.prefect_home(folder / "migrated") / "prefect.db", folder / "prefect.db")
     own = ("PREFECT_", "COALORA_", "MLFLOW_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {"COALORA_HOME": str(folder), "HOME": str(folder)}  # no profile of the user's

@@ -69,6 +69,15 @@ def test_mlflow_says_killed_of_a_run_that_was_interrupted(
     assert statuses(checkout) == {"KILLED"}
 
 
+def test_a_server_that_cannot_start_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "prefect.db").write_text("no database" * 100)
+    began = time.monotonic()
+    words = r"Prefect's temporary server does not start \(.*See .*prefect\.log"
+    with pytest.raises(AssertionError, match=words), served(tmp_path, database=False):
+        pass
+    assert time.monotonic() - began < 60
+
+
 def statuses(checkout: Checkout) -> set[str]:
     from mlflow import MlflowClient
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import prefect  # noqa: F401 (the warning is about this import)
 import pytest
 
-from pipeline.environment import set_defaults
+from coalora.errors import CoaloraError
+from pipeline.environment import require_home, set_defaults
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +47,16 @@ def test_prefect_reads_the_checkouts_settings(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.split() == [".coalora/results", "False", "120"]
+
+
+@pytest.mark.parametrize("home", ["file", "file/below", "/proc/coalora"])
+def test_a_home_that_cannot_be_written_is_said(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / home))
+    with pytest.raises(CoaloraError, match=r"cannot be written \(.*\)\. .*set COALORA_HOME to another"):
+        require_home()
+
+
+def test_a_home_that_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "a/b"))
+    assert list(require_home().iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import coalora.evaluate.losses
+from coalora.errors import CoaloraError
 from coalora.files import read_json, write_json
 from pipeline.settings.sections import StageSettings
 from pipeline.stages.checkpoints import Memo, checkpoint_every, checkpoints_folder, discard, place, scratch_of
@@ -116,6 +118,21 @@ def test_a_damaged_memo_is_ignored_with_a_warning(content: str, caplog: pytest.L
     with scratch_of("search-1"):
         assert Memo("set", 2).values == []
     assert "damaged and ignored" in caplog.text
+
+
+def test_a_disk_that_is_full_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CoaloraError, match=r"The disk of .*checkpoints is full"), scratch_of("search-1"):
+        _saved_memo()
+
+
+def _saved_memo() -> None:
+    memo = Memo("set", 5)
+    memo.add(1.0)
+    memo.save()
 
 
 def test_outside_of_a_stage_nothing_is_written(home: Path) -> None:
