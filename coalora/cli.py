@@ -101,7 +101,8 @@ class _Terminal:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return int(self._stream.write(printable(text, colours=True)))
+        self._stream.write(printable(text, colours=True))
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

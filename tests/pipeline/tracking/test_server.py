@@ -19,7 +19,7 @@ from coalora.errors import CoaloraError
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.tracking.runs import TrackedRun, Tracker
-from pipeline.tracking.server import explanation, patiently, require_server
+from pipeline.tracking.server import explanation, patiently, place_of_runs, require_server
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -147,3 +147,17 @@ def test_what_is_no_fault_of_the_server_passes_unchanged() -> None:
     with pytest.raises(ValueError, match="a mistake of ours") as caught:
         patiently(fail, NOWHERE)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("where", ["settings", "variable"])
+def test_a_login_in_a_servers_address_is_refused_by_the_variables_for_it(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "http://me:SEC/RET@mlflow.example:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if where == "variable" else "sqlite:////a/mlflow.db")
+    with pytest.raises(CoaloraError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+        place_of_runs(uri if where == "settings" else None)
+    assert "SEC" not in str(error.value)
+    assert "RET" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:SECRET@host/mlflow")  # its only way
+    assert place_of_runs() == "postgresql://me:SECRET@host/mlflow"
