@@ -68,7 +68,6 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     Raises:
         CoaloraError: the first thing that is wrong.
     """
-    require_home()
     resolved(settings.runtime)
     _check_files(settings)
     model = shapes_of_model(settings)
@@ -97,6 +96,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         from pipeline.s3.client import S3Location  # boto3 is imported where it is wanted alone
 
         S3Location.of(settings.storage).check()
+    require_home()  # last: a run that is refused makes nothing
     return Preflight(
         layers,
         len(space),
