@@ -118,7 +118,7 @@ class Registry(Mapping[str, T], Generic[T]):
             found = _attribute(reference)
         except Exception as error:  # of any kind: importing runs what others wrote
             raise CoaloraError(
-                f"The {self.kind} {name!r} cannot be imported from {reference!r} ({type(error).__name__}: {error})",
+                f"The {self.kind} {name!r} cannot be imported from {reference!r} ({error or type(error).__name__})",
                 remedy="Install the package that defines it, or correct the name",
             ) from error
         if not (isinstance(found, base) or (isinstance(found, type) and issubclass(found, base))):

@@ -270,13 +270,17 @@ def _known(name: str | Path, task: str) -> Iterator[None]:
             remedy="Set model.name_or_path to a hub id, or to a local folder with config.json and weights in "
             "safetensors",
         ) from error
-    except Exception as error:  # of any kind, by what a config.json holds
+    except ValueError as error:
         raise CoaloraError(
             f"transformers has no architecture of {name} for {task} ({_reason(error)})",
-            remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling; or "
-            "correct config.json",
+            remedy="Choose another model.name_or_path or benchmark.task: for example llama for language-modeling",
+        ) from error
+    except Exception as error:  # of any kind, by what config.json holds
+        raise CoaloraError(
+            f"transformers makes no model of {name} for {task} ({type(error).__name__}: {_reason(error)})",
+            remedy="Correct its config.json; without flash attention installed, leave attn_implementation out",
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__
