@@ -125,7 +125,8 @@ class CoaLoraModel:
         )  # fmt: skip
         # Packed layers need not fit the device in full precision.
         base = load(device=torch.device("cpu") if config.weights == "packed" else device)
-        name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
+        # What stock PEFT finds the base by.
+        name = str(folder.resolve()) if Path(name_or_path).is_dir() else str(name_or_path)
         return cls(
             base, tokenizer, config, task=task, folder=folder, name=name, max_length=max_length, device=device,
             load=partial(load, device=device), trust_remote_code=trust_remote_code,

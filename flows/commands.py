@@ -255,7 +255,8 @@ def prune(
     from pipeline.tracking.server import require_server
 
     for uri in tracking_uri:
-        require_server(uri, existing=True)
+        if not uri.startswith("http"):  # a server that is away is told with what it means for pruning
+            require_server(uri, existing=True)
     if at:
         storage = _storage(None, endpoint_url, region, profile, at=at)
         prune_bucket(storage, root.resolve(), tracking_uri, withdraw, days=older_than, delete=delete)

@@ -23,7 +23,7 @@ def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact) -> 
         with model.adapted("coa", state) as adapted:
             factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
-        measured, merged, parameters(state), recipe, data.task, base_model=model.source.name, compensation=factors
+        measured, merged, parameters(state), recipe, data.task, base_model=model.source.address, compensation=factors
     )
 
     def write(folder: Path) -> dict[str, Scalar]:

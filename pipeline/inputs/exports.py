@@ -51,6 +51,7 @@ class ExportInputs:
         """Write one configuration (N,) into `folder`; returns its bits, cost, digest and bytes."""
         base, data, tables = BaseModel(self.base), load_benchmark(self.benchmark), self.loaded.tables
         adapted = self.loaded.adapt_to(configuration)
+        adapted.config.base_model_name_or_path = base.address  # the base may have moved since the bundle was made
         formats = self.settings.formats if formats is None else formats
 
         def load_model() -> PreTrainedModel:

@@ -64,6 +64,12 @@ class BaseModel:
         return str(self.artifact.meta["name"])
 
     @property
+    def address(self) -> str:
+        """What stock PEFT finds it by: its id on the hub, or the absolute path of its folder."""
+        reference = self._reference
+        return self.name if reference is not None and "revision" in reference else str(self.path.resolve())
+
+    @property
     def digest(self) -> str:
         """Digest of the weights' files: the identity that adapters and configurations are bound to."""
         reference = self._reference

@@ -19,13 +19,14 @@ import yaml
 
 from coalora.configurations import SET_FORMAT
 from coalora.errors import CoaloraError
-from coalora.files import replace_file
+from coalora.files import reading, replace_file
 from pipeline.inputs.loaders import SET
 from pipeline.scrub import one_line, scrub_text
 from pipeline.versioning.repository import initialised, with_remotes
 from pipeline.versioning.sets import FOLDER
 
 _ROUND = re.compile(r"round-(\d{2,})\.json")
+_RECORD = re.compile(r"round-(\d{2,})\.json\.dvc")
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,22 @@ def from_dvc(
         if not rounds:
             raise CoaloraError(f"{folder} holds no round at {at}", remedy="Name another revision with --rev")
         found = _pick(rounds, round_index, f"{folder} at {at}")
+        recorded = {int(m[1]): n for n in _names(fs, folder, "file", dvcfiles=True) if (m := _RECORD.fullmatch(n))}
+        for number in sorted(recorded.keys() - rounds.keys()):
+            if number >= found:  # an earlier round is not silently taken for the last one
+                raise CoaloraError(
+                    f"{folder}/{recorded[number]} at {at} names no file",
+                    remedy="Restore it with git, or choose --round",
+                )
         path = f"{folder}/{rounds[found]}"
         try:
             content = fs.read_bytes(path)
         except FileNotFoundError as error:
             raise _not_in_dvc(f"{path} at {at}") from error
-        (recorded,) = yaml.safe_load(fs.read_text(f"{path}.dvc"))["outs"]
-        return _checked(content, recorded.get("md5"), found, f"DVC, {path} at {at}")
+        with reading(Path(f"{path}.dvc")):
+            (out,) = yaml.safe_load(fs.read_text(f"{path}.dvc"))["outs"]
+            md5 = out.get("md5")
+        return _checked(content, md5, found, f"DVC, {path} at {at}")
 
     return _asking_remotes(root, "dvc pull", read)
 
@@ -208,8 +218,8 @@ def _checked(content: bytes, md5: str | None, round_index: int, source: str) -> 
     return RestoredSet(content, round_index, source)
 
 
-def _names(fs: Any, folder: str, kind: Literal["file", "directory"]) -> list[str]:
+def _names(fs: Any, folder: str, kind: Literal["file", "directory"], **options: bool) -> list[str]:
     try:
-        return sorted(Path(e["name"]).name for e in fs.ls(folder, detail=True) if e["type"] == kind)
+        return sorted(Path(e["name"]).name for e in fs.ls(folder, detail=True, **options) if e["type"] == kind)
     except FileNotFoundError:
         return []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -146,3 +147,60 @@ def test_what_the_checkpoint_lacks_is_trained_saved_and_exported(tiny_tokenizer,
         (name,) = [k for k in stock if k.replace(".modules_to_save.default", "").endswith(f"model.{part}.weight")
                    and "original" not in k]  # fmt: skip
         assert torch.equal(stock[name], trained[f"head.{part}.weight"])
+
+
+def test_a_device_generates_with_a_cache_and_stock_peft_finds_the_base(tiny_llama, tiny_tokenizer, tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    model = CoaLoraModel.from_pretrained(tmp_path / "base", CoaLoraConfig(r=4, choices=SPACE), max_length=16)
+    model.calibrate(TEXTS)
+    model.fit(TEXTS, TEXTS[:8], steps=4, rounds=0)
+    model.export(tmp_path / "device", budget=3.0)
+    device = load_adapted(tmp_path / "device/base", tmp_path / "device/adapter", device=model.device)
+    assert device(input_ids=torch.tensor([[5, 6, 7]])).past_key_values is not None
+    stock = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "device/adapter"))
+    assert torch.equal(stock.get_input_embeddings().weight, tiny_llama().get_input_embeddings().weight)
+    new = tmp_path / "new"
+    new.touch()
+    for file in (tmp_path / "device").rglob("*.safetensors"):
+        assert file.stat().st_mode == new.stat().st_mode, file
+
+
+_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_comes_with_a_model_goes_with_its_export(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    (base / "mine.py").write_text(_CODE)
+    own = {"model_type": "mine", "architectures": ["MineForCausalLM"],
+           "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}}  # fmt: skip
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | own))
+    config = CoaLoraConfig(r=4, choices=SPACE)
+    with pytest.raises(CoaloraError):
+        CoaLoraModel.from_pretrained(base, config)
+    model = CoaLoraModel.from_pretrained(base, config, max_length=16, trust_remote_code=True)
+    assert type(model.base).__name__ == "MineForCausalLM"
+    model.calibrate(TEXTS)
+    model.fit(TEXTS, TEXTS[:8], steps=4, rounds=0)
+    model.export(tmp_path / "device", budget=3.0)
+    model.switch(budget=3.0)
+    places = tmp_path / "device/base", tmp_path / "device/adapter"
+    with pytest.raises(CoaloraError):
+        load_adapted(*places, device=model.device)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        found = load_adapted(*places, device=model.device, trust_remote_code=True)(ids).logits
+        torch.testing.assert_close(found, model(ids).logits)

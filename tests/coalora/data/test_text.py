@@ -146,3 +146,26 @@ def test_missing_and_undecodable_text_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(CoaloraError, match=r"Byte 2 of .*latin\.txt is not UTF-8"):
         text_file(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(f"line {i} of one document" for i in range(500)),
+        " ".join(f"word{i}" for i in range(2000)),
+        "".join(chr(0x4E00 + i % 500) for i in range(5000)),
+        " \n".join(["", " = Title = ", "", *(f" sentence {i} of WikiText . " for i in range(300)), "", ""]),
+    ],
+    ids=["lines", "words", "characters", "blank lines with blanks"],
+)
+def test_a_text_with_few_blank_lines_is_cut_finer_without_losing_a_character(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = text_file(tmp_path / "a.txt", least=64)
+    assert "".join(pieces).strip() == text.strip()
+    assert len(pieces) >= 60
+    assert max(map(len, pieces)) < 2500
+
+
+def test_blank_lines_may_hold_blanks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n".join(f"{'word ' * 100}{i} " for i in range(40)).replace(" \n", " \n \n"))
+    assert len(text_file(tmp_path / "a.txt")) > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,26 @@ def test_a_single_label_reads_values(tmp_path: Path) -> None:
     assert examples(classes(files=files, num_labels=1))[0].labels == [0.25, 5.0]
     with pytest.raises(CoaloraError, match=r"0\.25 among the labels of train\.csv"):
         examples(classes(files=files, num_labels=2))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_tables_are_corpora_of_their_text_column_alone(tmp_path: Path, suffix: str) -> None:
+    import pandas as pd
+
+    texts = [f"document {i}, with a comma" for i in range(200)]
+    frame = pd.DataFrame({"id": range(200), "body": texts, "label": 0})
+    path = tmp_path / f"corpus{suffix}"
+    if suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    settings = BenchmarkSettings(
+        name="x", task="language-modeling", files={"train": str(path)}, text_columns=["body"], search_fraction=0.2
+    )
+    parts = documents(settings)
+    assert sorted(text for part in parts.values() for text in part) == sorted(texts)
+    path.write_bytes(path.read_bytes()[: -len(path.read_bytes()) // 2])
+    with suppress(CoaloraError):  # another content is read again
+        assert documents(settings) != parts

@@ -161,3 +161,39 @@ def test_a_login_in_a_servers_address_is_refused_by_the_variables_for_it(
     assert "RET" not in str(error.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:SECRET@host/mlflow")  # its only way
     assert place_of_runs() == "postgresql://me:SECRET@host/mlflow"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("sqlite:///{}/none/mlflow.db", "no folder that can be written"),
+        ("sqlite://mlflow.db", "three slashes"),
+        ("sqlite:///", "three slashes"),
+        ("sqlite:///{}/text.db", "no database of SQLite"),
+        ("sqlite:///{}", "Is a directory"),
+        ("postgresql+nowhere://h/db", "cannot be opened"),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_refused(tmp_path: Path, uri: str, words: str) -> None:
+    (tmp_path / "text.db").write_text("a text, and no database")
+    with pytest.raises(CoaloraError, match=words):
+        require_server(uri.format(tmp_path))
+
+
+def test_a_mistyped_database_is_not_made_to_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CoaloraError, match="there is no file"):
+        require_server(f"sqlite:///{tmp_path}/mlfow.db", existing=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_deleted_experiment_is_refused(run: TrackedRun) -> None:
+    uri = run.tracker.tracking_uri
+    require_server(uri, experiment="faults")
+    require_server(uri, experiment="another")
+    experiment = run.client.get_experiment_by_name("faults")
+    run.client.delete_experiment(experiment.experiment_id)
+    try:
+        with pytest.raises(CoaloraError, match=r"The experiment 'faults' of MLflow .* is deleted"):
+            require_server(uri, experiment="faults")
+    finally:
+        run.client.restore_experiment(experiment.experiment_id)

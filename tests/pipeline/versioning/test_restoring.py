@@ -175,3 +175,18 @@ def test_where_mlflows_copy_is_gone_dvcs_is_taken(
 
 def _gone(*_: object) -> str:
     raise OSError("no such artifact")
+
+
+@pytest.mark.parametrize("rev", ["nowhere", "HEAD~9", "0" * 40, "--help", "a..b"])
+def test_a_revision_that_there_is_not_is_refused(checkout: Path, rev: str) -> None:
+    with pytest.raises(CoaloraError, match=r"DVC refused|cannot be read|unknown"):
+        from_dvc(checkout, rev=rev)
+
+
+@pytest.mark.parametrize("content", ["", "outs: []\n", "5\n", "outs:\n- md5: x\n"])
+def test_an_empty_record_is_not_passed_over_for_an_earlier_round(checkout: Path, content: str) -> None:
+    (checkout / "configurations/demo/round-01.json").unlink()
+    (checkout / "configurations/demo/round-01.json.dvc").write_text(content)
+    with pytest.raises(CoaloraError, match=r"round-01\.json\.dvc|damaged"):
+        from_dvc(checkout)
+    assert content or bits_of(from_dvc(checkout, round_index=0).content) == 2.0

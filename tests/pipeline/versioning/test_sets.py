@@ -221,7 +221,7 @@ def test_a_set_travels_to_a_remote_in_s3_and_into_another_clone(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_credentials(monkeypatch.setenv)
-    path = write_set("demo", 0, {"format": "coalora-configurations/1", "members": []}, repository)
+    path = write_set("demo", 0, {"format": "coalora-configurations/1", "members": [{"average_bits": 2.0}]}, repository)
     with s3_server() as (host, port):
         url = f"http://{host}:{port}"
         create_bucket(url, "sets")
