@@ -206,6 +206,9 @@ def restore(
     from pipeline.tracking.server import place_of_runs, require_server
     from pipeline.versioning.restoring import from_dvc, from_mlflow, write_new
 
+    if out.is_dir() or any(parent.is_file() for parent in out.absolute().parents):
+        raise CoaloraError(f"{out} is a folder, or lies below a file", remedy="Name another file with --out")
+
     if mlflow_run:
         uri = place_of_runs(tracking_uri)
         require_server(uri, existing=True)

@@ -110,10 +110,10 @@ def load_model(
         check_causal(model)
     _check_complete(model, info["missing_keys"], task, name_or_path)
     model.coalora_missing = sorted(info["missing_keys"])
-    if task == "classification":
+    if task == "classification" and model.config.problem_type is not None:
         # Training asks the model for its loss, evaluation computes it: a checkpoint's own kind of problem may differ.
-        own = "single_label_classification" if model.config.num_labels > 1 else "regression"
-        model.config.problem_type = own if model.config.problem_type not in (None, own) else model.config.problem_type
+        many = model.config.num_labels > 1
+        model.config.problem_type = "single_label_classification" if many else "regression"
     if pad_token_id is not None:
         check_padding(model, pad_token_id)
         model.config.pad_token_id = pad_token_id

@@ -12,7 +12,7 @@ from pipeline.settings.sections import BenchmarkSettings, HubSettings
 
 # Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
 _BYTES_A_TOKEN = 16
-_LEAST = 64  # documents of which parts are split off
+_LEAST = 32  # documents of which parts are split off
 
 
 def documents(settings: BenchmarkSettings) -> dict[str, list[str]]:

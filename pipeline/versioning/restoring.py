@@ -119,7 +119,7 @@ def from_dvc(
         found = _pick(rounds, round_index, f"{folder} at {at}")
         recorded = {int(m[1]): n for n in _names(fs, folder, "file", dvcfiles=True) if (m := _RECORD.fullmatch(n))}
         for number in sorted(recorded.keys() - rounds.keys()):
-            if number >= found:  # an earlier round is not silently taken for the last one
+            if round_index is None and number > found:  # an earlier round is not silently taken for the last one
                 raise CoaloraError(
                     f"{folder}/{recorded[number]} at {at} names no file",
                     remedy="Restore it with git, or choose --round",

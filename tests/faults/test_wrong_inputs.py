@@ -308,6 +308,9 @@ tracking.tracking_uri=runs
 tracking.tracking_uri=file:///tmp/x
 tracking.tracking_uri=sqllite:///x.db
 tracking.tracking_uri=sqlite
+tracking.tracking_uri=postgres://h/x
+tracking.tracking_uri=http://u:p@h
+tracking.tracking_uri=https://u:p@h:5000/x
 tracking.experiment=
 tracking.experiment=''
 tracking.registered_model='a/b'
@@ -896,6 +899,8 @@ restore --out HERE/a --mlflow-run x --tracking-uri sqlite:///TEXT
 restore --out HERE/a --mlflow-run x --tracking-uri sqlite:HERE/none.db
 restore --out HERE/a --round x
 restore --out HOME/a
+restore --out HERE
+restore --out TEXT/a
 restore
 download s3://b --out HERE/a
 download s3://b/p/runs/x --out HERE/a
