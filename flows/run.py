@@ -14,8 +14,9 @@ from typing import Any
 
 from coalora.files import digest
 from coalora.models.loading import resolved
+from pipeline.inputs.base import model_content
 from pipeline.inputs.corpus import input_files
-from pipeline.inputs.fingerprint import files_digest, model_digest
+from pipeline.inputs.fingerprint import files_digest
 from pipeline.inputs.loaders import read_set_file
 from pipeline.prune.roots import Journal
 from pipeline.settings.sections import Settings
@@ -47,7 +48,6 @@ class Run:
     ) -> Run:
         """Digest the input files and resolve the runtime."""
         settings = settings.model_copy(update={"runtime": resolved(settings.runtime)})
-        model = settings.model.name_or_path
         files = input_files(settings.benchmark)
         return cls(
             name,
@@ -55,7 +55,7 @@ class Run:
             runner,
             tuple(sources),
             frozenset(refresh),
-            model_content=model_digest(Path(model)) if model and Path(model).is_dir() else None,
+            model_content=model_content(settings.model),
             benchmark_content=files_digest(files) if files else None,
             cost_content=files_digest([Path(settings.cost.table)]) if settings.cost.table else None,
             given=read_set_file(settings.initial_set.file) if settings.initial_set.file else None,

@@ -33,6 +33,7 @@ from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.search.strategies import STRATEGIES
 from coalora.train.pretrain import llama_config, train_tokenizer
 from pipeline.environment import require_home
+from pipeline.inputs.base import base_source
 from pipeline.inputs.choices import choices_of, priced_tables
 from pipeline.inputs.corpus import content_key, documents, examples, input_files
 from pipeline.inputs.loaders import read_set_file
@@ -113,8 +114,7 @@ def shapes_of_model(settings: Settings) -> PreTrainedModel:
     if model.pretrain is not None:
         config: PretrainedConfig = llama_config(model.pretrain)
     else:
-        source = str(model.name_or_path)
-        config = load_config(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = load_config(base_source(model), revision=model.revision, trust_remote_code=model.trust_remote_code)
         small = small_model(config, task) if task == "language-modeling" else None
         if small is not None:
             check_causal(small)
@@ -134,8 +134,8 @@ def positions(model: PreTrainedModel) -> int | None:
 
 def _check_files(settings: Settings) -> None:
     model, benchmark = settings.model, settings.benchmark
-    if model.name_or_path and Path(model.name_or_path).is_dir():
-        for file in model_files(Path(model.name_or_path)):
+    if model.name_or_path and Path(base_source(model)).is_dir():
+        for file in model_files(Path(base_source(model))):
             if file.suffix == ".safetensors":
                 read_header(file)
     for path in input_files(benchmark):
@@ -171,7 +171,7 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
     tokenizer = None
     if source.pretrain is None:
         tokenizer = load_tokenizer(
-            str(source.name_or_path), revision=source.revision, trust_remote_code=source.trust_remote_code
+            base_source(source), revision=source.revision, trust_remote_code=source.trust_remote_code
         )
         if benchmark.task == "classification":
             check_pads(tokenizer)

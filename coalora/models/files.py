@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import safe_open
+
 from coalora.errors import CoaloraError
-from coalora.files import digest, file_sha256
+from coalora.files import digest, file_sha256, reading
 
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".py")
 
@@ -22,17 +27,75 @@ def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in MODEL_FILES]
+    with _of_the_hub(f"The base model {name_or_path}"):
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+
+
+def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
+    """One file of a hub repository, downloaded if it is not there.
+
+    Raises:
+        CoaloraError: the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _of_the_hub(f"{name} of the base model {repo}"):
+        return Path(hf_hub_download(repo, name, revision=revision))
+
+
+@contextmanager
+def _of_the_hub(what: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = [f"*{suffix}" for suffix in MODEL_FILES]
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CoaloraError(
-            f"The base model {name_or_path} is no local folder, and the hub does not give it ({reason})",
+            f"{what} is in no local folder, and the hub does not give it ({reason})",
             remedy="Check model.name_or_path and the network; a hub id looks like 'FacebookAI/roberta-large'",
         ) from error
+
+
+def gguf_path(name_or_path: str | Path, gguf_file: str, revision: str | None = None) -> Path:
+    """The GGUF file of a local folder, or of a hub repository, from which it is downloaded if it is not there.
+
+    Raises:
+        CoaloraError: there is no such file, or its first bytes are not GGUF's.
+    """
+    file = Path(name_or_path, gguf_file)
+    if not Path(name_or_path).is_dir():
+        file = hub_file(str(name_or_path), gguf_file, revision)
+    if not file.is_file():
+        near = sorted(path.name for path in file.parent.glob("*.gguf"))
+        raise CoaloraError(
+            f"There is no file {gguf_file} in {name_or_path}",
+            remedy=f"Set model.gguf_file to {' or '.join(near[:5])}" if near else "Correct model.name_or_path",
+        )
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise CoaloraError(f"{file} is no GGUF file", remedy="Download it again, or name another one")
+    return file
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed Python package that carries a model; the package is not imported.
+
+    Raises:
+        CoaloraError: it is not installed.
+    """
+    try:
+        found = find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise CoaloraError(
+            f"There is no package {package!r} with the base model in this environment",
+            remedy="Install it with pip, or set model.name_or_path to a folder or a hub id",
+        )
+    return Path(found.submodule_search_locations[0])
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -59,3 +122,17 @@ def model_digest(folder: Path, contents: Callable[[Sequence[Path]], str] | None 
     """
     files = model_files(folder)
     return digest([[p.name for p in files], contents(files) if contents else digest([file_sha256(p) for p in files])])
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all tensors of a saved model; tensors that share one place are saved once.
+
+    Raises:
+        CoaloraError: a damaged file.
+    """
+    total = 0
+    for file in model_files(folder):
+        if file.suffix == ".safetensors":
+            with reading(file), safe_open(file, framework="np") as opened:
+                total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total

@@ -1,0 +1,64 @@
+"""Base models in GGUF, llama.cpp's format: turned once into what every other base model is, a folder of safetensors.
+
+transformers reads the file, through the package `gguf`. What it holds in fewer bits is dequantized: such weights lie on
+a grid already, and a choice that finds the same grid again (int in groups of 32 for Q4_0 and Q4_1) loses nothing more.
+"""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from coalora.errors import CoaloraError
+
+
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """Write weights (float16), config and tokenizer of a GGUF file to a folder, as `save_pretrained` does.
+
+    Args:
+        file: the GGUF file (`coalora.models.files.gguf_path`).
+        folder: exists already.
+
+    Raises:
+        CoaloraError: the package `gguf` is absent; a damaged file; an architecture that transformers does not read from
+            GGUF; weights beyond float16's range.
+    """
+    tokenizer = _read(file, AutoTokenizer.from_pretrained)
+    model = _read(
+        file,
+        AutoModelForCausalLM.from_pretrained,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float16,
+    )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise CoaloraError(f"{file} has weights beyond float16's range", remedy="Take the model in safetensors")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with redirect_stderr(StringIO()):  # bars
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read(file: Path, load, **options):  # type: ignore[no-untyped-def]
+    """What a loader of transformers makes of the file, without its bars, its faults in words that say what to do."""
+    if find_spec("gguf") is None:
+        raise CoaloraError(
+            f"{file.name} is a GGUF file, and the package gguf is not installed",
+            remedy="pip install 'coalora[gguf]'",
+        )
+    try:
+        with redirect_stderr(StringIO()):  # bars
+            return load(str(file.parent), gguf_file=file.name, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, by what is wrong with the file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise CoaloraError(
+            f"transformers cannot read the GGUF file {file} ({reason})",
+            remedy="Download it again, or take the model in safetensors",
+        ) from error
