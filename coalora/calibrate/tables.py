@@ -254,7 +254,7 @@ def calibrate(
     allowed: np.ndarray | None = None,
     progress: Callable[[str], Callable[[int, int], None]] | None = None,
 ) -> tuple[CalibrationTables, list[InputStatistics]]:
-    """Tables and input statistics of a base model's target layers (N), over the first examples of `split`.
+    """Tables and input statistics of a base model's target layers (N), over examples at equal distances in `split`.
 
     Args:
         model: the base model in full precision, before PEFT wraps it.
@@ -277,7 +277,7 @@ def calibrate(
     statistics = collect_statistics(
         model,
         layers,
-        split.head(recipe.n_samples),
+        split.apart(recipe.n_samples),
         batch_size=recipe.batch_size,
         hessians=recipe.hessians or rounding == "feedback" or space.needs_statistics,
         progress=progress("input statistics") if progress else None,

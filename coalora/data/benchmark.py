@@ -1,7 +1,7 @@
 """Benchmark: three splits of one data set, tokenized.
 
-`train` is trained on (its first examples calibrate), `search` guides the Pareto search, `validation` is only reported:
-nothing is selected on it.
+`train` is trained on and calibrated with, `search` guides the Pareto search, `validation` is only reported: nothing is
+selected on it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from coalora.recipes import Task
 
 IGNORED = -100
 SPLITS = ("train", "search", "validation")
+
+
+def spread(n: int, limit: int | None) -> Tensor:
+    """At most `limit` of n neighbours, at equal distances: the first ones of a text may be all of one topic."""
+    return torch.arange(n) if limit is None or limit >= n else (torch.arange(limit) * 2 + 1) * n // (2 * limit)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,14 @@ class Split:
 
     def head(self, n: int) -> Split:
         """The first n examples."""
-        cut = {name: value[:n] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return self._take(torch.arange(min(n, len(self))))
+
+    def apart(self, n: int) -> Split:
+        """n examples at equal distances: those of a text that lie together may be all of one topic."""
+        return self._take(spread(len(self), n))
+
+    def _take(self, indices: Tensor) -> Split:
+        cut = {name: value[indices] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **cut)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coalora.data.benchmark import spread
 from coalora.errors import CoaloraError
 
 
@@ -117,37 +118,33 @@ def blocks(
     Args:
         encode: tokenizes a list of texts without special tokens.
         end_of_text: id put behind every document (counted as no bytes), None for none.
-        limit: at most so many blocks; documents behind them are not read (but for the rest of a batch of 64).
+        limit: at most so many blocks: of a sequence at equal distances, of an iterator the first, and documents behind
+            them are not read (but for the rest of a batch of 64).
 
     Raises:
         CoaloraError: not enough text for one block.
     """
     tokens: list[int] = []
-    ends: list[tuple[int, int]] = []  # of each document: tokens up to its end, its bytes
-    wanted = None if limit is None else limit * length + 1
+    n_bytes: list[float] = []  # of each token: a document's bytes are spread over its own
+    stops = None if isinstance(documents, Sequence) else limit
     for batch in _batched(documents, 64):
         for text, ids in zip(batch, encode(batch), strict=True):
-            tokens.extend(ids)
-            if end_of_text is not None:
-                tokens.append(end_of_text)
-            ends.append((len(tokens), len(text.encode())))
-        if wanted is not None and len(tokens) >= wanted:
+            own = [*ids, end_of_text] if end_of_text is not None else ids
+            tokens += own
+            n_bytes += [len(text.encode()) / max(1, len(own))] * len(own)
+        if stops is not None and len(tokens) > stops * length:
             break
-    n = (len(tokens) - 1) // length if limit is None else min((len(tokens) - 1) // length, limit)
+    n = (len(tokens) - 1) // length
     if n < 1:
-        few = f"{len(tokens)} tokens" if limit is None else f"{len(tokens)} tokens and at most {limit} blocks"
         raise CoaloraError(
-            f"{few} make no block of {length + 1} tokens", remedy="Shorten max_length, or give more text"
+            f"{len(tokens)} tokens make no block of {length + 1} tokens",
+            remedy="Shorten max_length, or give more text",
         )
-    used = n * length + 1
-    n_bytes, start = 0.0, 0
-    for end, size in ends:
-        if start >= used:
-            break
-        n_bytes += size if end <= used else size * (used - start) / (end - start)
-        start = end
-    joined = torch.tensor(tokens[:used], dtype=torch.int64)
-    return joined.unfold(0, length + 1, length).clone(), n_bytes / used
+    taken = spread(n, limit) if stops is None else torch.arange(min(n, stops))
+    held = (taken[:, None] * length + torch.arange(length + 1)).unique()
+    joined = torch.tensor(tokens[: n * length + 1], dtype=torch.int64)
+    per_token = float(torch.tensor(n_bytes, dtype=torch.float64)[held].mean())
+    return joined.unfold(0, length + 1, length)[taken].clone(), per_token
 
 
 def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:

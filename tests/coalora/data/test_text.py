@@ -108,6 +108,16 @@ def test_a_limit_cuts_blocks_and_stops_reading() -> None:
     assert torch.equal(ids, everything[:5])
 
 
+def test_a_limit_takes_blocks_at_equal_distances_of_what_is_at_hand() -> None:
+    everything, _ = blocks(["1 2 3"] * 100, _words, 4, end_of_text=None)  # 74 blocks
+    ids, _ = blocks(["1 2 3"] * 100, _words, 4, end_of_text=None, limit=3)
+    assert torch.equal(ids, everything[[12, 37, 61]])
+    encode = lambda texts: [[len(text)] * 3 for text in texts]  # noqa: E731
+    ids, per_token = blocks(["a a a", "éé é é", "b b b"], encode, 2, end_of_text=None, limit=1)
+    assert (ids.tolist(), per_token) == ([[6, 6, 5]], pytest.approx((2 * 10 / 3 + 5 / 3) / 3))
+    assert torch.equal(blocks(["1 2 3"] * 100, _words, 4, end_of_text=None, limit=200)[0], everything)
+
+
 def test_bytes_per_token_are_those_of_the_text_in_the_blocks() -> None:
     # Documents of one token a character: bytes are known for any cut.
     def encode(texts: list[str]) -> list[list[int]]:
@@ -115,12 +125,12 @@ def test_bytes_per_token_are_those_of_the_text_in_the_blocks() -> None:
 
     documents = ["aaaa", "éé", "bbbbbbbb", "東京京"]
     _, per_token = blocks(documents, encode, 2, end_of_text=None)
-    assert per_token == (4 + 4 + 8 + 9) / 17  # 17 tokens: nothing is dropped
-    _, per_token = blocks(documents, encode, 2, end_of_text=None, limit=3)
-    assert per_token == (4 + 4 + 1) / 7  # 7 tokens: aaaa éé b
+    assert per_token == pytest.approx((4 + 4 + 8 + 9) / 17)  # 17 tokens: nothing is dropped
+    _, per_token = blocks(iter(documents), encode, 2, end_of_text=None, limit=3)
+    assert per_token == pytest.approx((4 + 4 + 1) / 7)  # 7 tokens: aaaa éé b
     _, per_token = blocks(documents, encode, 2, end_of_text=0)
-    assert per_token == 25 / 21  # ends of text are predicted but stand for no bytes
-    _, per_token = blocks(["a" * 9, "東" * 500], encode, 8, end_of_text=None, limit=1)
+    assert per_token == pytest.approx(25 / 21)  # ends of text are predicted but stand for no bytes
+    _, per_token = blocks(iter(["a" * 9, "東" * 500]), encode, 8, end_of_text=None, limit=1)
     assert per_token == 1  # text behind the limit does not count
 
 
