@@ -57,9 +57,8 @@ def compensation(residual: Tensor, statistics: InputStatistics, r: int) -> tuple
             remedy=f"Set compensation_rank between 1 and {min(residual.shape)}",
         )
     E = residual.double()
-    H = statistics.hessian
-    weighted = E * statistics.second_moment.to(E) if H is None else E @ H.to(E)
-    B = _leading(weighted, E, r)
+    H = statistics.second_moment if statistics.hessian is None else statistics.hessian
+    B = _leading(E, H.to(E), r)
     largest = B.gather(0, B.abs().argmax(dim=0, keepdim=True))
     B = B * largest.sign()
     return (B.T @ E).half().float(), B.half().float()
@@ -92,9 +91,20 @@ def as_large_as_lora(rows: Tensor, usual: Tensor, statistics: InputStatistics) -
     return torch.where((output > 1e-10 * output.max())[:, None], scaled, usual)
 
 
-def _leading(weighted: Tensor, E: Tensor, r: int) -> Tensor:
-    """The leading r eigenvectors (out, r) of E H E^T, given E H (out, in) and E."""
-    if E.shape[0] <= _EXACT:
+def _leading(E: Tensor, H: Tensor, r: int) -> Tensor:
+    """The leading r eigenvectors (out, r) of E H E^T; H (in, in), or its diagonal (in,)."""
+    rows, columns = E.shape
+    if columns < rows <= _EXACT:
+        # E H^(1/2) has them as left singular vectors: the smaller Gram matrix is a fraction of the work.
+        if H.dim() == 1:
+            half = E * H.sqrt()
+        else:
+            values, directions = torch.linalg.eigh(H)
+            half = (E @ directions) * values.clamp_min(0).sqrt()
+        _, vectors = torch.linalg.eigh(half.T @ half)
+        return torch.linalg.qr(half @ vectors[:, -r:].flip(1)).Q
+    weighted = E * H if H.dim() == 1 else E @ H
+    if rows <= _EXACT:
         _, vectors = torch.linalg.eigh(weighted @ E.T)
         return vectors[:, -r:].flip(1)
     # Subspace iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4): the matrix of out x out is never formed.
