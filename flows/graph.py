@@ -35,6 +35,7 @@ from tasks.base import prepare_base
 from tasks.benchmark import prepare_benchmark
 from tasks.bundle import make_bundle
 from tasks.calibrate import calibrate
+from tasks.ceiling import train_ceiling
 from tasks.cost import apply_cost
 from tasks.evaluate import evaluate_method
 from tasks.evaluate_shard import evaluate_shard, shard_bounds
@@ -42,6 +43,7 @@ from tasks.export import export_budget
 from tasks.given_set import given_set
 from tasks.harness import evaluate_harness, include_digest
 from tasks.initial_set import initial_set
+from tasks.prompts import continue_at_budget
 from tasks.publish_s3 import publish_run
 from tasks.reference import train_reference
 from tasks.register import register_version
@@ -63,7 +65,15 @@ from tasks.write_run_folder import write_run_folder
 PARTS: dict[str, tuple[Stage, ...]] = {
     "calibration": (prepare_base, prepare_benchmark, calibrate, apply_cost),
     "training": (initial_set, given_set, train_round, search_round),
-    "evaluation": (select_budgets, evaluate_shard, evaluate_method, evaluate_harness, train_reference),
+    "evaluation": (
+        select_budgets,
+        evaluate_shard,
+        evaluate_method,
+        evaluate_harness,
+        continue_at_budget,
+        train_reference,
+        train_ceiling,
+    ),
     "export": (make_bundle, export_budget, assemble, make_report),
     "registration": (),
 }
@@ -95,13 +105,16 @@ class Trained:
 class Evaluated:
     """The final set with a configuration for each budget, and every method's scores.
 
-    `references` holds a score for each budget, `harness` one where harness tasks are asked for.
+    `references` holds a score for each budget, `harness` one where harness tasks are asked for. `continued` are prompts
+    and `ceiling` is the score of an own adapter in full precision: None where they are not asked for.
     """
 
     selection: Artifact
     scores: dict[str, Artifact]
     references: dict[str, list[Artifact]]
     harness: list[Artifact]
+    continued: Artifact | None
+    ceiling: Artifact | None
 
 
 @dataclass(frozen=True)
@@ -268,10 +281,40 @@ class Graph:
                         shards=shards,
                     )
                 harness = self._harness({**asked, "state": state, "method": "coa"}, pool)
+                continued = self._continued(state, selection)
                 references = {m: self._reference(m, asked, pool) for m in s.baselines.per_budget}
+                ceiling = self._ceiling()
         finally:
             release_models()
-        return Evaluated(selection, scores, references, harness)
+        return Evaluated(selection, scores, references, harness, continued, ceiling)
+
+    def _continued(self, state: Artifact, selection: Artifact) -> Artifact | None:
+        """Continuations of the prompts."""
+        asked = self.run.settings.evaluation
+        if not asked.prompts:
+            return None
+        return self.run.run(
+            continue_at_budget,
+            model=self.model,
+            selection=selection,
+            state=state,
+            prompts=asked.prompts,
+            index=asked.budgets.index(asked.prompts_at),
+            new_tokens=asked.prompt_tokens,
+        )
+
+    def _ceiling(self) -> Artifact | None:
+        """The base in full precision with an adapter of its own."""
+        s = self.run.settings
+        if s.baselines.ceiling == "shared":
+            return None
+        return self.run.run(
+            train_ceiling,
+            model=self.model,
+            training=s.training,
+            steps=s.training.total_steps(s.search.rounds),
+            batch_size=s.evaluation.batch_size,
+        )
 
     def _harness(self, common: dict[str, Any], pool: Pool | None) -> list[Artifact]:
         """CoA-LoRA's model of every budget on the harness's tasks."""
@@ -323,6 +366,8 @@ class Graph:
             exports=exports,
             references=evaluated.references,
             harness=evaluated.harness,
+            continued=evaluated.continued,
+            ceiling=evaluated.ceiling,
         )
         return Exported(bundle, exports, result, run.run(make_report, result=result))
 

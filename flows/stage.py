@@ -59,8 +59,8 @@ def _results(part: str, graph: Graph) -> Iterator[tuple[str, Artifact]]:
         yield part, graph.calibrated.tables
     elif part == "training":
         yield f"{part}/configurations", graph.trained.sets[-1]
-        for method in ("coa", "shared"):
-            yield f"{part}/{method}", graph.trained.states[method][-1]
+        for method, states in graph.trained.states.items():
+            yield f"{part}/{method}", states[-1]
     elif part == "evaluation":
         evaluated = graph.evaluated
         yield f"{part}/selection", evaluated.selection

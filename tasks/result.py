@@ -1,6 +1,7 @@
 """Stage `result`: everything that a finished run reports, as one checked JSON file."""
 
 from coalora.files import read_json
+from coalora.models.files import count_parameters
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, BaseModel, load_benchmark, load_selected, load_set, load_tables
 from pipeline.report.result import RunMeasures, build_result, time_of
@@ -8,7 +9,9 @@ from pipeline.report.schema import RESULT
 from pipeline.settings.sections import Settings
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, current_store
+from tasks.ceiling import CEILING
 from tasks.harness import HARNESS
+from tasks.prompts import CONTINUED
 from tasks.reference import REFERENCE_SCORE
 
 
@@ -27,14 +30,18 @@ def assemble(
     exports: list[Artifact],
     references: dict[str, list[Artifact]],
     harness: list[Artifact] | None = None,
+    continued: Artifact | None = None,
+    ceiling: Artifact | None = None,
 ) -> Artifact:
     """`result.json` of a run."""
     store, measured, source = current_store(), load_tables(tables), BaseModel(base)
     made = [base, benchmark, tables, *searches, selection, *scores.values()]
     made += [a for found in (*references.values(), harness or [], exports) for a in found]
+    made += [a for a in (continued, ceiling) if a is not None]
     vocab_size = getattr(source.config(), "vocab_size", 0)
     measures = RunMeasures(
-        model={"name": source.name, "digest": source.digest, "vocab_size": vocab_size},
+        model={"name": source.name, "digest": source.digest, "vocab_size": vocab_size}
+        | {"n_parameters": count_parameters(source.path)},
         data=load_benchmark(benchmark),
         tables=measured,
         members=load_set(selection, measured),
@@ -49,6 +56,8 @@ def assemble(
             if trained[-1].meta["step"]
         },
         harness=[read_json(store.path(a) / HARNESS) for a in harness or []],
+        continued=read_json(store.path(continued) / CONTINUED) if continued else [],
+        ceiling=read_json(store.path(ceiling) / CEILING) if ceiling else None,
         exports=[export.meta for export in exports],
         seconds=[*map(time_of, made), *((f"train {m}", time_of(a)[1]) for m, of in states.items() for a in of)],
     )

@@ -174,7 +174,13 @@ class AdaptedModel:
         return self.theta(torch.as_tensor(configuration, dtype=torch.int64, device=self.device))
 
     def switch(self, configuration: np.ndarray) -> None:
-        """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta."""
+        """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta.
+
+        All `FULL_PRECISION` is the base as it was, with the plain shared adapter.
+        """
+        if (configuration == FULL_PRECISION).all():
+            self.full_precision()
+            return
         self.base.switch(configuration)
         chosen = [int(choice) for choice in configuration]
         experts, compensation = self.experts, self.compensation
@@ -201,8 +207,7 @@ class AdaptedModel:
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute U of the configuration held now, after theta has changed; frees what its gradient needed."""
-        if not (self.base.configuration == FULL_PRECISION).all():
-            self.switch(self.base.configuration)
+        self.switch(self.base.configuration)
 
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""

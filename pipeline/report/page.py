@@ -17,7 +17,7 @@ from pipeline.report.heatmap import heatmap_figure
 from pipeline.report.rounds import rounds_figure
 from pipeline.report.schema import Budget, Result
 from pipeline.report.style import PALETTE, arm_key, bits_color, figure_png, themed_svg
-from pipeline.report.table import best_arms, best_of, other_cost
+from pipeline.report.table import best_arms, best_of, other_cost, used_less
 from pipeline.words import human_bytes, human_count, human_seconds, number, signed
 
 FILTERS = {"number": number, "signed": signed, "bytes": human_bytes, "count": human_count, "duration": human_seconds}
@@ -61,8 +61,7 @@ def render_page(result: Result) -> str:
         best=best,
         bars=[_bits_bar(row) for row in rows],
         legend=[(f"{bits:g}", bits_color(bits)) for bits in sorted({b for row in rows for b in row.n_layers_by_bits})],
-        # At how many budgets an arm is best alone, and at how many it ties for the best.
-        wins={n: (best.count(frozenset({n})), sum(n in arms and len(arms) > 1 for arms in best)) for n in names},
+        used_less=used_less(result),
         best_volume=best_arms(result.hypervolume.values, higher_is_better=True),
         stages=[(stage, spent, 100 * spent / longest) for stage, spent in result.seconds.items()],
         settings=json.dumps(result.settings, indent=2, ensure_ascii=False),

@@ -25,7 +25,7 @@ _OF_AN_EXPORT = ("digest", "adapter_bytes", "base_bytes")
 class RunMeasures:
     """What the stages of a run measured, each read from its artifact."""
 
-    model: Mapping[str, Any]  # name, digest and vocab_size of the base
+    model: Mapping[str, Any]  # name, digest, vocab_size and n_parameters of the base
     data: Benchmark
     tables: CalibrationTables
     members: ConfigurationSet  # the final set
@@ -36,6 +36,8 @@ class RunMeasures:
     rounds: Sequence[Mapping[str, Any]]  # records of the search rounds, in order
     curves: Mapping[str, Sequence[Mapping[str, Any]]]  # method -> its training history
     harness: Sequence[Mapping[str, Any]]  # scores of tasks for each asked budget, where they are asked for
+    continued: Sequence[Mapping[str, Any]]  # prompts and what follows them, where they are asked for
+    ceiling: Mapping[str, Any] | None  # scores of an own adapter in full precision; None: Shared-LoRA's is taken
     exports: Sequence[Mapping[str, Any]]  # facts of each asked budget's export
     seconds: Iterable[tuple[str, float]]  # (stage, seconds) of every artifact
 
@@ -60,7 +62,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
     asked, budgets = settings.benchmark, settings.evaluation.budgets
     reported = reported_metrics(data.task, data.num_labels, asked.metric, asked.metrics)
     headline = reported[0]
-    ceiling = measures["shared"]["full_precision"]
+    ceiling = measures["shared"]["full_precision"] if run.ceiling is None else run.ceiling
     content: dict[str, Any] = {
         "pipeline": pipeline,
         "benchmark": {
@@ -74,6 +76,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "name": run.model["name"],
             "n_layers": len(measured.layers),
             "n_weights": measured.n_weights,
+            "n_parameters": run.model["n_parameters"],
             "digest": run.model["digest"],
         },
         "settings": settings.model_dump(mode="json"),
@@ -119,13 +122,14 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "bits": [_layer_bits(configuration, measured) for configuration in run.chosen],
         },
         "harness": [{"budget": b, "tasks": found} for b, found in zip(budgets, run.harness, strict=False)],
+        "continued": [{"budget": settings.evaluation.prompts_at, **found} for found in run.continued],
         "seconds": _by_stage(run.seconds),
         "exports": [
             {"budget": b, "folder": f"export/{budget_name(b, measured.cost_kind)}"}
             | {key: e[key] for key in _OF_AN_EXPORT}
             for b, e in zip(budgets, run.exports, strict=True)
         ],
-        "notes": _notes(data.task),
+        "notes": _notes(data.task, list(measures), own_ceiling=run.ceiling is not None),
     }
     return as_result(content).model_dump(mode="json")
 
@@ -172,13 +176,15 @@ def _by_stage(seconds: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in total.items()}
 
 
-def _notes(task: str) -> list[str]:
+def _notes(task: str, methods: Sequence[str], *, own_ceiling: bool) -> list[str]:
+    ceiling = "an adapter of its own, trained there for as many steps" if own_ceiling else "the Shared-LoRA adapter"
     notes = [
-        "All methods are measured on the same configurations; CoA-LoRA and Shared-LoRA took the same number of steps "
-        "on the same configurations and examples in the same order.",
+        "All methods are measured on the same configurations"
+        + ("; CoA-LoRA and Shared-LoRA took the same number of steps on the same configurations and examples in the "
+           "same order." if "shared" in methods else "."),
         "Configurations were chosen on the search split; validation examples were only measured.",
-        "Full precision: the unquantized base with the Shared-LoRA adapter.",
-    ]
+        f"Full precision: the unquantized base with {ceiling}.",
+    ]  # fmt: skip
     if task == "classification":
         notes.append(
             "Head only: no LoRA; the classification head alone was trained on the quantized base, with the same steps."

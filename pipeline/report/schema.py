@@ -38,7 +38,13 @@ class Model(_Part):
     name: str
     n_layers: Annotated[int, Field(ge=1)]  # N
     n_weights: Annotated[int, Field(ge=1)]  # P
+    n_parameters: Annotated[int, Field(ge=1)]  # of all tensors, the target layers' among them
     digest: str
+
+    @property
+    def original_bytes(self) -> int:
+        """Size of the whole model with 16 bits a number, as language models are published."""
+        return 2 * self.n_parameters
 
 
 class Cost(_Part):
@@ -177,6 +183,16 @@ class Harness(_Part):
     tasks: dict[str, dict[str, float]]
 
 
+class Continued(_Part):
+    """What follows a prompt: in full precision, and quantized without and with the adapter."""
+
+    budget: Bits
+    prompt: str
+    full_precision: str
+    none: str
+    coa: str
+
+
 class Result(_Part):
     """A finished run. `arms` are the compared treatments of the same configurations, keyed by short name."""
 
@@ -196,6 +212,7 @@ class Result(_Part):
     heatmap: Heatmap
     seconds: dict[str, Seconds]
     harness: list[Harness] = []
+    continued: list[Continued] = []
     exports: list[Export]
     notes: list[str]
 
@@ -237,6 +254,15 @@ class Result(_Part):
     def budgets_in_order(self) -> list[Budget]:
         """Budgets from the smallest to the largest."""
         return sorted(self.budgets, key=lambda budget: (budget.budget, budget.average_bits))
+
+    def share(self, n_bytes: int) -> str:
+        """A size beside the original's."""
+        return f"{n_bytes / self.model.original_bytes:.0%}"
+
+    @property
+    def unused(self) -> list[Budget]:
+        """Budgets, in order, at which fewer bits than they allow measured better: less than 9/10 is used."""
+        return [budget for budget in self.budgets_in_order if budget.at < 0.9 * budget.budget]
 
     @property
     def metric_name(self) -> str:

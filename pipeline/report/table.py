@@ -28,10 +28,20 @@ def other_cost(result: Result) -> list[str]:
 
 
 def first_cells(result: Result, budget: Budget) -> list[str]:
-    """What a row says of its budget before the arms: budget, cost where it has a column, bits a weight, bytes."""
+    """What a row says of its budget before the arms: budget, cost where it has a column, bits a weight of the target
+    layers, bytes of the whole model with its adapter, and their share of the original's 16 bits."""
     cost = [result.cost.number(budget.at) for _ in other_cost(result)]
-    sizes = map(human_bytes, (budget.base_bytes, budget.adapter_bytes, budget.total_bytes))
-    return [result.cost.number(budget.budget), *cost, f"{budget.average_bits:.2f}", *sizes]
+    size = [human_bytes(budget.total_bytes), result.share(budget.total_bytes)]
+    return [result.cost.number(budget.budget), *cost, f"{budget.average_bits:.2f}", *size]
+
+
+def used_less(result: Result) -> list[str]:
+    """Sentences about budgets that are not used up, because fewer bits measured better."""
+    words = []
+    for at in sorted({budget.at for budget in result.unused}):
+        top = max(budget.budget for budget in result.unused if budget.at == at)
+        words.append(f"{result.cost.text(at)} measured better than anything up to {result.cost.text(top)}")
+    return words
 
 
 def markdown_table(result: Result) -> str:
@@ -39,7 +49,7 @@ def markdown_table(result: Result) -> str:
     names = result.arm_names
     arms = [_cell(result.arms[name].label) for name in names]
     single = [_cell(arm.label) for arm in result.references.values()]
-    head = ["budget", *other_cost(result), "bits a weight", "base", "adapter", "both"]
+    head = ["budget", *other_cost(result), "bits a weight", "size", "of the original"]
     columns = [f"{arm}, {_cell(result.metric_name)} {result.arrow}" for arm in [*arms, *single]]
     lines = ["| " + " | ".join([*head, *columns]) + " |", "|" + " ---: |" * (len(head) + len(columns))]
     for budget in result.budgets_in_order:
@@ -50,7 +60,11 @@ def markdown_table(result: Result) -> str:
     values = result.hypervolume.values
     best = best_arms(values, higher_is_better=True)
     shown = [f"{arm} {_bold(number(values[n]), n in best)}" for n, arm in zip(names, arms, strict=True)]
-    full = f"Full precision ({result.full_precision.bits:g} bits): {number(result.full_precision.metric)}."
+    full = (
+        f"Full precision ({result.full_precision.bits:g} bits): {number(result.full_precision.metric)}. "
+        f"Original: {human_bytes(result.model.original_bytes)} at 16 bits."
+    )
+    full += "".join(f" {words}." for words in used_less(result))
     return "\n".join([*lines, "", f"{full} Hypervolume ↑: {', '.join(shown)}.", ""])
 
 

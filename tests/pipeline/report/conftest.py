@@ -93,6 +93,7 @@ def make_result(
             "name": "demo-llama-4x128",
             "n_layers": len(names),
             "n_weights": 850_000,
+            "n_parameters": 1_100_000,
             "digest": "sha256:" + "3f9c" * 16,
         },
         "settings": {

@@ -33,10 +33,35 @@ def test_ties_are_all_starred(result: dict[str, Any]) -> None:
 def test_everything_promised_is_printed(result: dict[str, Any]) -> None:
     text = printed(result, folder=Path("out"))
     for expected in (
-        "239.1 KB", "114.7 KB", "CoA-LoRA 0.667 *", "2 min 11 s", "calibration 6.2 s", "exports/2.25",
+        "353.8 KB", "16%", "2.2 MB at 16 bits", "CoA-LoRA 0.667 *", "candidates accepted, hypervolume +",
+        "2 min 11 s", "calibration 6.2 s", "exports/2.25",
         "out/report.html", "out/front.png", "One seed", "1.929 at 32 bits",
     ):  # fmt: skip
         assert expected in text
+
+
+def test_the_table_fits_80_columns(result: dict[str, Any]) -> None:
+    for budget in result["budgets"]:
+        budget["reference_metric"] = budget["reference_loss"] = {"qlora": 1.234}
+    result["references"] = {"qlora": {"label": "one LoRA per budget", "n_steps": 9}}
+    lines = printed(result, width=80).splitlines()
+    table = lines[: next(i for i, line in enumerate(lines) if "is better" in line)]
+    assert max(map(len, table)) <= 80
+    assert not any("…" in line or "..." in line for line in table)
+
+
+def test_a_budget_that_is_not_used_up_is_told(result: dict[str, Any]) -> None:
+    assert "measured better" not in printed(result)
+    result["budgets"][-1]["average_bits"] = result["budgets"][-2]["average_bits"] = 2.13
+    assert "2.13 bits measured better than anything up to 5.00 bits" in printed(result)
+
+
+def test_prompts_are_shown_as_each_model_goes_on(result: dict[str, Any]) -> None:
+    result["continued"] = [
+        {"budget": 2.25, "prompt": "A list is", "full_precision": "a row", "none": "qqq", "coa": "an object"}
+    ]
+    text = printed(result)
+    assert [word in text for word in ("'A list is', at 2.25 bits", "'a row'", "'qqq'", "'an object'")] == [True] * 4
 
 
 def test_user_text_is_not_markup_and_long_paths_stay_on_one_line(result: dict[str, Any]) -> None:
