@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import filelock
@@ -10,7 +11,6 @@ from coalora.errors import CoaloraError
 from coalora.models.files import gguf_path, package_folder
 from pipeline.environment import coalora_home
 from pipeline.inputs.fingerprint import files_digest, model_digest
-from pipeline.progress import get_logger
 from pipeline.settings.sections import ModelSettings
 
 PACKAGE = "package:"  # a base model in the folder of an installed Python package
@@ -54,7 +54,10 @@ def _unpacked(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                get_logger().info("Unpacking %s, once: half a minute for 100 million weights", file.name)
+                # Before a run has a log.
+                print(
+                    f"Unpacking {file.name}, once: half a minute for 100 million weights", file=sys.stderr, flush=True
+                )
                 partial = folder.with_suffix(f".{os.getpid()}")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
