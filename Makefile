@@ -48,7 +48,7 @@ test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
 	$(PYTEST) -m 'not servers'
 
 test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
-	$(PYTEST) tests/e2e tests/flows tests/infra tests/tasks tests/pipeline -m servers
+	$(PYTEST) tests/e2e tests/faults tests/flows tests/infra tests/tasks tests/pipeline -m servers
 
 test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
 	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py

@@ -261,7 +261,9 @@ class Graph:
         """A configuration for each budget, then every method measured on all members and budgets."""
         run, s, trained = self.run, self.run.settings, self.trained
         state, selection = trained.states["coa"][-1], self.selection
-        _ = self.bundle  # now, while CoA-LoRA's model is loaded
+        # Now, while CoA-LoRA's model is loaded.
+        _ = self.bundle
+        continued = self._continued(state, selection)
         asked = {"model": self.model, "selection": selection, "batch_size": s.evaluation.batch_size}
         bounds = shard_bounds(selection, s.evaluation.shard_size)
         scores = {}
@@ -281,7 +283,6 @@ class Graph:
                         shards=shards,
                     )
                 harness = self._harness({**asked, "state": state, "method": "coa"}, pool)
-                continued = self._continued(state, selection)
                 references = {m: self._reference(m, asked, pool) for m in s.baselines.per_budget}
                 ceiling = self._ceiling()
         finally:

@@ -207,7 +207,8 @@ class AdaptedModel:
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute U of the configuration held now, after theta has changed; frees what its gradient needed."""
-        self.switch(self.base.configuration)
+        if not (self.base.configuration == FULL_PRECISION).all():
+            self.switch(self.base.configuration)
 
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""

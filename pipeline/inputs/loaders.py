@@ -65,9 +65,12 @@ class BaseModel:
 
     @property
     def address(self) -> str:
-        """What stock PEFT finds it by: its id on the hub, or the absolute path of its folder."""
+        """What stock PEFT finds it by: its id on the hub, or the absolute path of its folder.
+
+        Of a model that was made or unpacked here it is the name alone: where a store lies is no part of a result.
+        """
         reference = self._reference
-        return self.name if reference is not None and "revision" in reference else str(self.path.resolve())
+        return self.name if reference is None or "revision" in reference else str(self.path.resolve())
 
     @property
     def digest(self) -> str:

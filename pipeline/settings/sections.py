@@ -382,7 +382,7 @@ class EvaluationSettings(Section):
         max_length=8,
     )
     prompt_budget: float | None = setting(
-        None, "Budget of the prompts", "The nearest one of the budgets; by default the smallest."
+        None, "Budget of the prompts", "The nearest one of the budgets; by default the smallest.", gt=0
     )
     prompt_tokens: int = setting(40, "Tokens after a prompt", "Tokens that are generated.", ge=1, le=1024)
     harness_tasks: list[str] = setting(

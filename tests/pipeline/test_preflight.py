@@ -231,9 +231,9 @@ def test_dvc_must_be_initialised_unless_versioning_is_off(tmp_path: Path) -> Non
     preflight(tiny("versioning.push=true"), root=tmp_path)
 
 
-def test_checks_write_nothing(tmp_path: Path) -> None:
+def test_checks_write_nothing_and_make_the_home_alone(tmp_path: Path) -> None:
     preflight(tiny("versioning.enabled=false"), root=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [".coalora"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

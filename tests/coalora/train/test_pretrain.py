@@ -93,6 +93,8 @@ def test_a_width_that_heads_cannot_share_is_refused() -> None:
 def test_too_little_text_and_a_diverging_run_are_refused_before_anything_is_saved(tmp_path: Path) -> None:
     with pytest.raises(CoaloraError, match="make no block of 17 tokens"):
         pretrain(["short"], RECIPE, tmp_path / "a", seed=0, device=CPU)
+    diverging = dataclasses.replace(RECIPE, steps=3)
+    object.__setattr__(diverging, "lr", 1e30)  # far beyond what a recipe takes
     with pytest.raises(CoaloraError, match=r"ended with a loss of .*Lower model.pretrain.lr"):
-        pretrain(TEXTS, dataclasses.replace(RECIPE, lr=1e30, steps=3), tmp_path / "a", seed=0, device=CPU)
+        pretrain(TEXTS, diverging, tmp_path / "a", seed=0, device=CPU)
     assert not (tmp_path / "a").exists()
