@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from coalora.calibrate.costs import UNITS
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
 from coalora.files import read_json, require_writable, whole_or_nothing, write_json
 from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
+from pipeline.report.schema import Cost
 from pipeline.settings.definitions import validate_settings
 from pipeline.settings.sections import RuntimeSettings, Settings
 from pipeline.stages.runner import DirectRunner
@@ -56,12 +56,13 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
     chosen = time.perf_counter()
     with whole_or_nothing(out) as part:
         facts = export.write(part, configuration, list(dict.fromkeys([*settings.export.formats, "packed"])))
-    unit = UNITS[settings.cost.kind].unit
-    cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {unit}, "
+    counted = Cost.of(settings.cost.kind)
+    cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {counted.unit}, "
+    unused = counted.unused(float(facts["cost"] or 0), budget)
     return (
         f"{out}: {cost}{facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
         f"base {facts['base_bytes']:,} bytes; chosen in {1000 * (chosen - started):.0f} ms, "
-        f"written in {time.perf_counter() - chosen:.1f} s"
+        f"written in {time.perf_counter() - chosen:.1f} s" + (f"\n{unused}" if unused else "")
     )
 
 

@@ -60,6 +60,12 @@ class Cost(_Part):
         unit = UNITS[kind]
         return cls(kind=kind, label=unit.label, words=unit.words, unit=unit.unit)
 
+    def unused(self, at: float, budget: float) -> str | None:
+        """What is said of a budget of which less than 9/10 is used; None otherwise."""
+        if at >= 0.9 * budget:
+            return None
+        return f"{self.text(at)} measured better than anything up to {self.text(budget)}"
+
     def text(self, value: float) -> str:
         """A cost with its unit."""
         return f"{self.number(value)} {self.unit}"
@@ -258,11 +264,6 @@ class Result(_Part):
     def share(self, n_bytes: int) -> str:
         """A size beside the original's."""
         return f"{n_bytes / self.model.original_bytes:.0%}"
-
-    @property
-    def unused(self) -> list[Budget]:
-        """Budgets, in order, at which fewer bits than they allow measured better: less than 9/10 is used."""
-        return [budget for budget in self.budgets_in_order if budget.at < 0.9 * budget.budget]
 
     @property
     def metric_name(self) -> str:

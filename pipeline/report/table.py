@@ -37,11 +37,8 @@ def first_cells(result: Result, budget: Budget) -> list[str]:
 
 def used_less(result: Result) -> list[str]:
     """Sentences about budgets that are not used up, because fewer bits measured better."""
-    words = []
-    for at in sorted({budget.at for budget in result.unused}):
-        top = max(budget.budget for budget in result.unused if budget.at == at)
-        words.append(f"{result.cost.text(at)} measured better than anything up to {result.cost.text(top)}")
-    return words
+    largest = {budget.at: budget.budget for budget in result.budgets_in_order}
+    return [words for at, budget in sorted(largest.items()) if (words := result.cost.unused(at, budget))]
 
 
 def markdown_table(result: Result) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coalora.errors import CoaloraError
-from pipeline.report.schema import as_result
+from pipeline.report.schema import Cost, as_result
 
 
 def test_result_survives_json(result: dict[str, Any]) -> None:
@@ -61,3 +61,10 @@ def test_parts_that_contradict_each_other_are_refused(result: dict[str, Any]) ->
 def test_arms_come_in_reading_order_whatever_the_input_order(result: dict[str, Any]) -> None:
     result["arms"] = dict(reversed(result["arms"].items()))
     assert as_result(result).arm_names == ["none", "shared", "coa"]
+
+
+def test_a_budget_counts_as_used_from_nine_tenths_on() -> None:
+    cost = Cost.of("average_bits")
+    assert cost.unused(3.7, 4.0) is None
+    assert cost.unused(2.13, 3.5) == "2.13 bits measured better than anything up to 3.50 bits"
+    assert Cost.of("bytes").unused(30.0, 120.0) == "30 MB measured better than anything up to 120 MB"
