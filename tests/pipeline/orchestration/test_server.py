@@ -74,7 +74,7 @@ def test_the_form_has_titles_descriptions_defaults_ranges_and_choices(server: Se
             assert field.get("description"), f"{section}.{key}"
     rounds = sections["SearchRecipe"]["properties"]["rounds"]
     assert (rounds["title"], rounds["default"], rounds["minimum"]) == ("Search rounds", 2, 0)
-    assert rounds["description"].endswith("[at least 0]")
+    assert rounds["description"].endswith("[at least 0, at most 1000]")
     assert sections["TrainingRecipe"]["properties"]["sampling"]["enum"] == [
         "uniform",
         "low-bits",
