@@ -58,11 +58,13 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
         facts = export.write(part, configuration, list(dict.fromkeys([*settings.export.formats, "packed"])))
     counted = Cost.of(settings.cost.kind)
     cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {counted.unit}, "
-    unused = counted.unused(float(facts["cost"] or 0), budget)
+    at, unused = float(facts["cost"] or 0), ""
+    if counted.unused(at, budget):
+        unused = f"\n{counted.text(at)} is the best of the run's set up to {counted.text(budget)}"
     return (
         f"{out}: {cost}{facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
         f"base {facts['base_bytes']:,} bytes; chosen in {1000 * (chosen - started):.0f} ms, "
-        f"written in {time.perf_counter() - chosen:.1f} s" + (f"\n{unused}" if unused else "")
+        f"written in {time.perf_counter() - chosen:.1f} s{unused}"
     )
 
 

@@ -56,7 +56,7 @@ def print_result(result: Result, console: Console, folder: Path | None = None) -
         _line(console, f"search round {found.round}", words)
     for text in result.continued:
         _line(console, "prompt", f"{text.prompt!r}, at {result.cost.text(text.budget)}")
-        for head, said in (("full precision", text.full_precision), ("no adapter", text.none), ("CoA-LoRA", text.coa)):
+        for head, said in (("original", text.full_precision), ("no adapter", text.none), ("CoA-LoRA", text.coa)):
             _line(console, f"  {head}", repr(said))
     if result.seconds:
         stages = "   ".join(f"{stage} {human_seconds(spent)}" for stage, spent in result.seconds.items())

@@ -58,7 +58,7 @@ def test_a_new_budget_is_answered_with_base_and_adapter(
     assert printed.startswith(f"{out}: {content['average_bits']:.3f} average bits, adapter ")
     size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
     assert f"adapter {size:,} bytes" in printed
-    assert "measured better" not in printed or content["average_bits"] < 0.9 * 3.3
+    assert "best of the run's set" not in printed or content["average_bits"] < 0.9 * 3.3
     assert content["digest"] == Bundle.load(run.folder / "bundle").adapt(3.3).digest
     model = load_adapted(out / "base", out / "adapter")
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_budget_that_is_not_used_up_is_told(
     cheapest = Bundle.load(run.folder / "bundle").select(2.3)
     monkeypatch.setattr(Bundle, "select", lambda self, budget: cheapest)
     assert adapt(run, tmp_path / "out", budget="4") == 0
-    assert "measured better than anything up to 4.00 bits\n" in capsys.readouterr().out
+    assert "is the best of the run's set up to 4.00 bits\n" in capsys.readouterr().out
 
 
 def test_a_budget_of_the_run_gives_the_runs_own_export(run: TinyRun, tmp_path: Path) -> None:
