@@ -182,7 +182,7 @@ class CoaLoraModel:
         return example_split(examples, self.tokenizer, max_length=self.max_length)
 
     def calibrate(self, data: Data, *, progress: Progress | None = None) -> CalibrationTables:
-        """Measure what every choice costs and breaks in every target layer, over the first examples of `data`.
+        """Measure what every choice costs and breaks in every target layer, over examples at equal distances in `data`.
 
         `config.calibration.n_samples` of them; all, where there are fewer.
         """

@@ -134,8 +134,8 @@ def positions(model: PreTrainedModel) -> int | None:
 
 def _check_files(settings: Settings) -> None:
     model, benchmark = settings.model, settings.benchmark
-    if model.name_or_path and Path(base_source(model)).is_dir():
-        for file in model_files(Path(base_source(model))):
+    if model.name_or_path and (folder := Path(base_source(model))).is_dir():
+        for file in model_files(folder):
             if file.suffix == ".safetensors":
                 read_header(file)
     for path in input_files(benchmark):
@@ -229,7 +229,8 @@ def _blocks(
 ) -> Split:
     """The first blocks of a part; refuses fewer than are wanted."""
     try:
-        split = text_split(texts[part], tokenizer, max_length=max_length, limit=wanted)
+        # An iterator: whether there are enough of them takes no more text than that.
+        split = text_split(iter(texts[part]), tokenizer, max_length=max_length, limit=wanted)
     except CoaloraError as error:
         raise CoaloraError(
             f"The {part} text is too short: {error.problem}", remedy=f"Give more text, or lower {key}"

@@ -29,10 +29,8 @@ from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import CalibrationRecipe, Rounding
 
-_TOGETHER, _ELEMENTS = (
-    32,
-    2**26,
-)  # at most so many layers quantized together, and so many weights and entries of Hessians
+# At most so many layers are quantized together, with so many weights and entries of Hessians.
+_TOGETHER, _ELEMENTS = 32, 2**26
 
 
 @dataclass(frozen=True)
@@ -300,7 +298,7 @@ def check_kept(
     """Megabytes of all layers under all allowed choices, packed: what rounding other than absmax keeps.
 
     Raises:
-        CoaloraError: more than `recipe.kept_mb`, where they must be kept.
+        CoaloraError: they are to be kept, and exceed `recipe.kept_mb`.
     """
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
     kept = float(nbytes.sum() if allowed is None else nbytes[allowed].sum()) / 1e6

@@ -84,7 +84,8 @@ class Bundle:
         tensors: `AdaptedModel.state_dict()` of method `coa` or `shared`.
         recipe: the adapter's sizes.
         task: the base's task.
-        base_model: what the adapter's config names as its base: hub id, or an absolute path; `AutoPeftModel` loads it.
+        base_model: what the adapter's config names as its base: a hub id or an absolute path, by which `AutoPeftModel`
+            loads it, or the mere name of a model that a run made or unpacked.
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
 

@@ -6,10 +6,12 @@ a grid already, and a choice that finds the same grid again (int in groups of 32
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -44,7 +46,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _read(file: Path, load, **options):  # type: ignore[no-untyped-def]
+def _read(file: Path, load: Callable[..., Any], **options: Any) -> Any:
     """What a loader of transformers makes of the file, without its bars, its faults in words that say what to do."""
     if find_spec("gguf") is None:
         raise CoaloraError(

@@ -40,9 +40,8 @@ def base_name(model: ModelSettings) -> str:
 
 def model_content(model: ModelSettings) -> str | None:
     """Digest of the files of a base model that lies on this machine; None for the hub's and for pre-training."""
-    if model.name_or_path is None or not Path(base_source(model)).is_dir():
-        return None
-    return model_digest(Path(base_source(model)))
+    folder = None if model.name_or_path is None else Path(base_source(model))
+    return model_digest(folder) if folder is not None and folder.is_dir() else None
 
 
 def _unpacked(file: Path) -> Path:
