@@ -68,7 +68,9 @@ def heatmap_figure(result: Result) -> Figure:
                 )  # fmt: skip
         if len(blocks) > 12:
             figure.text(0.521, 0.05 / height, "transformer block", ha="center", va="bottom", color=INK)
-        _legend(figure, height, sorted({bits for row_bits in heat.bits for bits in row_bits}))
+        # By what is written: layers of one choice differ in the bytes of their offsets.
+        values = {f"{bits:.3g}": bits for row_bits in heat.bits for bits in row_bits}
+        _legend(figure, height, sorted(values.values()))
     return figure
 
 

@@ -100,3 +100,12 @@ def test_blocks_are_found_in_names_of_decoders_and_encoders() -> None:
     assert block_runs(names) == [(None, [0]), (0, [1, 2]), (11, [3]), (None, [4])]
     assert block_runs(["roberta.encoder.layer.3.attention.self.query"])[0][0] == 3
     assert block_runs(["fc1", "fc2"]) == [(None, [0, 1])]
+
+
+def test_the_legend_of_bits_writes_no_value_twice(result: dict[str, Any]) -> None:
+    heat = result["heatmap"]
+    # As counted: layers of one choice differ by the bytes of an offset.
+    heat["bits"] = [[bits + 1e-4 * column for column, bits in enumerate(row)] for row in heat["bits"]]
+    written = [text.get_text() for text in heatmap_figure(as_result(result)).texts]
+    assert {"2", "3"} <= set(written)
+    assert len(set(written)) == len(written)
