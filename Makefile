@@ -7,7 +7,7 @@ DEV := $(VENV)/.ready-dev
 PIP := python -m pip install --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo up down status test test-e2e test-gptq test-lowest lint bench lock clean help
+.PHONY: demo up down status test test-e2e test-gptq test-engines test-lowest lint bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -23,7 +23,7 @@ $(DEV): $(READY) requirements-dev.lock
 	@touch $@
 
 # Beside the environment and not in it: PEFT imports gptqmodel and bitsandbytes wherever it finds them.
-$(VENV)/gptq/.ready $(VENV)/oracles/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
+$(VENV)/gptq/.ready $(VENV)/oracles/.ready $(VENV)/engines/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
 	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/$* --requirement $<
 	@touch $@
 
@@ -45,13 +45,16 @@ status: $(READY) ## show how the stack is
 	$(BIN)/coalora stack status
 
 test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
-	$(PYTEST) -m 'not servers'
+	$(PYTEST) -m 'not servers and not engines'
 
 test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
 	$(PYTEST) tests/e2e tests/faults tests/flows tests/infra tests/tasks tests/pipeline -m servers
 
 test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
 	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py
+
+test-engines: $(DEV) $(VENV)/engines/.ready   ## run exports in llama.cpp, mlx-lm and compressed-tensors (130 MB more)
+	PYTHONPATH=$(VENV)/engines $(BIN)/python -m pytest tests/coalora/export/engines
 
 test-lowest:     ## run the library's tests on the lowest versions that the wheel admits (an environment of 6 GB)
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
@@ -76,7 +79,7 @@ lock:            ## resolve every requirements*.lock anew from pyproject.toml (n
 	$(COMPILE) --extra pipeline --extra kubernetes | grep --invert-match --extended-regexp '^(nvidia-[^m]|cuda-|triton==)' \
 	  > $(VENV)/requirements.lock
 	: > $(VENV)/requirements-dev.lock
-	for extra in dev oracles gptq; do \
+	for extra in dev oracles gptq engines; do \
 	  $(COMPILE) --extra pipeline --extra kubernetes --extra $$extra -c $(VENV)/requirements.lock -c $(VENV)/requirements-dev.lock \
 	    | grep --invert-match --extended-regexp '^(nvidia-|cuda-)' \
 	    | grep --invert-match --line-regexp --fixed-strings -f $(VENV)/requirements.lock -f $(VENV)/requirements-dev.lock \
