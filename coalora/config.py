@@ -58,7 +58,7 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
     training: TrainingRecipe = hyper(TrainingRecipe, "Training", "Steps, learning rates and objective.")
     initial_set: InitialSetRecipe = hyper(InitialSetRecipe, "Initial set", "Configuration set of round 0.")
     search: SearchRecipe = hyper(SearchRecipe, "Search", "Pareto search over configurations.")
-    seed: int = hyper(0, "Seed", "Seed of everything that is drawn.", ge=0, lt=2**31)
+    seed: int = hyper(0, "Seed", "Of everything that is drawn.", ge=0, lt=2**31)
 
     @property
     def adapter(self) -> AdapterRecipe:

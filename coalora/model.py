@@ -319,10 +319,10 @@ class CoaLoraModel:
             self.bundle().adapt(budget),
             self.tables,
             self.task,
+            load_config(self.folder, trust_remote_code=self.trust_remote_code),
             load_model=self._load,  # the resident model holds quantized weights
             load_tokenizer=lambda: self.tokenizer,
             load_statistics=lambda: self.statistics,
-            rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
         )
         write_export(folder, formats, source)
 

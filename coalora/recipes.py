@@ -29,8 +29,10 @@ WeightMode = Literal["dequantized", "packed"]
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def _range(limits: Mapping[str, Any]) -> str:
-    return ", ".join(f"{words} {limits[name]}" for name, words in _LIMITS.items() if name in limits)
+def _range(limits: Mapping[str, Any], largest: float = math.inf) -> str:
+    return ", ".join(
+        f"{words} {limits[name]}" for name, words in _LIMITS.items() if limits.get(name, largest) < largest
+    )
 
 
 def described(title: str, help: str, *, unit: str = "", **limits: Any) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def described(title: str, help: str, *, unit: str = "", **limits: Any) -> dict[s
         unit: added to the title.
         **limits: ge, gt, le, lt of every number that the field may take.
     """
-    words = _range(limits)
+    words = _range(limits, 1e9)  # a bound that keeps an integer in its bytes says nothing to who fills in a form
     description = f"{help} [{words}]" if words else help
     return {"title": f"{title} ({unit})" if unit else title, "description": description, **limits}
 
@@ -145,7 +147,7 @@ class AdapterRecipe(Recipe):
         (3, 0, 1.0)
     """
 
-    r: int = hyper(16, "LoRA rank (r)", "LoRA rank of a layer, compensation included.", ge=1, le=4096)
+    r: int = hyper(16, "LoRA rank (r)", "Of a layer, compensation included.", ge=1, le=4096)
     lora_alpha: int = hyper(
         16, "LoRA alpha", "LoRA scale s = lora_alpha / r, the same in every layer.", ge=1, le=65_536
     )
@@ -153,7 +155,7 @@ class AdapterRecipe(Recipe):
     theta: Literal["all", "others", "none"] = hyper(
         "others",
         "Choices that theta adjusts",
-        "Choices that theta adjusts the shared pair to: all, others (those without a pair of their own), or none.",
+        "Theta adjusts the shared pair to all, others (those without a pair of their own) or none.",
     )
     embedding_dim: int = hyper(8, "Embedding size of theta", "Size of each embedding of theta.", ge=1, le=4096)
     hidden_dim: int = hyper(128, "Hidden size of theta", "Hidden width of theta.", ge=1, le=65_536)
@@ -176,7 +178,7 @@ class AdapterRecipe(Recipe):
     expert_start: Literal["auto", "zero", "compensation"] = hyper(
         "auto",
         "Start of these pairs",
-        "Start of these pairs: zero, or the closed-form compensation of the first choice of their bits; "
+        "zero, or the closed-form compensation of the first choice of their bits; "
         "auto: compensation for language models, which then lose least to quantization, zero for classifiers, which "
         "have more to learn than to make good.",
     )
@@ -250,7 +252,7 @@ class Objective(Recipe):
     hidden: float = hyper(
         0.0,
         "Weight of hidden states",
-        "Weight of the hidden states' error beside the outputs'; 0 leaves it out.",
+        "How much their error counts beside the outputs'; 0 leaves it out.",
         ge=0,
         le=1_000_000,
     )
@@ -266,11 +268,9 @@ class Objective(Recipe):
 class TrainingRecipe(Recipe):
     """Steps and learning rates, which rise over `warmup_steps` and fall to a tenth along a cosine over all rounds."""
 
-    initial_steps: int = hyper(
-        300, "Steps on the initial set", "Steps on the initial configuration set.", ge=1, le=10_000_000
-    )
+    initial_steps: int = hyper(300, "Steps on the initial set", "Before the first search round.", ge=1, le=10_000_000)
     round_steps: int = hyper(
-        100, "Steps after each search round", "Steps after every search round.", ge=1, le=10_000_000
+        100, "Steps after each search round", "On the set that the round leaves.", ge=1, le=10_000_000
     )
     batch_size: int = hyper(32, "Batch size", "Examples or blocks a step.", ge=1, le=65_536)
     lr: float = hyper(1e-3, "Learning rate of LoRA", "Peak learning rate of lora_A and lora_B.", gt=0, le=10)
@@ -286,7 +286,7 @@ class TrainingRecipe(Recipe):
         "steps where the loss is in excess.",
     )
     sampling_power: float = hyper(
-        2.5, "Strength of the sampling", "Strength of low-bits (1 is uniform) and of adaptive.", ge=1, le=100
+        2.5, "Strength of the sampling", "Of low-bits (1 is uniform) and of adaptive.", ge=1, le=100
     )
     objective: Objective = hyper(Objective, "Objective", "Loss that a step minimises.")
     gradient_checkpointing: bool = hyper(
@@ -304,12 +304,12 @@ class TrainingRecipe(Recipe):
 class InitialSetRecipe(Recipe):
     """Configuration set of round 0: allocations at evenly spread budgets."""
 
-    size: int = hyper(50, "Budgets of the initial set", "Number of budgets.", ge=2, le=10_000)
+    size: int = hyper(50, "Budgets of the initial set", "How many, evenly spread.", ge=2, le=10_000)
     min_budget: float | None = hyper(
-        None, "Smallest budget", "Smallest budget, in units of cost; else the space's.", gt=0
+        None, "Smallest budget", "In units of cost; by default the least that the choices allow.", gt=0
     )
     max_budget: float | None = hyper(
-        None, "Largest budget", "Largest budget, in units of cost; else the space's.", gt=0
+        None, "Largest budget", "In units of cost; by default the most that the choices allow.", gt=0
     )
 
 
@@ -324,15 +324,17 @@ class SearchRecipe(Recipe):
         "configurations; frozen never changes the initial set; or module:name of your own.",
         json_schema_extra=listed(lambda: _strategies()),
     )
-    rounds: int = hyper(2, "Search rounds", "Search rounds, each followed by training.", ge=0, le=1000)
-    candidates: int = hyper(8, "Candidates a round", "Configurations proposed and evaluated a round.", ge=1, le=10_000)
+    rounds: int = hyper(2, "Search rounds", "Each is followed by training.", ge=0, le=1000)
+    candidates: int = hyper(
+        8, "Candidates a round", "Configurations that a round proposes and evaluates.", ge=1, le=10_000
+    )
     restarts: int = hyper(8, "Restarts", "Starts of the hill climbing for each proposal.", ge=1, le=10_000)
-    max_steps: int = hyper(50, "Moves of a climb", "Moves of one climb at most.", ge=1, le=100_000)
+    max_steps: int = hyper(50, "Moves of a climb", "At most so many.", ge=1, le=100_000)
     delta: int = hyper(
         1, "Step size (delta)", "A neighbour differs in one field by at most so many steps.", ge=1, le=1000
     )
     segments: int = hyper(
-        40, "Segments (U)", "Segments of cost that each keep their non-dominated members.", ge=1, le=10_000
+        40, "Segments (U)", "Stretches of cost that each keep their non-dominated members.", ge=1, le=10_000
     )
     batch_size: int = hyper(64, "Batch size", "Examples a batch when losses are measured.", ge=1, le=65_536)
 
@@ -376,12 +378,12 @@ class PretrainRecipe(Recipe):
     hidden_size: int = hyper(128, "Hidden size", "Width of the decoder.", ge=8, le=32_768)
     intermediate_size: int = hyper(384, "MLP size", "Width of its MLP.", ge=8, le=131_072)
     num_hidden_layers: int = hyper(4, "Blocks", "Transformer blocks.", ge=1, le=256)
-    num_attention_heads: int = hyper(4, "Attention heads", "Attention heads.", ge=1, le=256)
+    num_attention_heads: int = hyper(4, "Attention heads", "Heads of a block.", ge=1, le=256)
     vocab_size: int = hyper(
         512, "Vocabulary", "Tokens of the byte-level BPE tokenizer.", unit="tokens", ge=260, le=1_000_000
     )
-    max_length: int = hyper(128, "Block length", "Tokens a training block.", unit="tokens", ge=8, le=131_072)
-    steps: int = hyper(600, "Steps", "Training steps.", ge=1, le=10_000_000)
+    max_length: int = hyper(128, "Block length", "Of its training text.", unit="tokens", ge=8, le=131_072)
+    steps: int = hyper(600, "Training steps", "Batches that it sees.", ge=1, le=10_000_000)
     batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1, le=65_536)
     lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0, le=10)
 

@@ -88,7 +88,9 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_objective(settings)
     _check_harness(settings)
     check_runner(settings.evaluation.runner)
-    _ = STRATEGIES[settings.search.strategy], [EXPORT_FORMATS[name] for name in settings.export.formats]
+    _ = STRATEGIES[settings.search.strategy]
+    for name in settings.export.formats:
+        EXPORT_FORMATS[name]().check(tables, model.config, settings.benchmark.task)
     if root is not None and settings.versioning.enabled:
         check_repository(root, push=settings.versioning.push)
     if root is not None:

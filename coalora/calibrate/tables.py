@@ -128,6 +128,10 @@ class CalibrationTables:
         low, high = extremes(self.nbytes, self.allowed)
         return float(low * 8 / self.n_weights), float(high * 8 / self.n_weights)
 
+    def fixed(self, configuration: np.ndarray) -> CalibrationTables:
+        """The tables where each layer may take its choice of a configuration (N,) alone."""
+        return replace(self, allowed=np.arange(len(self.space)) == np.asarray(configuration)[:, None])
+
     def save(self, path: Path) -> None:
         header: dict[str, Any] = {
             "layers": [layer.to_dict() for layer in self.layers],

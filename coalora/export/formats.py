@@ -1,7 +1,8 @@
 """Registry of export formats: what a device gets for a budget.
 
 A format writes one folder from an `ExportSource`; `write_export` writes all that are asked for beside
-`configuration.json`. Other packages add formats in the entry point group ``coalora.export_formats``, or name one
+`configuration.json`. What a format cannot hold (`ExportFormat.check`) is refused before a run trains for it, and before
+a file is written. Other packages add formats in the entry point group ``coalora.export_formats``, or name one
 ``module:attribute``.
 """
 
@@ -17,7 +18,7 @@ from coalora.registry import Registry
 
 if TYPE_CHECKING:  # names are listed without torch
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from coalora.calibrate.tables import CalibrationTables
     from coalora.export.bundle import Adapted
@@ -33,21 +34,25 @@ class ExportSource:
         adapted: configuration (`choices` (N,), `content`) and adapter (`config`, `tensors` under PEFT's names).
         tables: calibration, with the target layers and the choice space.
         task: of the base model.
-        load_model, load_tokenizer, load_statistics: give the base in full precision (anew: it may be changed), its
-            tokenizer, and the statistics of its layers' inputs for calibrated schemes; called where they are needed.
+        config: of the base as its checkpoint has it.
+        load_model, load_tokenizer, load_statistics: give the base in full precision, its tokenizer, and the statistics
+            of its layers' inputs for calibrated schemes; called where they are needed.
         adapter_dtype: of the adapter's tensors; None keeps float32.
-        rest_dtype: of the tensors outside of the target layers, where it holds their values exactly; None keeps the
-            model's.
     """
 
     adapted: Adapted
     tables: CalibrationTables
     task: Task
+    config: PretrainedConfig
     load_model: Callable[[], PreTrainedModel]
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     load_statistics: Callable[[], Sequence[InputStatistics] | None]
     adapter_dtype: torch.dtype | None = None
-    rest_dtype: torch.dtype | None = None
+
+    @property
+    def rest_dtype(self) -> torch.dtype | None:
+        """Type of the tensors outside of the target layers, where it holds their values exactly; None: the model's."""
+        return getattr(self.config, "dtype", None)
 
 
 class ExportFormat(ABC):
@@ -55,6 +60,7 @@ class ExportFormat(ABC):
 
     Attributes:
         folder: name of the folder that it writes.
+        keeps_model: whether `write` leaves the model that it loads as it was, so that one serves several exports.
 
     Example:
         >>> from coalora import EXPORT_FORMATS
@@ -63,27 +69,51 @@ class ExportFormat(ABC):
     """
 
     folder: ClassVar[str]
+    keeps_model: ClassVar[bool] = False
+
+    def check(self, tables: CalibrationTables, config: PretrainedConfig, task: Task) -> None:  # noqa: B027
+        """Look whether the format can hold every choice that the layers may take (`tables.allowed`), in a model of this
+        architecture; arithmetic and names alone, for checks before long work.
+
+        Args:
+            tables: with one choice a layer where a configuration is asked about (`CalibrationTables.fixed`); the errors
+                are not read.
+            config: of the base model.
+
+        Raises:
+            CoaloraError: names the first layer, what is wrong, and what to train with instead.
+        """
 
     @abstractmethod
     def write(self, folder: Path, source: ExportSource) -> None:
-        """Write into `folder`, which is new."""
+        """Write into `folder`, which is new; `check` has passed."""
+
+    def start_line(self, export: Path) -> str:
+        """Command, or lines of Python, that runs what was written under the folder `export`, the one that was given to
+        `write_export`; empty where the format has no engine."""
+        return ""
 
 
 class PeftFormat(ExportFormat):
     """PEFT adapter, which stock `PeftModel.from_pretrained` loads (`coalora.export.adapter`)."""
 
     folder = "adapter"
+    keeps_model = True
 
     def write(self, folder: Path, source: ExportSource) -> None:
         import torch
 
         source.adapted.save_pretrained(folder, dtype=source.adapter_dtype or torch.float32)
 
+    def start_line(self, export: Path) -> str:
+        return f'peft.PeftModel.from_pretrained(base, "{export / self.folder}")'
+
 
 class PackedFormat(ExportFormat):
     """Packed quantized base (`coalora.export.base`) with its tokenizer."""
 
     folder = "base"
+    keeps_model = True
 
     def write(self, folder: Path, source: ExportSource) -> None:
         from coalora.export.base import write_base
@@ -99,6 +129,9 @@ class PackedFormat(ExportFormat):
         )
         source.load_tokenizer().save_pretrained(folder)
 
+    def start_line(self, export: Path) -> str:
+        return f'coalora.load_adapted("{export / self.folder}", "{export / PeftFormat.folder}")'
+
 
 EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
     "export format",
@@ -112,12 +145,14 @@ def write_export(folder: Path | str, formats: Sequence[str], source: ExportSourc
     """Write `configuration.json` and a folder for each of `formats` into `folder`.
 
     Raises:
-        CoaloraError: no such format.
+        CoaloraError: no such format, or one that cannot hold this configuration; nothing is written then.
     """
     from coalora.export.base import CONFIGURATION  # torch comes with these
     from coalora.files import write_json
 
     folder, wanted = Path(folder), [EXPORT_FORMATS[name]() for name in formats]
+    for made in wanted:
+        made.check(source.tables.fixed(source.adapted.choices), source.config, source.task)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIGURATION, source.adapted.content)
     for made in wanted:

@@ -16,14 +16,12 @@ from transformers import PreTrainedModel
 from coalora.data.benchmark import Benchmark
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
-from coalora.export.formats import ExportSource, write_export
+from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
 from coalora.files import digest
 from pipeline.inputs.adapted import hold, release_models
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
 from pipeline.store.store import Artifact, Scalar, current_store
-
-READERS = {"peft", "packed"}  # formats that leave the model as it is
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,19 @@ class ExportInputs:
         formats = self.settings.formats if formats is None else formats
 
         def load_model() -> PreTrainedModel:
-            # One for all exports in a row, unless a format of another package may change it.
-            return self._kept(base, data) if {*formats} <= READERS else base.load(data, self.runtime, seed=self.seed)
+            # One for all exports in a row, unless a format may change it.
+            kept = all(EXPORT_FORMATS[name].keeps_model for name in formats)
+            return self._kept(base, data) if kept else base.load(data, self.runtime, seed=self.seed)
 
         source = ExportSource(
             adapted,
             tables,
             data.task,
+            base.config(),
             load_model=load_model,
             load_tokenizer=base.tokenizer,
             load_statistics=lambda: load_input_statistics(self.tables, tables),
             adapter_dtype=getattr(torch, self.settings.adapter_dtype),
-            rest_dtype=getattr(base.config(), "dtype", None),
         )
         write_export(folder, formats, source)
         return {

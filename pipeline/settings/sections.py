@@ -128,19 +128,23 @@ class ModelSettings(Section):
 class FilesSettings(Section):
     """Local files of a benchmark: csv, tsv, jsonl or parquet; for language modelling plain text as well."""
 
-    train: str = setting(_REQUIRED, "Training file", "Training file.")
-    validation: str | None = setting(None, "Validation file", "Validation file; text may be split off the training.")
-    search: str | None = setting(None, "Search file", "File that guides the search; else a part of train is set aside.")
+    train: str = setting(_REQUIRED, "Training file", "Its rows or documents are trained on.")
+    validation: str | None = setting(
+        None, "Validation file", "By default text is split off the training file; classification needs one."
+    )
+    search: str | None = setting(
+        None, "Search file", "Guides the search; by default a part of the training file is set aside."
+    )
 
 
 class HubSettings(Section):
     """A data set of the hub, read through `datasets`."""
 
-    path: str = setting(_REQUIRED, "Data set", "Data set id, such as nyu-mll/glue or allenai/c4.")
+    path: str = setting(_REQUIRED, "Data set", "Its id, such as nyu-mll/glue or allenai/c4.")
     name: str | None = setting(None, "Configuration of the data set", "Its configuration, such as sst2 or en.")
     revision: str | None = setting(None, "Revision", "Branch, tag or commit.")
-    train_split: str = setting("train", "Training split", "Name of the training split.")
-    validation_split: str = setting("validation", "Validation split", "Name of the validation split.")
+    train_split: str = setting("train", "Training split", "Its name there.")
+    validation_split: str = setting("validation", "Validation split", "Its name there.")
     streaming: bool = setting(False, "Streaming", "Read only as many rows as are used (large corpora).")
 
 
@@ -150,22 +154,24 @@ class BenchmarkSettings(Section):
     name: str = setting(_REQUIRED, "Name of the benchmark", "Name in reports.")
     task: Task = setting(_REQUIRED, "Task", "What the model is fine-tuned for.")
     builtin: Literal["pydoc-topics"] | None = setting(None, "Built-in text", "Text that comes with Python.")
-    files: FilesSettings | None = setting(None, "Local files", "Local files.")
-    hub: HubSettings | None = setting(None, "Data set of the hub", "Data set of the hub.")
+    files: FilesSettings | None = setting(None, "Local files", "Instead of a data set of the hub.")
+    hub: HubSettings | None = setting(None, "Data set of the hub", "Read through `datasets`.")
     text_columns: list[str] = setting(["text"], "Text columns", "One column, or a pair.", min_length=1, max_length=2)
     label_column: str = setting("label", "Label column", "Column of class indices, or of values.")
     num_labels: int = setting(
-        2, "Classes", "Number of classes; 1 is a regression on values, as of GLUE's STS-B.", ge=1, le=100_000
+        2, "Classes", "How many; 1 is a regression on values, as of GLUE's STS-B.", ge=1, le=100_000
     )
     metric: str | None = setting(
         None,
         "Headline metric",
-        "Headline of reports: accuracy (default), f1, macro_f1 or matthews_correlation of classes, pearson "
+        "In reports: accuracy (default), f1, macro_f1 or matthews_correlation of classes, pearson "
         "(default) or spearman of values, bits_per_byte (default) or perplexity of text.",
     )
-    metrics: list[str] | None = setting(None, "Further metrics", "Further metrics in reports; by default all.")
+    metrics: list[str] | None = setting(
+        None, "Further metrics", "Beside the headline; by default all that the task has."
+    )
     max_length: int = setting(
-        128, "Length of an example", "Tokens an example or block.", unit="tokens", ge=8, le=1_048_576
+        128, "Length of an example", "Of an example or a block of text, at most.", unit="tokens", ge=8, le=1_048_576
     )
     n_train: int | None = setting(
         None, "Training examples", "At most so many training examples or blocks.", ge=1, le=1_000_000_000
@@ -176,8 +182,8 @@ class BenchmarkSettings(Section):
     n_validation: int | None = setting(
         None, "Validation examples", "At most so many examples or blocks.", ge=1, le=1_000_000_000
     )
-    search_fraction: float = setting(0.05, "Share for the search", "Share of documents for the search.", gt=0, lt=1)
-    validation_fraction: float = setting(0.1, "Share for validation", "Share of documents held out.", gt=0, lt=1)
+    search_fraction: float = setting(0.05, "Share for the search", "Of the documents.", gt=0, lt=1)
+    validation_fraction: float = setting(0.1, "Share for validation", "Of the documents, held out.", gt=0, lt=1)
     split_seed: int = setting(
         0, "Seed of the split", "Decides which documents or examples are set aside.", ge=0, le=2_147_483_647
     )
@@ -225,13 +231,13 @@ class SchemeSettings(Section):
     scheme: SchemeName = setting(
         "nf",
         "Quantization scheme",
-        f"Quantization scheme: {', '.join(SCHEMES)}, or module:name of your own.",
+        f"One of {', '.join(SCHEMES)}, or module:name of your own.",
         json_schema_extra=listed(lambda: SCHEMES),
     )
     allow: Allowed = setting(
         dict,
         "Allowed values",
-        "Allowed values by field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
+        "By field, for example bits: [2, 3, 4]; a field left out keeps all its values.",
     )
 
 
@@ -242,15 +248,13 @@ class RuleSettings(Section):
     scheme: SchemeName | None = setting(
         None, "Quantization scheme", "Scheme for these layers; none keeps what they have."
     )
-    allow: Allowed = setting(
-        dict, "Allowed values", "Allowed values by field, of `scheme` or else of what the layers have."
-    )
-    also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that these layers may take.")
+    allow: Allowed = setting(dict, "Allowed values", "By field, of `scheme` or else of what the layers have.")
+    also: list[SchemeSettings] = setting([], "Further schemes", "These layers may take them, too.")
     min_bits: int | None = setting(
-        None, "Fewest bits", "Fewest bits of a weight (the field bits, no scales).", ge=1, le=32
+        None, "Fewest bits", "Of a weight, by the field bits: scales are not counted.", ge=1, le=32
     )
     max_bits: int | None = setting(
-        None, "Most bits", "Most bits of a weight (the field bits, without scales).", ge=1, le=32
+        None, "Most bits", "Of a weight, by the field bits: scales are not counted.", ge=1, le=32
     )
 
     @model_validator(mode="after")
@@ -268,7 +272,7 @@ class RuleSettings(Section):
 class ChoiceSettings(SchemeSettings):
     """The choice space: what each layer may become. Rules apply in order, each to what those before it left."""
 
-    also: list[SchemeSettings] = setting([], "Further schemes", "Further schemes that every layer may take.")
+    also: list[SchemeSettings] = setting([], "Further schemes", "Every layer may take them, too.")
     rules: list[RuleSettings] = setting([], "Rules by layer", "Other choices for some layers.")
 
 
@@ -352,14 +356,14 @@ class EvaluationSettings(Section):
     budgets: list[Annotated[float, Field(gt=0)]] = setting(
         [2.5, 3.0, 4.0],
         "Budgets",
-        "Budgets asked for, in units of cost; each is evaluated and exported. [each above 0]",
+        "In units of cost; each is evaluated and exported. [each above 0]",
         min_length=1,
     )
     batch_size: int = setting(64, "Batch size", "Examples a batch.", ge=1, le=65_536)
     shard_size: int = setting(
         16,
         "Configurations a shard",
-        "Configurations a shard; an evaluation that was killed goes on behind its last shard.",
+        "An evaluation that was killed goes on behind its last finished shard.",
         ge=1,
         le=100_000,
     )
@@ -391,7 +395,7 @@ class EvaluationSettings(Section):
         "Tasks of the lm-evaluation-harness, measured for every budget (language models; extra [eval]).",
     )
     harness_include: str | None = setting(
-        None, "Folder of harness tasks", "Folder of own tasks (YAML); needs COALORA_TRUST_CODE=1."
+        None, "Folder of harness tasks", "Tasks of your own (YAML); needs COALORA_TRUST_CODE=1."
     )
     harness_limit: int | None = setting(
         None, "Examples of a harness task", "At most so many of each task.", ge=1, le=1_000_000_000
@@ -431,8 +435,7 @@ class ExportSettings(Section):
     formats: list[str] = setting(
         lambda: ["peft", "packed"],
         "Formats",
-        "Formats written for each budget: peft (the adapter) and packed (its quantized base), or others that are "
-        "installed.",
+        "For each budget: peft (the adapter) and packed (its quantized base), or others that are installed.",
     )
     adapter_dtype: Literal["float32", "float16", "bfloat16"] = setting(
         "float32", "Number type of adapters", "Type of the adapter's tensors."
@@ -455,7 +458,7 @@ class TrackingSettings(Section):
         "Server or database, without a login; by default in COALORA_HOME.",
         json_schema_extra={"pattern": "^(?![A-Za-z0-9+.-]*://[^/]*@)"},  # Prefect would keep it in clear
     )
-    experiment: str = setting("coalora", "Experiment", "Experiment name.", min_length=1)
+    experiment: str = setting("coalora", "Experiment", "Its name in MLflow.", min_length=1)
     registered_model: str | None = setting(
         None,
         "Registered model",
@@ -497,16 +500,16 @@ class StorageSettings(Section):
     """
 
     publish: bool = setting(False, "Publish runs", "Publish adapters, packed bases, bundle and report of a run to S3.")
-    bucket: str | None = setting(None, "Bucket", "Bucket; it must exist already.", pattern=f"^{BUCKET}$")
+    bucket: str | None = setting(None, "Bucket", "It must exist already.", pattern=f"^{BUCKET}$")
     prefix: str = setting("", "Prefix of keys", "Start of every key in the bucket, for example team/coalora.")
     endpoint_url: str | None = setting(
         None,
         "Address of S3",
         "Server, for example http://127.0.0.1:9000; by default AWS_ENDPOINT_URL_S3, else AWS itself.",
     )
-    region: str | None = setting(None, "Region", "Region; by default AWS_REGION or the profile's.")
-    profile: str | None = setting(None, "Profile", "Profile of ~/.aws that credentials come from; else AWS_PROFILE.")
-    attempts: int = setting(5, "Attempts of a request", "Attempts where network or server fail.", ge=1, le=20)
+    region: str | None = setting(None, "Region", "By default AWS_REGION or the profile's.")
+    profile: str | None = setting(None, "Profile", "Of ~/.aws, where credentials come from; by default AWS_PROFILE.")
+    attempts: int = setting(5, "Attempts of a request", "Where network or server fail.", ge=1, le=20)
     timeout_seconds: float = setting(
         30.0, "Timeout", "Longest wait for the next bytes.", unit="seconds", gt=0, le=86_400
     )
@@ -558,14 +561,14 @@ def storage_settings(base: StorageSettings | None, changes: Mapping[str, Any]) -
 class StageSettings(Section):
     """How Prefect treats stages that compute."""
 
-    retries: int = setting(0, "Retries of a stage", "Retries of a failed stage.", ge=0, le=10)
+    retries: int = setting(0, "Retries of a stage", "Where it fails.", ge=0, le=10)
     timeout_hours: float | None = setting(
         None, "Time limit of a stage", "Longer ones fail.", unit="hours", gt=0, le=100_000
     )
     checkpoint_seconds: float | None = setting(
         60.0,
         "Time between checkpoints",
-        "Time between checkpoints of training, where a killed run resumes; null: between stages alone.",
+        "Of training, where a killed run resumes; null: between stages alone.",
         unit="seconds",
         gt=0,
         le=1_000_000,
@@ -576,9 +579,7 @@ class StageSettings(Section):
 class RuntimeSettings(RuntimeRecipe):
     """Device, number type and memory of the model, and the processes that train it."""
 
-    processes: int = hyper(
-        1, "Training processes", "Training processes; on GPUs one each. Each takes examples of its own.", ge=1, le=1024
-    )
+    processes: int = hyper(1, "Training processes", "On GPUs one each. Each takes examples of its own.", ge=1, le=1024)
     process_configurations: Literal["own", "same"] = hyper(
         "own",
         "Configurations of the processes",
