@@ -1,4 +1,4 @@
-"""Every pipeline that pipelines.yaml promises: its settings parse, its deployment builds, its model has the layers."""
+"""Every pipeline that the two files promise: its settings parse, its deployment builds, its model has the layers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
 from flows.main import pipeline
+from pipeline.orchestration.server import FILE_VARIABLE, check_deployment
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings, read_pipelines
 from pipeline.settings.sections import Settings
 from tests.flows.architectures import ARCHITECTURES, write_model
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "pipelines.yaml"
-CONTENT: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-DEPLOYMENTS = {d["name"]: d for d in CONTENT["deployments"]}
-NAMES = sorted(read_pipelines(FILE))
-PAPER = ("roberta-large-", "qwen-", "llama-")
+OWN, PAPER = ROOT / "pipelines.yaml", ROOT / "pipelines-paper.yaml"
+CONTENT: dict[Path, Any] = {file: yaml.safe_load(file.read_text(encoding="utf-8")) for file in (OWN, PAPER)}
+DEPLOYMENTS = {d["name"]: d for content in CONTENT.values() for d in content["deployments"]}
+FILES = {name: file for file in CONTENT for name in read_pipelines(file)}
+NAMES = sorted(FILES)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def flow() -> prefect.Flow[..., Any]:
 
 def on_this_machine(name: str, folder: Path) -> Settings:
     """Settings of a pipeline with a local config in place of the hub's model."""
-    settings = load_settings(name, file=FILE)
+    settings = load_settings(name, file=FILES[name])
     if settings.model.name_or_path is None:
         return settings
     model = write_model(folder, ARCHITECTURES[settings.model.name_or_path].config)
@@ -49,25 +50,35 @@ def on_this_machine(name: str, folder: Path) -> Settings:
 
 
 def test_definitions_and_deployments_correspond() -> None:
-    assert sorted(DEPLOYMENTS) == NAMES
-    assert len(CONTENT["deployments"]) == len(NAMES)
-    assert {name for name in NAMES if name.startswith(PAPER)} == {
+    for file, content in CONTENT.items():
+        assert sorted(d["name"] for d in content["deployments"]) == sorted(read_pipelines(file))
+    assert set(read_pipelines(PAPER)) == {
         "roberta-large-sst2", "roberta-large-qnli", "roberta-large-mnli", "roberta-large-qqp",
         "qwen-1-5b-c4", "qwen-3b-c4", "llama-2-7b-c4",
     }  # fmt: skip
 
 
 def test_repro_names_a_pipeline() -> None:
-    assert CONTENT["definitions"]["repro"] in NAMES
+    assert CONTENT[OWN]["definitions"]["repro"] in read_pipelines(OWN)
+
+
+def test_deploying_one_s_own_file_brings_none_of_the_paper_s_and_its_runs_know_their_file() -> None:
+    assert not set(read_pipelines(OWN)) & set(read_pipelines(PAPER))
+    for name in read_pipelines(PAPER):
+        env = DEPLOYMENTS[name]["work_pool"]["job_variables"]["env"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setenv(FILE_VARIABLE, env[FILE_VARIABLE])
+            check_deployment(name, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_deployment_runs_the_definition_of_its_name(name: str) -> None:
-    deployment = DEPLOYMENTS[name]
+    deployment, definitions = DEPLOYMENTS[name], CONTENT[FILES[name]]["definitions"]
     assert deployment["parameters"]["name"] == name
     # Identity, not equality: an anchor. A copy would be written twice and drift apart.
-    assert deployment["parameters"]["settings"] is CONTENT["definitions"]["pipelines"][name]
-    assert deployment["work_pool"] is CONTENT["definitions"]["work_pool"]
+    assert deployment["parameters"]["settings"] is definitions["pipelines"][name]
+    assert deployment["work_pool"] is definitions["work_pool"]
     assert deployment["description"]
     assert deployment["entrypoint"] == "flows/main.py:pipeline"
     # Nothing starts by itself, and no pipeline twice at a time.
@@ -80,7 +91,7 @@ def test_parameters_of_a_deployment_fit_the_flow(name: str, flow: prefect.Flow[.
     parameters = DEPLOYMENTS[name]["parameters"]
     validated = flow.validate_parameters(parameters)
     assert type(validated["settings"]).__name__ == "Settings"
-    assert validated["settings"].model_dump() == load_settings(name, file=FILE).model_dump()
+    assert validated["settings"].model_dump() == load_settings(name, file=FILES[name]).model_dump()
     # The server checks them against the schema of the flow, where text such as 1e-3 is no number.
     schema = flow.parameters.model_dump()
     validate(parameters, schema, raise_on_error=True)
@@ -112,16 +123,16 @@ def test_a_deployment_builds(name: str) -> None:
 def test_a_pipeline_passes_every_check_that_needs_no_data(name: str, tmp_path: Path) -> None:
     settings = on_this_machine(name, tmp_path / "model")
     found = preflight(settings, root=None)
-    source = load_settings(name, file=FILE).model.name_or_path
+    source = load_settings(name, file=FILES[name]).model.name_or_path
     if source is not None:
         assert (len(found.layers), found.n_weights) == (ARCHITECTURES[source].n_layers, ARCHITECTURES[source].n_weights)
     low, high = found.bits_range
     assert all(low <= budget <= high for budget in settings.evaluation.budgets)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(PAPER)])
+@pytest.mark.parametrize("name", read_pipelines(PAPER))
 def test_the_papers_settings_are_the_papers(name: str) -> None:
-    s = load_settings(name, file=FILE)
+    s = load_settings(name, file=PAPER)
     assert (s.adapter.r, s.training.lr, s.training.theta_lr) == (64, 1e-4, 1e-4)
     recipe = s.adapter.resolved(s.benchmark.task)  # theta for all choices, and nothing beside the pair
     assert (recipe.compensation_rank, recipe.expert_bits, recipe.theta) == (0, 0, "others")
