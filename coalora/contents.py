@@ -16,11 +16,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from coalora.calibrate.statistics import STATISTICS
 from coalora.configurations import SET_FORMAT, configuration_digest, read_choices
 from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING, WEIGHTS, check_binding
 from coalora.export.base import CONFIGURATION, PACKED, REST
-from coalora.export.bundle import Bundle
+from coalora.export.bundle import HEADER, Bundle
 from coalora.files import check_files, file_sha256, read_json, read_tensors, reading, whole_or_nothing
 
 RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
@@ -144,7 +145,10 @@ def _against_marker(folder: Path) -> Iterator[str]:
 
 
 def _check_bundle(folder: Path) -> Iterator[str]:
-    yield from Bundle.load(folder).problems()
+    bundle = Bundle.load(folder)
+    yield from bundle.problems()
+    if (folder / STATISTICS).exists():
+        _ = bundle.statistics  # against their digests
 
 
 def _check_run(folder: Path) -> Iterator[str]:
@@ -284,7 +288,7 @@ class _Kind:
 # In this order: a bundle holds a set, and a base a configuration.
 _KINDS = {
     "run": _Kind((RUN,), _describe_run, _check_run),
-    "bundle": _Kind((SET, "tables.safetensors", "adapter.safetensors"), _describe_bundle, _check_bundle),
+    "bundle": _Kind((HEADER,), _describe_bundle, _check_bundle),
     "base": _Kind((CONFIGURATION, PACKED), _describe_configuration, _check_base),
     "adapter": _Kind(("adapter_config.json", WEIGHTS), _describe_adapter, _check_adapter),
     "export": _Kind((CONFIGURATION, "adapter"), _describe_configuration, _check_export),

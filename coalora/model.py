@@ -295,12 +295,18 @@ class CoaLoraModel:
         factors = adapted.compensation.factors(members.configurations) if adapted.compensation else None
         tensors = {k: v for k, v in adapted.state_dict().items() if not k.startswith(ASIDE)}
         return Bundle(
-            self.tables, members, tensors, self.config.adapter, self.task, base_model=self.name, compensation=factors
-        )
+            self.tables, members, tensors, self.config.adapter, self.task, base_model=self.name,
+            num_labels=self.base.config.num_labels if self.task == "classification" else None, seed=self.config.seed,
+            compensation=factors, statistics=self.statistics or None,
+        )  # fmt: skip
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the bundle, a few megabytes from which `load_bundle` answers any budget."""
-        self.bundle().save(folder)
+    def save_pretrained(self, folder: Path | str, *, quantized: bool = True) -> None:
+        """Write the bundle, from which `load_bundle` answers any budget.
+
+        Args:
+            quantized: as in `Bundle.save`: with the quantized weights of all choices, or a few megabytes.
+        """
+        self.bundle().save(folder, quantized=quantized)
 
     @staticmethod
     def load_bundle(folder: Path | str) -> Bundle:

@@ -253,8 +253,14 @@ class Graph:
     @cached_property
     def bundle(self) -> Artifact:
         """What adapts to any budget, without the base model."""
-        state = self.trained.states["coa"][-1]
-        return self.run.run(make_bundle, model=self.model, selection=self.selection, state=state)
+        run, state = self.run, self.trained.states["coa"][-1]
+        return run.run(
+            make_bundle,
+            model=self.model,
+            selection=self.selection,
+            state=state,
+            quantized=run.settings.export.quantized,
+        )
 
     @cached_property
     def evaluated(self) -> Evaluated:

@@ -6,14 +6,14 @@ from coalora.configurations import ConfigurationSet
 from coalora.export.bundle import Bundle
 from coalora.files import read_json
 from pipeline.inputs.adapted import ModelInputs, parameters
-from pipeline.inputs.loaders import SELECTED, load_set
+from pipeline.inputs.loaders import SELECTED, load_input_statistics, load_set
 from pipeline.stages.runner import stage
 from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("bundle")
-def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact) -> Artifact:
-    """Shared pair, theta, head, compensation, tables and final set, without the base model."""
+def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact, quantized: bool) -> Artifact:
+    """Shared pair, theta, head, compensation, tables, final set and, where asked, all quantized weights."""
     measured, data = model.measured, model.data
     # What was measured for the asked budgets answers other budgets as well as a member does.
     members, chosen = load_set(selection, measured), read_json(current_store().path(selection) / SELECTED)
@@ -23,11 +23,13 @@ def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact) -> 
         with model.adapted("coa", state) as adapted:
             factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
-        measured, merged, parameters(state), recipe, data.task, base_model=model.source.address, compensation=factors
-    )
+        measured, merged, parameters(state), recipe, data.task, base_model=model.source.address,
+        num_labels=data.num_labels, seed=model.seed, compensation=factors,
+        statistics=load_input_statistics(model.tables, measured),
+    )  # fmt: skip
 
     def write(folder: Path) -> dict[str, Scalar]:
-        bundle.save(folder)
+        bundle.save(folder, quantized=quantized)
         return {"n_members": len(bundle.members)}
 
     return current_store().put("bundle", write)

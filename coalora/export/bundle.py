@@ -1,13 +1,16 @@
 """Bundle: everything that answers a budget, without the base model.
 
 Shared pair, theta, head, calibration tables and the final configuration set: a few megabytes from which the
-configuration and the adapter of any budget follow in milliseconds.
+configuration and the adapter of any budget follow in milliseconds. Where calibration decided more than tables, its
+statistics and the quantized weights of all choices travel along, so that any machine that has the base model makes the
+same quantized bases, byte for byte. `bundle.json` holds the sha256 of every file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,22 @@ from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.calibrate.statistics import QUANTIZED, STATISTICS, load_statistics, save_statistics
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key, write_adapter
 from coalora.export.base import CONFIGURATION
-from coalora.files import read_json, read_tensors, reading, write_json, write_tensors
+from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
+from coalora.quant.scheme import InputStatistics
 from coalora.recipes import AdapterRecipe, Task
 from coalora.search.budget import best_within
 
-_FORMAT = "coalora-bundle/2"
+HEADER = "bundle.json"
+FILES = ("adapter.safetensors", "configurations.json", "tables.safetensors")
+CALIBRATION = (STATISTICS, QUANTIZED)  # in a bundle whose bases need more than the base model
+_FORMAT = "coalora-bundle/3"
 _COMPENSATION = "compensation."
-# Fields that the headers of older bundles lack, as they were trained: today's defaults would fold another adapter.
-_OLDER = {"theta": "all", "compensation_rank": 0, "expert_bits": 0, "expert_start": "zero"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,11 @@ class Bundle:
         task: the base's task.
         base_model: what the adapter's config names as its base: a hub id or an absolute path, by which `AutoPeftModel`
             loads it, or the mere name of a model that a run made or unpacked.
+        num_labels: of a classifier.
+        seed: that the base was loaded under: it decides the weights that its checkpoint lacks.
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
+        statistics: what calibration returned beside the tables; without, `load` reads them when they are asked for.
 
     Example:
         >>> from coalora import Bundle
@@ -105,11 +114,15 @@ class Bundle:
         task: Task,
         *,
         base_model: str = "",
+        num_labels: int | None = None,
+        seed: int = 0,
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+        statistics: Sequence[InputStatistics] | None = None,
     ) -> None:
         self.tables, self.members, self.tensors = tables, members, tensors
+        self._calibrated, self._folder = statistics, None
         self.recipe = recipe = recipe.resolved(task)
-        self.task, self.base_model = task, base_model
+        self.task, self.base_model, self.num_labels, self.seed = task, base_model, num_labels, seed
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
@@ -125,6 +138,29 @@ class Bundle:
                 adjusted=adjusted_choices(tables.space, recipe),
             )
             self.theta.load_state_dict(theta)
+
+    @cached_property
+    def statistics(self) -> Sequence[InputStatistics] | None:
+        """Calibration statistics of the target layers, with their quantized weights; None where no base needs them.
+
+        Raises:
+            CoaloraError: the bundle was written without them, or a file is not the one that was written.
+        """
+        if self._calibrated is not None or not self._calibrated_bases:
+            return self._calibrated
+        if self._folder is None or not (self._folder / STATISTICS).is_file():
+            raise CoaloraError(
+                f"The bundle holds no {STATISTICS}, and its bases are quantized with rounding {self.tables.rounding}",
+                remedy="Save it with quantized=True (export.quantized: true), or name the run's folder where it ran",
+            )
+        with reading(self._folder):
+            _check(self._folder, CALIBRATION)
+            return load_statistics(self._folder, self.tables.layers, self.tables.space)
+
+    @property
+    def _calibrated_bases(self) -> bool:
+        """Whether weights are quantized with more than their own values."""
+        return self.tables.rounding != "absmax" or self.tables.space.needs_statistics
 
     def select(self, budget: float) -> np.ndarray:
         """The configuration (N,) for a budget, in the unit of the tables' cost (by default average bits).
@@ -214,58 +250,93 @@ class Bundle:
         write_json(folder / CONFIGURATION, adapted.content)
         adapted.save_pretrained(folder / "adapter", dtype=dtype)
 
-    def save(self, folder: Path | str) -> None:
-        """Write the bundle's three files into `folder`."""
+    def save(self, folder: Path | str, *, quantized: bool = True) -> None:
+        """Write the bundle's files into `folder`.
+
+        Args:
+            quantized: write statistics and quantized weights as well, where bases depend on them: all choices together
+                take about as much room as the model in 16 bits. Without them the bundle makes adapters alone.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tables.save(folder / "tables.safetensors")
         write_json(folder / "configurations.json", self.members.to_dict(self.tables))
-        header = {"format": _FORMAT, "recipe": self.recipe.to_dict(), "task": self.task, "base_model": self.base_model}
         stored = {
             f"{_COMPENSATION}{index}.{k}.lora_{side}": factor.half()  # exact: the factors are float16 values
             for (index, k), pair in self.compensation.items()
             for side, factor in zip("AB", pair, strict=True)
         }
-        write_tensors(folder / "adapter.safetensors", self.tensors | stored, header)
+        write_tensors(folder / "adapter.safetensors", self.tensors | stored)
+        if quantized and self.statistics is not None:
+            # A Hessian only decides what is quantized already.
+            every = self.tables.allowed.sum(1)
+            known = [
+                replace(seen, hessian=None) if len(seen.packed) == n else seen
+                for seen, n in zip(self.statistics, every, strict=True)
+            ]
+            save_statistics(folder, self.tables.layers, known, self.tables.space)
+        names = [name for name in (*FILES, *CALIBRATION) if (folder / name).exists()]
+        about = {name: getattr(self, name) for name in ("task", "base_model", "num_labels", "seed")}
+        header = {"format": _FORMAT, "recipe": self.recipe.to_dict(), **about}
+        write_json(folder / HEADER, header | {"files": file_digests(folder, names)})
 
     @classmethod
     def load(cls, folder: Path | str) -> Bundle:
         """Read what `save` wrote.
 
         Raises:
-            CoaloraError: a file is missing, damaged or of another format, or the set belongs to other tables.
+            CoaloraError: a file is missing, damaged, not the one that was written or of another format, or the set
+                belongs to other tables.
         """
         folder = Path(folder)
-        for name in ("adapter.safetensors", "tables.safetensors", "configurations.json"):
+        for name in (HEADER, *FILES):
             if not (folder / name).is_file():
                 raise CoaloraError(f"There is no {name} in {folder}", remedy="Name the folder of a bundle")
         with reading(folder):
+            header = _check(folder, FILES)
             tables = CalibrationTables.load(folder / "tables.safetensors")
             members = ConfigurationSet.from_dict(read_json(folder / "configurations.json"), tables)
             if not len(members):
                 raise CoaloraError(
                     f"configurations.json of {folder} has no members", remedy="Make or download the bundle again"
                 )
-            tensors, header = read_tensors(folder / "adapter.safetensors")
-            if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                raise CoaloraError(
-                    f"adapter.safetensors of {folder} has the header {header}, not that of a bundle ({_FORMAT})",
-                    remedy="Write the bundle again with this version",
-                )
+            tensors, _ = read_tensors(folder / "adapter.safetensors")
             stored = {key: tensors.pop(key).float() for key in list(tensors) if key.startswith(_COMPENSATION)}
             pairs = sorted({tuple(map(int, key.split(".")[1:3])) for key in stored})
             bundle = cls(
                 tables,
                 members,
                 tensors,
-                AdapterRecipe.from_dict(_OLDER | header["recipe"]),
+                AdapterRecipe.from_dict(header["recipe"]),
                 header["task"],
                 base_model=header["base_model"],
+                num_labels=header["num_labels"],
+                seed=header["seed"],
                 compensation={
                     (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
                     for i, k in pairs
                 },
             )
+            bundle._folder = folder
             for problem in bundle.problems():
                 raise CoaloraError(f"adapter.safetensors: {problem}", remedy="Make or download the bundle again")
             return bundle
+
+
+def _check(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The header of a bundle, whose files `names` are those that were written (of `CALIBRATION`, those there are)."""
+    header = read_json(folder / HEADER)
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        form = str(header.get("format") if isinstance(header, dict) else header)[:100]
+        raise CoaloraError(
+            f"{HEADER} of {folder} is of the format {form}, not that of a bundle ({_FORMAT})",
+            remedy="Write the bundle again with this version",
+        )
+    digests = header.get("files")
+    if not isinstance(digests, dict) or not set(FILES) <= digests.keys() <= {*FILES, *CALIBRATION}:
+        raise CoaloraError(
+            f"{HEADER} of {folder} carries no sha256 of a bundle's files", remedy="Make or download the bundle again"
+        )
+    wanted = [name for name in names if name in digests]
+    check_files(folder, {name: digests[name] for name in wanted}, wanted)
+    return header

@@ -440,6 +440,12 @@ class ExportSettings(Section):
     adapter_dtype: Literal["float32", "float16", "bfloat16"] = setting(
         "float32", "Number type of adapters", "Type of the adapter's tensors."
     )
+    quantized: bool = setting(
+        True,
+        "Quantized weights in the bundle",
+        "Put the weights of all choices into the bundle where calibration decided them, so that bases are made wherever "
+        "the base model is; without, only where the run's store is.",
+    )
 
     @field_validator("formats")
     @classmethod

@@ -781,7 +781,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 }
 PARTS = {
     "bundle": (
-        ["adapter.safetensors", "tables.safetensors", "configurations.json"],
+        ["bundle.json", "adapter.safetensors", "tables.safetensors", "configurations.json"],
         lambda folder: Bundle.load(folder / "bundle").adapt(3.0),
     ),
     "export/2.5-bits": (
