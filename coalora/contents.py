@@ -233,7 +233,9 @@ def _describe_bundle(folder: Path) -> dict[str, str]:
 
 def _describe_configuration(folder: Path) -> dict[str, str]:
     content = read_json(folder / CONFIGURATION)
-    by_bits = Counter(str(fields.get("bits", fields.get("dtype"))) for fields in content["layers"].values())
+    by_bits = Counter(
+        str(fields.get("bits", fields.get("type", fields.get("dtype")))) for fields in content["layers"].values()
+    )
     facts = {
         "scheme": content["scheme"],
         "average bits": f"{content['average_bits']:.3f}",

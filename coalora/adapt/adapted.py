@@ -108,14 +108,18 @@ class AdaptedModel:
     @torch.no_grad()
     def _start(self, experts: Experts) -> None:
         """Start every A as the compensation's rows for the lowest bits, and the experts' B at the best fit to them."""
-        if not experts.first_choices:
+        fits = self.base.space.fits([layer.shape for layer in self.layers])
+        chosen = [experts.first_choices(row) for row in fits]
+        if not any(chosen):
             return
         for index, (lora_A, known) in enumerate(zip(self.lora_A, _known(self._known_statistics), strict=True)):
-            residuals = [self.base.residual(index, k) for k in experts.first_choices]
-            A, _ = compensation(residuals[0], known, lora_A.weight.shape[0])
+            residuals = {k: self.base.residual(index, k) for k in chosen[index]}
+            if not residuals:
+                continue
+            A, _ = compensation(residuals[chosen[index][0]], known, lora_A.weight.shape[0])
             lora_A.weight.copy_(as_large_as_lora(A, lora_A.weight, known))
-            fits = [compensating_lora_B(residual, known, lora_A.weight) for residual in residuals]
-            experts.start(index, [B / self.recipe.scale for B in fits])
+            for_choices = {k: compensating_lora_B(left, known, lora_A.weight) for k, left in residuals.items()}
+            experts.start(index, {k: B / self.recipe.scale for k, B in for_choices.items()})
 
     def _drop_lora(self) -> None:
         for name, parameter in self.peft_model.named_parameters():

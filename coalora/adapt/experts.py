@@ -18,7 +18,7 @@ low-bit steps. No counterpart in the paper, whose pairs are that decomposition f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Experts(nn.Module):
     """The terms A_l,b (r x in) and B_l,b (out x r) of every layer and bit-width.
 
     Args:
-        space: the K choices; those with a field `bits` of at most `max_bits` have a term, one for each bit-width.
+        space: the K choices; those of a `Choice.width` of at most `max_bits` have a term, one for each bit-width.
         layers: the N target layers.
         ranks: trained rank (N,) of each.
         max_bits: see above; 0 leaves no term at all.
@@ -54,16 +54,19 @@ class Experts(nn.Module):
                 self.lora_A[f"{index}_{expert}"] = nn.Parameter(torch.zeros(r, layer.shape[1]))
                 self.lora_B[f"{index}_{expert}"] = nn.Parameter(torch.zeros(layer.shape[0], r))
 
-    @property
-    def first_choices(self) -> list[int]:
-        """The first choice of each term's bits, by rising bits."""
-        return [self.expert_of_choice.index(expert) for expert in range(max(self.expert_of_choice, default=-1) + 1)]
+    def first_choices(self, fits: Sequence[bool]) -> list[int]:
+        """The first choice of each term's bits, by rising bits, among those that fit (K,)."""
+        first: dict[int, int] = {}
+        for k, (expert, fitting) in enumerate(zip(self.expert_of_choice, fits, strict=True)):
+            if expert != NO_EXPERT and fitting:
+                first.setdefault(expert, k)
+        return [first[expert] for expert in sorted(first)]
 
     @torch.no_grad()
-    def start(self, index: int, lora_B: Sequence[Tensor]) -> None:
-        """Set B_l,b of layer `index` to one of `lora_B` (each out x r) for each of `first_choices`."""
-        for expert, B in enumerate(lora_B):
-            self.lora_B[f"{index}_{expert}"].copy_(B)
+    def start(self, index: int, lora_B: Mapping[int, Tensor]) -> None:
+        """Set B_l,b of layer `index` to `lora_B` (out x r) for the bits of each of these choices."""
+        for choice, B in lora_B.items():
+            self.lora_B[f"{index}_{self.expert_of_choice[choice]}"].copy_(B)
 
     def forward(self, index: int, choice: int) -> tuple[Tensor, Tensor] | None:
         """(A_l,b, B_l,b) of choice `choice` in layer `index`; None where its bits have no term."""
@@ -75,7 +78,7 @@ class Experts(nn.Module):
 
 def expert_of_choice(space: ChoiceSpace, max_bits: int) -> list[int]:
     """Number (K,) of each choice's term, counted from 0 by rising bits; -1 for none."""
-    bits = [int(choice.as_dict().get("bits", 16)) for choice in space.choices]
+    bits = [16 if choice.width is None else choice.width for choice in space.choices]
     low = sorted({b for b in bits if b <= max_bits})
     return [low.index(b) if b in low else NO_EXPERT for b in bits]
 

@@ -24,6 +24,7 @@ from coalora.calibrate.statistics import collect_statistics
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, write_tensors
+from coalora.models.choices import fitting
 from coalora.models.targets import TargetLayer
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
@@ -261,7 +262,7 @@ def calibrate(
     Args:
         model: the base model in full precision, before PEFT wraps it.
         base_digest: identity of its weights (`coalora.models.files.model_digest`).
-        allowed: bool (N, K), the choices that a layer may take; None allows all.
+        allowed: bool (N, K), the choices that a layer may take; None allows all that fit its shape.
         progress: makes a listener (done, total) for what is named.
 
     Raises:
@@ -273,7 +274,7 @@ def calibrate(
             f"calibration asks for {recipe.n_samples} examples, and there are {len(split)}",
             remedy="Lower calibration.n_samples",
         )
-    rounding = recipe.rounding
+    rounding, allowed = recipe.rounding, fitting(layers, space, allowed)
     kept = check_kept(layers, space, recipe, allowed)
     keep = (rounding != "absmax" or space.needs_statistics) and kept <= recipe.kept_mb
     statistics = collect_statistics(
@@ -305,7 +306,7 @@ def check_kept(
         CoaloraError: they are to be kept, and exceed `recipe.kept_mb`.
     """
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    kept = float(nbytes.sum() if allowed is None else nbytes[allowed].sum()) / 1e6
+    kept = float(nbytes[fitting(layers, space, allowed)].sum()) / 1e6
     if recipe.rounding != "absmax" and kept > recipe.kept_mb:
         raise CoaloraError(
             f"Rounding {recipe.rounding} keeps the weights of {len(layers)} layers under {len(space)} choices: "
@@ -323,7 +324,7 @@ def calibration_tables(
     allowed: np.ndarray | None = None,
     rounding: Rounding = "absmax",
 ) -> CalibrationTables:
-    """Join the error table with the exact packed sizes; `allowed` None lets every layer take every choice."""
+    """Join the error table with the exact packed sizes; `allowed` None lets every layer take what fits."""
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    may = np.ones(nbytes.shape, dtype=np.bool_) if allowed is None else allowed
+    may = fitting(layers, space, allowed)
     return CalibrationTables(list(layers), space, nbytes, err, base_digest, may, rounding=rounding)

@@ -35,7 +35,7 @@ class Rule:
         layers: glob over whole module names, or a suffix of one (`lm_head`, `mlp.down_proj`).
         parts: schemes that replace the layer's choices; none keeps them.
         allow: values by field; choices of a scheme without the field stay.
-        min_bits, max_bits: limits of the field `bits`.
+        min_bits, max_bits: limits of a choice's width.
     """
 
     layers: str
@@ -59,7 +59,7 @@ def layer_choices(
 
     Raises:
         CoaloraError: unknown scheme, field or value; a rule that matches no layer, or cuts a field that its layers do
-            not have; a layer left without a choice.
+            not have; a layer left without a choice that fits its shape.
     """
     space = ChoiceSpace.union([_space(part) for part in [*parts, *(part for rule in rules for part in rule.parts)]])
     allowed = np.repeat(_members(space, parts)[None], len(layers), axis=0)
@@ -80,11 +80,30 @@ def layer_choices(
                 f"The rule for {rule.layers!r} leaves {', '.join(empty[:3])} ({len(empty)} in all) without a choice",
                 remedy="Loosen it, or give it a scheme of its own",
             )
+    allowed = fitting(layers, space, allowed)
     used = np.flatnonzero(allowed.any(0))
     kept = ChoiceSpace.union([_spanned(space, used[space.scheme_index[used] == s]) for s in _owners(space, used)])
     result = np.zeros((len(layers), len(kept)), dtype=np.bool_)
     result[:, [kept.index(_named(space, kept, int(k))) for k in used]] = allowed[:, used]
     return kept, result
+
+
+def fitting(
+    layers: Sequence[TargetLayer], space: ChoiceSpace, allowed: NDArray[np.bool_] | None = None
+) -> NDArray[np.bool_]:
+    """Of the choices `allowed` (N, K), those that a layer's shape can take; None allows all.
+
+    Raises:
+        CoaloraError: a layer that can take none.
+    """
+    fits = space.fits([layer.shape for layer in layers])
+    may = fits if allowed is None else fits & allowed
+    if empty := [layer for layer, row in zip(layers, may, strict=True) if not row.any()]:
+        raise CoaloraError(
+            f"{empty[0].name} of shape {empty[0].shape} can take none of its choices ({len(empty)} layers in all)",
+            remedy="Give such layers choices that fit, by choices.rules, or leave them out of target_modules",
+        )
+    return may
 
 
 def _space(part: Part) -> ChoiceSpace:
@@ -129,7 +148,7 @@ def _within(space: ChoiceSpace, rule: Rule, present: NDArray[np.int64]) -> NDArr
             )
         mask &= [name not in row or row[name] in values for row in rows]
     low, high = rule.min_bits or 0, np.inf if rule.max_bits is None else rule.max_bits
-    mask &= [not isinstance(bits := row.get("bits"), int) or low <= bits <= high for row in rows]
+    mask &= [choice.width is None or low <= choice.width <= high for choice in space.choices]
     return mask
 
 

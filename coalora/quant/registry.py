@@ -18,6 +18,7 @@ SCHEMES: Registry[type[Scheme]] = Registry(
         "nf": "coalora.quant.nf.scheme:NFScheme",
         "int": "coalora.quant.integer.scheme:IntScheme",
         "gptq": "coalora.quant.gptq.scheme:GPTQScheme",
+        "gguf": "coalora.quant.gguf.scheme:GGUFScheme",
         "float": "coalora.quant.float16:FloatScheme",
     },
 )

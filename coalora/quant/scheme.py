@@ -52,6 +52,12 @@ class Choice:
             # NumPy integers, whole floats and bools become the plain value, or as_dict would not be JSON-able.
             object.__setattr__(self, name, known[known.index(value)])
 
+    @property
+    def width(self) -> int | None:
+        """Bits of a code, by which limits on bits and pairs for low bits go: the field `bits`, where there is one."""
+        bits = self.as_dict().get("bits")
+        return bits if isinstance(bits, int) else None
+
     def as_dict(self) -> dict[str, FieldValue]:
         """Field values by name, JSON-able, in the scheme's field order."""
         return asdict(self)
@@ -150,6 +156,10 @@ class Scheme(ABC):
     @abstractmethod
     def nominal_bits(self, choice: Choice) -> float:
         """Bits per weight by the literature's formula: no rounding up of short blocks, no constant terms."""
+
+    def fits(self, choice: Choice, shape: Sequence[int]) -> bool:
+        """Whether a weight of ``shape`` (out, in) can be quantized under ``choice``; any can, in most schemes."""
+        return True
 
     @abstractmethod
     def packed_nbytes(self, choice: Choice, shape: Sequence[int]) -> int:

@@ -204,8 +204,16 @@ class ChoiceSpace:
         """
         return _neighbour_table(self.fields, self.scheme_index, self.nominal_bits, delta, allowed)
 
+    def fits(self, shapes: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """Whether layers of these N shapes (out, in) can take every choice: bool (N, K)."""
+        distinct = {
+            shape: [self.scheme_of(k).fits(choice, shape) for k, choice in enumerate(self.choices)]
+            for shape in set(map(tuple, shapes))
+        }
+        return np.array([distinct[tuple(shape)] for shape in shapes], dtype=np.bool_).reshape(len(shapes), len(self))
+
     def packed_nbytes_table(self, shapes: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """Exact stored bytes of every layer under every choice.
+        """Exact stored bytes of every layer under every choice; of one that does not fit, the layer's most.
 
         Args:
             shapes: N layer shapes (out, in).
@@ -213,12 +221,12 @@ class ChoiceSpace:
         Returns:
             int64 (N, K).
         """
-        keys = [tuple(shape) for shape in shapes]
-        distinct = {
-            key: [self.scheme_of(k).packed_nbytes(choice, key) for k, choice in enumerate(self.choices)]
-            for key in dict.fromkeys(keys)
-        }
-        return np.array([distinct[key] for key in keys], dtype=np.int64).reshape(len(keys), len(self))
+        distinct: dict[tuple[int, ...], list[int]] = {}
+        for shape, fits in zip(map(tuple, shapes), self.fits(shapes), strict=True):
+            if shape not in distinct:
+                own = {k: self.scheme_of(int(k)).packed_nbytes(self.choices[k], shape) for k in np.flatnonzero(fits)}
+                distinct[shape] = [own.get(k, max(own.values(), default=0)) for k in range(len(self))]
+        return np.array([distinct[tuple(s)] for s in shapes], dtype=np.int64).reshape(len(shapes), len(self))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, read back by `from_dict`; with the source's digest of schemes that other packages add."""

@@ -145,7 +145,8 @@ def _budget(
 ) -> dict[str, Any]:
     metrics = {name: {method: s["budgets"]["metrics"][name][i] for method, s in measures.items()} for name in names}
     base_bytes, adapter_bytes = int(export["base_bytes"] or 0), int(export["adapter_bytes"] or 0)
-    by_bits = Counter(measured.space.choice_dict(int(k))["bits"] for k in configuration)
+    space = measured.space
+    by_bits = Counter(space.choices[k].width or float(space.nominal_bits[k]) for k in configuration)
     return {
         "budget": budget,
         "average_bits": float(measured.average_bits(configuration)),
