@@ -59,7 +59,10 @@ class Command(TyperCommand):
 
 
 Source = Annotated[Path, typer.Argument(metavar="PATH", help="Run folder, such as runs/demo/latest, or a bundle.")]
-Budget = Annotated[float, typer.Option(help="At most, in the unit of the run's cost (average bits a weight).")]
+Budget = Annotated[
+    str,
+    typer.Option(help="At most, in the unit of the run's cost (average bits a weight), or with its unit, as 120MB."),
+]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; new or empty.")]
 
 

@@ -76,7 +76,7 @@ def problems(path: Path) -> tuple[list[Path], list[str]]:
     return checked, found
 
 
-def adapt_bundle(path: Path, budget: float, out: Path) -> str:
+def adapt_bundle(path: Path, budget: float | str, out: Path) -> str:
     """Write configuration and adapter of a budget from a bundle, or a run folder's, into `out`; says what was written.
 
     Raises:

@@ -191,8 +191,10 @@ class CoaLoraModel:
         split, recipe = self.split(data), self.config.calibration
         recipe = replace(recipe, n_samples=min(recipe.n_samples, len(split)))
         self._tables, self.statistics = calibrate(
-            self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest, progress=progress
-        )
+            self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest,
+            rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
+            progress=progress,
+        )  # fmt: skip
         return self._tables
 
     def fit(
@@ -265,7 +267,7 @@ class CoaLoraModel:
             device=self.device if config.weights == "packed" else None,
         )
 
-    def switch(self, configuration: np.ndarray | None = None, *, budget: float | None = None) -> None:
+    def switch(self, configuration: np.ndarray | None = None, *, budget: float | str | None = None) -> None:
         """Quantize to a configuration (N,), or to the best one within a budget (by default in average bits), and adapt.
 
         Raises:
@@ -313,7 +315,7 @@ class CoaLoraModel:
         """Read what `save_pretrained` wrote; the base model is not needed."""
         return Bundle.load(folder)
 
-    def export(self, folder: Path | str, *, budget: float, formats: Sequence[str] = ("peft", "packed")) -> None:
+    def export(self, folder: Path | str, *, budget: float | str, formats: Sequence[str] = ("peft", "packed")) -> None:
         """Write what a device gets for a budget: `configuration.json` and a folder for each format.
 
         `coalora.load_adapted(folder / "base", folder / "adapter")` runs the default ones.

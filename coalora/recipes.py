@@ -60,6 +60,12 @@ def listed(names: Callable[[], Iterable[str]]) -> Callable[[dict[str, Any]], Non
     return change
 
 
+def with_unit(schema: dict[str, Any]) -> None:
+    """Change of a budget's JSON schema: a form takes a number, or a text that names its unit."""
+    numbers = schema.pop("anyOf", None) or [{"type": schema.pop("type"), "exclusiveMinimum": 0}]
+    schema["anyOf"] = [*numbers, {"title": "With its unit, as 120MB", "type": "string"}]
+
+
 def hyper(default: Any, title: str, help: str, *, unit: str = "", **limits: Any) -> Any:
     """A field of a recipe: its default, or what makes it, and what `described` says of it."""
     made = {"default_factory" if callable(default) else "default": default}
@@ -306,10 +312,18 @@ class InitialSetRecipe(Recipe):
 
     size: int = hyper(50, "Budgets of the initial set", "How many, evenly spread.", ge=2, le=10_000)
     min_budget: float | None = hyper(
-        None, "Smallest budget", "In units of cost; by default the least that the choices allow.", gt=0
+        None,
+        "Smallest budget",
+        "In units of cost, or with its unit; by default the least that the choices allow.",
+        gt=0,
+        json_schema_extra=with_unit,
     )
     max_budget: float | None = hyper(
-        None, "Largest budget", "In units of cost; by default the most that the choices allow.", gt=0
+        None,
+        "Largest budget",
+        "In units of cost, or with its unit; by default the most that the choices allow.",
+        gt=0,
+        json_schema_extra=with_unit,
     )
 
 

@@ -96,7 +96,9 @@ def adapt(
 def score(
     run: Run,
     text: Annotated[list[Path], typer.Option(metavar="FILE ...", help="Text files in UTF-8, each one document.")],
-    budget: Annotated[list[float], typer.Option(metavar="BITS ...", help="Average bits a weight, at most.")],
+    budget: Annotated[
+        list[str], typer.Option(metavar="BUDGET ...", help="At most, as for adapt: average bits a weight.")
+    ],
     max_length: Annotated[int | None, typer.Option(help="Tokens a window; by default the benchmark's blocks.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; by default no overlap.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers to this file, too.")] = None,

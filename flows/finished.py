@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from coalora.calibrate.costs import parse_budget
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
 from coalora.files import read_json, require_writable, whole_or_nothing, write_json
@@ -46,12 +47,13 @@ def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
         ) from error
 
 
-def adapt_run(folder: Path, budget: float, out: Path) -> str:
+def adapt_run(folder: Path, budget: float | str, out: Path) -> str:
     """Write configuration, adapter and packed base of a budget into `out`, whole or not at all; says what."""
     settings, artifacts = read_run(folder)
     _require_stored(artifacts)
     started = time.perf_counter()
     export = _export(settings, artifacts)
+    budget = parse_budget(budget, settings.cost.kind)
     configuration = export.loaded.select(budget)
     chosen = time.perf_counter()
     with whole_or_nothing(out) as part:
@@ -71,7 +73,7 @@ def adapt_run(folder: Path, budget: float, out: Path) -> str:
 def score_run(
     folder: Path,
     texts: Sequence[Path],
-    budgets: Sequence[float],
+    budgets: Sequence[float | str],
     max_length: int | None = None,
     stride: int | None = None,
     json: Path | None = None,
@@ -101,6 +103,7 @@ def score_run(
         raise CoaloraError(
             f"--max-length {max_length} is above the {limit} positions of the base model", remedy="Lower --max-length"
         )
+    budgets = [parse_budget(budget, settings.cost.kind) for budget in budgets]
     for budget in budgets:
         export.loaded.select(budget)
     runner, rows = DirectRunner(), []

@@ -180,7 +180,15 @@ class Graph:
             seed=s.seed,
         )
         if s.cost.kind != "average_bits":
-            tables = run.run(apply_cost, tables=tables, cost=s.cost, content=run.cost_content)
+            files = s.cost.kind == "file_bytes"
+            tables = run.run(
+                apply_cost,
+                tables=tables,
+                cost=s.cost,
+                adapter=s.adapter if files else None,
+                adapter_dtype=s.export.adapter_dtype if files else "float32",
+                content=run.cost_content,
+            )
         return Calibrated(base, benchmark, tables)
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
-from coalora.calibrate.tables import calibration_tables, check_kept
+from coalora.calibrate.tables import calibration_tables, check_kept, counted
 from coalora.data.benchmark import Split
 from coalora.data.build import check_pads, example_split, text_split
 from coalora.data.classification import Examples, check_classes
@@ -80,7 +80,9 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         scheme.require_packages()
     kept = check_kept(layers, space, settings.calibration, allowed)
     # All but the errors, which take the weights.
-    tables = priced_tables(calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed), settings.cost)
+    tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed)
+    tables = counted(tables, model, getattr(model.config, "dtype", None))
+    tables = priced_tables(tables, settings.cost, settings.adapter, settings.export.adapter_dtype)
     if settings.initial_set.file is not None:
         given_set(read_set_file(settings.initial_set.file), tables)
     _check_budgets(settings, tables.cost_range(), tables.cost_unit.unit)

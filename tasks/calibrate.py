@@ -32,8 +32,9 @@ def calibrate(
     layers = find_target_layers(model, target_modules)
     space, allowed = choices_of(choices, layers)
     tables, statistics = method.calibrate(
-        model, layers, data.train, space, calibration, base_digest=source.digest, allowed=allowed, progress=Progress
-    )
+        model, layers, data.train, space, calibration, base_digest=source.digest, allowed=allowed,
+        rest_dtype=getattr(source.config(), "dtype", None), progress=Progress,
+    )  # fmt: skip
 
     def write(folder: Path) -> dict[str, Scalar]:
         tables.save(folder / TABLES)

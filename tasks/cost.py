@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from coalora.recipes import AdapterRecipe
 from pipeline.inputs.choices import priced_tables
 from pipeline.inputs.loaders import TABLES, load_tables
 from pipeline.settings.sections import CostSettings
@@ -12,13 +13,16 @@ from pipeline.store.store import MANIFEST, Artifact, Scalar, current_store
 
 
 @stage("cost")
-def apply_cost(*, tables: Artifact, cost: CostSettings, content: str | None) -> Artifact:
+def apply_cost(
+    *, tables: Artifact, cost: CostSettings, adapter: AdapterRecipe | None, adapter_dtype: str, content: str | None
+) -> Artifact:
     """The same calibration with the cost that is asked for: a changed cost does not calibrate again.
 
     Args:
+        adapter, adapter_dtype: what is stored beside the base; None, and any, for costs that do not count it.
         content: digest of the latency table; None for other costs.
     """
-    priced = priced_tables(load_tables(tables), cost)
+    priced = priced_tables(load_tables(tables), cost, adapter, adapter_dtype)
 
     def write(folder: Path) -> dict[str, Scalar]:
         priced.save(folder / TABLES)

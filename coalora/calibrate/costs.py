@@ -1,32 +1,20 @@
 """Costs that a budget can count: average bits, bytes, or a device's microseconds; any sum over layers will do.
 
-Latency comes from a table measured on the device, as CSV: `layer` (a layer's kind or name; globs and suffixes as in
-target_modules), the choice (`choice`, as it prints, globs allowed; or columns named by fields, blank for any value) and
-`microseconds`. Every layer and choice of the run is given by exactly one row; rows for others are passed over, so that
-one table serves many runs:
-
-    layer,choice,microseconds            layer,scheme,bits,group_size,microseconds
-    mlp.up_proj,int4 g64 sym,81.5        *_proj,int,4,64,81.5
+`bytes` are those of the packed target layers; `file_bytes` those of the files that a device holds: the target layers as
+they are packed, all other tensors of the base, and the adapter. A budget is a number in the unit of its cost, or names
+its own unit (`parse_budget`). Settings are read with this module: it imports no torch.
 """
 
 from __future__ import annotations
 
-import csv
 import math
+import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import cache, lru_cache
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from coalora.errors import CoaloraError
-from coalora.models.targets import TargetLayer, matches
-from coalora.quant.space import ChoiceSpace
 
-CostKind = Literal["average_bits", "bytes", "latency"]
+CostKind = Literal["average_bits", "bytes", "file_bytes", "latency"]
 
 
 @dataclass(frozen=True)
@@ -39,113 +27,77 @@ class CostUnit:
     suffix: str
 
 
-_MOST = 1e12  # microseconds: more than a week for one layer
-
 UNITS: dict[CostKind, CostUnit] = {
     "average_bits": CostUnit("average bits per weight", "average bits", "bits", "bits"),
     # Decimal megabytes, as the reports write sizes.
     "bytes": CostUnit("packed target layers (MB)", "megabytes", "MB", "mb"),
+    "file_bytes": CostUnit("base and adapter (MB)", "megabytes of base and adapter", "MB", "mb"),
     "latency": CostUnit("latency (µs)", "microseconds", "µs", "us"),
 }
+
+_BYTES = {
+    **{name: 1000.0**power for power, name in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{name: 1024.0**power for power, name in enumerate(("kib", "mib", "gib", "tib"), 1)},
+}
+# Unit, in lower case -> what it is in the unit of each cost that it can count.
+_MEGABYTES = {name: size / 1e6 for name, size in _BYTES.items()}
+_UNITS_OF: dict[CostKind, dict[str, float]] = {
+    "average_bits": {"bit": 1.0, "bits": 1.0},
+    "bytes": _MEGABYTES,
+    "file_bytes": _MEGABYTES,
+    "latency": {"us": 1.0, "µs": 1.0, "μs": 1.0, "ms": 1e3, "s": 1e6},
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size with its unit: B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024), in any case.
+
+    Raises:
+        CoaloraError: no number above zero, or no unit of bytes.
+
+    Example:
+        >>> parse_bytes("120MB"), parse_bytes("1.5 GiB")
+        (120000000, 1610612736)
+    """
+    number, unit = _split(text)
+    if unit not in _BYTES or number * _BYTES[unit] < 1:
+        raise CoaloraError(f"{text[:100]!r} is no size in bytes", remedy="Write it as 120MB, 1.2GB or 900MiB")
+    return int(number * _BYTES[unit])
+
+
+def parse_budget(budget: float | str, kind: CostKind) -> float:
+    """A budget in the unit of a cost: a plain number is in it already, `120MB`, `2.5 bits` and `3ms` name theirs.
+
+    Raises:
+        CoaloraError: no finite number above zero, or a unit that does not count this cost.
+
+    Example:
+        >>> parse_budget("1.2GB", "file_bytes"), parse_budget("2.5", "average_bits"), parse_budget(310, "latency")
+        (1200.0, 2.5, 310.0)
+    """
+    number, unit = _split(budget) if isinstance(budget, str) else (float(budget), "")
+    known = _UNITS_OF[kind]
+    if not 0 < number < math.inf or (unit and not any(unit in units for units in _UNITS_OF.values())):
+        example = {"average_bits": "2.5", "latency": "310 or 3ms"}.get(kind, "120 or 120MB")
+        raise CoaloraError(
+            f"The budget {str(budget)[:100]!r} is no number above 0 with a unit that is known",
+            remedy=f"Write {UNITS[kind].words} as {example}",
+        )
+    if unit and unit not in known:
+        kinds = ", ".join(other for other, units in _UNITS_OF.items() if unit in units)
+        raise CoaloraError(
+            f"The budget {str(budget)[:100]!r} is none of {UNITS[kind].words}, which are counted here",
+            remedy=f"Give {UNITS[kind].words}, or count another cost (cost.kind: {kinds})",
+        )
+    return number * known[unit] if unit else number
+
+
+def _split(text: str) -> tuple[float, str]:
+    """Number (NaN where there is none) and unit, in lower case, of a text."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)\s*([a-zµμ]*)\s*", text.lower())
+    return (float(found[1]), found[2]) if found else (math.nan, "")
 
 
 def budget_name(budget: float, kind: CostKind) -> str:
     """A budget as folders and metrics are named: `2.5-bits`, `0.8-mb`, `310-us`."""
     return f"{budget:g}-{UNITS[kind].suffix}"
-
-
-def read_latency(
-    path: Path, layers: list[TargetLayer], space: ChoiceSpace, allowed: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Microseconds (N, K) of every layer under every allowed choice, 0 elsewhere.
-
-    Raises:
-        CoaloraError: no such file, no CSV, unknown or missing columns; a number that is none, negative or infinite; a
-            layer and choice given twice or not at all. Line numbers are named.
-    """
-    header, rows = _rows(path)
-    fields = [name for name in header if name not in ("layer", "choice", "microseconds")]
-    known = ["scheme", *dict.fromkeys(name for scheme in space.schemes for name in scheme.field_values)]
-    unknown = [name for name in fields if name not in known] or len(set(header)) < len(header)
-    if {"layer", "microseconds"} - set(header) or unknown or ("choice" in header) == bool(fields):
-        raise CoaloraError(
-            f"the latency table {path} has the columns {', '.join(header)[:300] or '(none)'}",
-            remedy=f"Write layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
-        )
-    choices = [{"scheme": space.scheme_of(k).name, **c.as_dict()} for k, c in enumerate(space.choices)]
-    names, may = list(map(str, space.choices)), allowed.tolist()
-
-    # A table has hundreds of thousands of rows, and few words in them: each is matched once.
-    @cache
-    def layers_of(pattern: str) -> list[int]:
-        return [i for i, at in enumerate(layers) if fnmatchcase(at.kind, pattern) or matches(at.name, pattern)]
-
-    @cache
-    def choices_of(words: tuple[str, ...]) -> list[int]:
-        if "choice" in header:
-            return [k for k, name in enumerate(names) if fnmatchcase(name, words[0])]
-        given = {name: word for name, word in zip(fields, words, strict=True) if word}
-        return [k for k, choice in enumerate(choices) if all(str(choice.get(n)) == word for n, word in given.items())]
-
-    at_layer, at_value = header.index("layer"), header.index("microseconds")
-    at_choice = [header.index(name) for name in (["choice"] if "choice" in header else fields)]
-    table, line_of = np.zeros(allowed.shape), np.zeros(allowed.shape, dtype=np.int64)
-    for line, cells in rows:
-        value = _microseconds(cells[at_value], path, line)
-        for at in layers_of(cells[at_layer]):
-            for k in choices_of(tuple(cells[i] for i in at_choice)):
-                if not may[at][k]:
-                    continue
-                if line_of[at, k]:
-                    raise CoaloraError(
-                        f"lines {line_of[at, k]} and {line} of {path} both give {layers[at].name} under "
-                        f"{space.describe(k)}",
-                        remedy="Make one of the two rows narrower, or leave it out",
-                    )
-                table[at, k], line_of[at, k] = value, line
-    if (absent := allowed & (line_of == 0)).any():
-        pairs = [f"{layers[at].kind} under {space.describe(int(k))}" for at, k in np.argwhere(absent)]
-        raise CoaloraError(
-            f"{path} has no row for {'; '.join(list(dict.fromkeys(pairs))[:3])} ({absent.sum()} pairs in all)",
-            remedy="Measure these too, or leave such choices out of the run",
-        )
-    return table
-
-
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header, and the rows that are not blank with their line numbers; a file is read once while it stays as it is."""
-    if not path.is_file():
-        raise CoaloraError(f"the latency table {path} does not exist", remedy="Correct cost.table")
-    stat = path.stat()
-    return _read(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _read(path: Path, size: int, time: int) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise CoaloraError(f"{path} is no CSV in UTF-8 ({error})", remedy="Correct the latency table") from error
-    header = lines[0][1] if lines else []
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise CoaloraError(
-                f"line {line} of {path} has {len(cells)} cells for {len(header)} columns ({', '.join(header)[:300]})",
-                remedy="Complete the line",
-            )
-    return header, lines[1:]
-
-
-def _microseconds(text: str, path: Path, line: int) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= _MOST or "_" in text:
-        raise CoaloraError(
-            f"the microseconds {text[:100]!r} of {path}, line {line} are no finite number from 0 on",
-            remedy=f"Write them as 81.5, at most {_MOST:g}",
-        )
-    return value

@@ -23,12 +23,15 @@ from coalora.calibrate.costs import UNITS, CostKind, CostUnit
 from coalora.calibrate.statistics import collect_statistics
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
-from coalora.files import read_tensors, write_tensors
+from coalora.files import read_tensors, stored_nbytes, write_tensors
 from coalora.models.choices import fitting
-from coalora.models.targets import TargetLayer
+from coalora.models.targets import TargetLayer, head_modules, other_tensors
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import CalibrationRecipe, Rounding
+
+_COUNTED = ("rest_nbytes", "head_size", "adapter_nbytes")
+_HEADER = 110  # of a tensor in a file's header, beside its layer's name: part, type, shape and offsets
 
 # At most so many layers are quantized together, with so many weights and entries of Hessians.
 _TOGETHER, _ELEMENTS = 32, 2**26
@@ -47,6 +50,9 @@ class CalibrationTables:
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
         cost_kind: what budgets and the search count (`coalora.calibrate.costs`).
         latency: (N, K) float64 microseconds where that is the cost.
+        rest_nbytes: size of the file of all other tensors of the base, as `write_base` makes it; None: not counted.
+        head_size: numbers of a classifier's head, which its adapter holds.
+        adapter_nbytes: size of the adapter's file where the cost is `file_bytes` (`of_files`).
         rounding: how weights were quantized (`CalibrationRecipe.rounding`); they are never quantized otherwise.
 
     Example:
@@ -64,6 +70,9 @@ class CalibrationTables:
     cost_kind: CostKind = "average_bits"
     latency: np.ndarray | None = None
     rounding: Rounding = "absmax"
+    rest_nbytes: int | None = None
+    head_size: int = 0
+    adapter_nbytes: int | None = None
 
     @property
     def n_weights(self) -> int:
@@ -81,8 +90,33 @@ class CalibrationTables:
         if self.cost_kind == "average_bits":
             return self.bits
         if self.latency is None:
-            return self.nbytes / 1e6
+            share = np.array([layer.n_weights for layer in self.layers]) / self.n_weights
+            return (self.nbytes + self.beside * share[:, None]) / 1e6
         return self.latency
+
+    @property
+    def beside(self) -> int:
+        """Bytes that every configuration costs beside its packed layers: of base and adapter for `file_bytes`, where
+        the header of the layers' file is counted with four tensors a layer; none for other costs."""
+        if self.cost_kind != "file_bytes":
+            return 0
+        headers = sum(4 * (len(layer.name) + _HEADER) for layer in self.layers)
+        return headers + (self.rest_nbytes or 0) + (self.adapter_nbytes or 0)
+
+    def of_files(self, adapter_nbytes: int) -> CalibrationTables:
+        """The same with all bytes that a device holds as their cost: budgets are megabytes of base and adapter.
+
+        Args:
+            adapter_nbytes: size of the adapter's file (`coalora.export.adapter.adapter_nbytes`).
+
+        Raises:
+            CoaloraError: nobody has counted the base's other tensors.
+        """
+        if self.rest_nbytes is None:
+            raise CoaloraError(
+                "These calibration tables say nothing of the base's other tensors", remedy="Calibrate the model again"
+            )
+        return replace(self, cost_kind="file_bytes", latency=None, adapter_nbytes=adapter_nbytes)
 
     @property
     def cost_unit(self) -> CostUnit:
@@ -93,7 +127,7 @@ class CalibrationTables:
         if self.cost_kind == "average_bits":
             return self.average_bits(configurations)
         if self.latency is None:
-            return self.total_nbytes(configurations) / 1e6
+            return (self.total_nbytes(configurations) + self.beside) / 1e6
         return self.latency[np.arange(len(self.layers)), configurations].sum(-1)
 
     def cost_range(self) -> tuple[float, float]:
@@ -102,7 +136,7 @@ class CalibrationTables:
             return self.bits_range()
         if self.latency is None:
             low, high = extremes(self.nbytes, self.allowed)
-            return float(low / 1e6), float(high / 1e6)
+            return float((low + self.beside) / 1e6), float((high + self.beside) / 1e6)
         low, high = extremes(self.latency, self.allowed)
         return float(low), float(high)
 
@@ -145,6 +179,7 @@ class CalibrationTables:
         tensors |= {} if self.latency is None else {"latency": self.latency}
         header |= {} if self.cost_kind == "average_bits" else {"cost": self.cost_kind}
         header |= {} if self.rounding == "absmax" else {"rounding": self.rounding}
+        header |= {name: n for name in _COUNTED if (n := getattr(self, name))}
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -160,6 +195,7 @@ class CalibrationTables:
             header.get("cost", "average_bits"),
             tensors["latency"].numpy() if "latency" in tensors else None,
             header.get("rounding", "absmax"),
+            **{name: header[name] for name in _COUNTED if name in header},
         )
 
 
@@ -255,6 +291,7 @@ def calibrate(
     *,
     base_digest: str,
     allowed: np.ndarray | None = None,
+    rest_dtype: torch.dtype | None = None,
     progress: Callable[[str], Callable[[int, int], None]] | None = None,
 ) -> tuple[CalibrationTables, list[InputStatistics]]:
     """Tables and input statistics of a base model's target layers (N), over examples at equal distances in `split`.
@@ -263,6 +300,7 @@ def calibrate(
         model: the base model in full precision, before PEFT wraps it.
         base_digest: identity of its weights (`coalora.models.files.model_digest`).
         allowed: bool (N, K), the choices that a layer may take; None allows all that fit its shape.
+        rest_dtype: of the other tensors where an export holds them in a smaller type (`write_base`).
         progress: makes a listener (done, total) for what is named.
 
     Raises:
@@ -294,7 +332,15 @@ def calibrate(
         keep=keep,
         progress=progress(f"quantizing {len(layers)} layers under {len(space)} choices") if progress else None,
     )
-    return calibration_tables(layers, space, err, base_digest, allowed, rounding), statistics
+    tables = calibration_tables(layers, space, err, base_digest, allowed, rounding)
+    return counted(tables, model, rest_dtype), statistics
+
+
+def counted(tables: CalibrationTables, model: nn.Module, rest_dtype: torch.dtype | None) -> CalibrationTables:
+    """The tables with the sizes of what `model` (also on the meta device) has beside its target layers."""
+    rest = stored_nbytes(other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
+    heads = [model.get_submodule(name) for name in head_modules(model)]
+    return replace(tables, rest_nbytes=rest, head_size=sum(p.numel() for head in heads for p in head.parameters()))
 
 
 def check_kept(

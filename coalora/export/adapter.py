@@ -8,14 +8,17 @@ checks it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
 from coalora.errors import CoaloraError
-from coalora.files import check_files, file_digests, read_header, read_json, write_json, write_tensors
+from coalora.files import check_files, file_digests, read_header, read_json, stored_nbytes, write_json, write_tensors
+from coalora.models.targets import TargetLayer
 
 BINDING = "coalora.json"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,6 +27,27 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def peft_key(name: str) -> str:
     """PEFT's name in `adapter_model.safetensors` of a module's parameter."""
     return f"base_model.model.{name}"
+
+
+def adapter_nbytes(layers: Sequence[TargetLayer], ranks: Sequence[int], head_size: int, dtype: torch.dtype) -> int:
+    """Size of the file of an adapter's tensors, whatever the configuration.
+
+    Args:
+        ranks: (N,) of the layers.
+        head_size: numbers of a classifier's head.
+
+    Example:
+        >>> from coalora.export.adapter import adapter_nbytes
+        >>> adapter_nbytes(tables.layers, [4] * len(tables.layers), 0, torch.float16) > 0
+        True
+    """
+    tensors = {"head": torch.empty(head_size, dtype=dtype, device="meta")}
+    for layer, rank in zip(layers, ranks, strict=True):
+        for side, shape in (("A", (rank, layer.shape[1])), ("B", (layer.shape[0], rank))):
+            name = peft_key(f"{layer.name}.lora_{side}.weight")
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+    digest = "0" * 64
+    return stored_nbytes(tensors, {"base_configuration_digest": digest, "base_digest": digest})
 
 
 def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], configuration: dict) -> None:

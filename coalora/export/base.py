@@ -28,6 +28,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding, check_complete
 from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
+from coalora.models.targets import other_tensors
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import Task
 
@@ -85,7 +86,7 @@ def write_base(
         "transposed": [layer.name for layer in tables.layers if layer.transposed],
     }
     write_tensors(folder / PACKED, packed)
-    write_tensors(folder / REST, _rest(model, names, rest_dtype))
+    write_tensors(folder / REST, other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
     write_json(folder / CONFIGURATION, content | {"files": file_digests(folder, (PACKED, REST))})
     config = copy.deepcopy(model.config)
     config.use_cache = True  # off while the model is trained
@@ -208,18 +209,3 @@ def _read_configuration(folder: Path) -> dict:
             remedy="Export the base again",
         )
     return content
-
-
-def _rest(model: PreTrainedModel, targets: set[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    rest: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name in targets or tensor.data_ptr() in seen:  # the second name of a tied tensor
-            continue
-        seen.add(tensor.data_ptr())
-        if dtype is not None and tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize:
-            smaller = tensor.to(dtype)
-            # Stays in the computing type where the smaller one would change it.
-            tensor = smaller if torch.equal(smaller.to(tensor.dtype), tensor) else tensor
-        rest[name] = tensor
-    return rest

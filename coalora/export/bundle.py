@@ -23,6 +23,7 @@ from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.calibrate.costs import parse_budget
 from coalora.calibrate.statistics import QUANTIZED, STATISTICS, load_statistics, save_statistics
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
@@ -162,12 +163,14 @@ class Bundle:
         """Whether weights are quantized with more than their own values."""
         return self.tables.rounding != "absmax" or self.tables.space.needs_statistics
 
-    def select(self, budget: float) -> np.ndarray:
-        """The configuration (N,) for a budget, in the unit of the tables' cost (by default average bits).
+    def select(self, budget: float | str) -> np.ndarray:
+        """The configuration (N,) for a budget, in the unit of the tables' cost (by default average bits), or with its
+        unit (`coalora.calibrate.costs.parse_budget`).
 
         Raises:
             CoaloraError: the budget is outside of what configurations can reach.
         """
+        budget = parse_budget(budget, self.tables.cost_kind)
         low, high = self.tables.cost_range()
         if not low <= budget <= high * 1.001:  # the end as it is shown is within
             unit = self.tables.cost_unit
@@ -231,8 +234,8 @@ class Bundle:
             )
         return self.compensation[index, choice]
 
-    def adapt(self, budget: float) -> Adapted:
-        """Configuration and adapter for any budget, in the unit of the tables' cost (by default average bits).
+    def adapt(self, budget: float | str) -> Adapted:
+        """Configuration and adapter for any budget, as `select` takes it.
 
         Raises:
             CoaloraError: the budget is outside of what configurations can reach.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -66,6 +67,27 @@ def head_modules(model: nn.Module) -> list[str]:
     outside = [name for name, child in model.named_children() if name != prefix and list(child.parameters())]
     inside = [name for name in getattr(model, "coalora_missing", []) if name.startswith(f"{prefix}.")]
     return [*outside, *sorted({name.rpartition(".")[0] for name in inside})]
+
+
+def other_tensors(model: nn.Module, targets: Iterable[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """All tensors of a model but the weights of the layers `targets`, each once (not a tied one's second name).
+
+    Args:
+        dtype: type of the floating ones where it is smaller and holds their values exactly, as it does for a 16-bit
+            checkpoint computed in float32; the others, and all for None, keep the model's.
+    """
+    weights = {f"{name}.weight" for name in targets}
+    rest: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in weights or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if dtype is not None and tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize:
+            smaller = tensor.detach().to(dtype)
+            tensor = smaller if tensor.is_meta or torch.equal(smaller.to(tensor.dtype), tensor) else tensor
+        rest[name] = tensor.detach()
+    return rest
 
 
 def find_target_layers(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> list[TargetLayer]:

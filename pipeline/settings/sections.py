@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from coalora.adapt.methods import METHODS
+from coalora.calibrate.costs import UNITS, CostKind, parse_budget
 from coalora.config import CoaLoraConfig
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import reported_metrics
@@ -41,6 +42,7 @@ from coalora.recipes import (
     described,
     hyper,
     listed,
+    with_unit,
 )
 from coalora.search.strategies import STRATEGIES
 from coalora.trust import require_trust
@@ -279,12 +281,18 @@ class ChoiceSettings(SchemeSettings):
 class CostSettings(Section):
     """What budgets, the search and the reports count."""
 
-    kind: Literal["average_bits", "bytes", "latency"] = setting(
+    kind: CostKind = setting(
         "average_bits",
         "Cost",
-        "Bits a weight, MB (10^6 bytes) of the packed target layers, or microseconds of a table.",
+        "Bits a weight, MB (10^6 bytes) of the packed target layers (bytes) or of all that a device holds, base and "
+        "adapter (file_bytes), or microseconds of a table.",
     )
     table: str | None = setting(None, "Table of latencies", "CSV of a device's latencies: layer, choice, microseconds.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _latency_has_a_table(self) -> Self:
@@ -353,10 +361,10 @@ class InitialSetSettings(InitialSetRecipe):
 class EvaluationSettings(Section):
     """What is reported."""
 
-    budgets: list[Annotated[float, Field(gt=0)]] = setting(
+    budgets: list[Annotated[float, Field(gt=0, json_schema_extra=with_unit)]] = setting(
         [2.5, 3.0, 4.0],
         "Budgets",
-        "In units of cost; each is evaluated and exported. [each above 0]",
+        "In units of cost or with their unit (120MB); each is evaluated and exported. [each above 0]",
         min_length=1,
     )
     batch_size: int = setting(64, "Batch size", "Examples a batch.", ge=1, le=65_536)
@@ -386,7 +394,11 @@ class EvaluationSettings(Section):
         max_length=8,
     )
     prompt_budget: float | None = setting(
-        None, "Budget of the prompts", "The nearest one of the budgets; by default the smallest.", gt=0
+        None,
+        "Budget of the prompts",
+        "The nearest one of the budgets; by default the smallest.",
+        gt=0,
+        json_schema_extra=with_unit,
     )
     prompt_tokens: int = setting(40, "Tokens after a prompt", "Tokens that are generated.", ge=1, le=1024)
     harness_tasks: list[str] = setting(
@@ -443,8 +455,8 @@ class ExportSettings(Section):
     quantized: bool = setting(
         True,
         "Quantized weights in the bundle",
-        "Put the weights of all choices into the bundle where calibration decided them, so that bases are made wherever "
-        "the base model is; without, only where the run's store is.",
+        "Put the weights of all choices into the bundle where calibration decided them, so that bases are made "
+        "wherever the base model is; without, only where the run's store is.",
     )
 
     @field_validator("formats")
@@ -593,6 +605,9 @@ class RuntimeSettings(RuntimeRecipe):
     )
 
 
+_BUDGETS = {"evaluation": ("budgets", "prompt_budget"), "initial_set": ("min_budget", "max_budget")}
+
+
 class Settings(Section):
     """One pipeline."""
 
@@ -615,6 +630,33 @@ class Settings(Section):
     stages: StageSettings = setting(StageSettings(), "Stages", "Retries and time limits.")
     runtime: RuntimeSettings = setting(RuntimeSettings(), "Runtime", "Device, number type, memory.")
     seed: int = _of_the_config("seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budgets_in_units_of_cost(cls, data: Any) -> Any:
+        """Budgets that name their unit, as numbers; what is no text is left to its own field."""
+        cost = data.get("cost") if isinstance(data, Mapping) else None
+        kind = cost.get("kind", "average_bits") if isinstance(cost, Mapping) else getattr(cost, "kind", cost)
+        if not isinstance(data, Mapping) or str(kind := kind or "average_bits") not in UNITS:
+            return data
+        wrong: list[InitErrorDetails] = []
+
+        def read(value: Any, *path: int | str) -> Any:
+            if isinstance(value, list):
+                return [read(item, *path, index) for index, item in enumerate(value)]
+            try:
+                return parse_budget(value, kind) if isinstance(value, str) else value
+            except CoaloraError as error:
+                words = PydanticCustomError("budget", "{told}", {"told": error.remedy})
+                wrong.append(InitErrorDetails(type=words, loc=path, input=value))
+
+        changed = dict(data)
+        for section, keys in _BUDGETS.items():
+            if isinstance(own := data.get(section), Mapping):
+                changed[section] = {**own, **{k: read(own[k], section, k) for k in keys if k in own}}
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return changed
 
     @field_validator("search")
     @classmethod

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from coalora.calibrate.costs import read_latency
+from coalora.calibrate.latency import read_latency
 from coalora.calibrate.tables import CalibrationTables, calibration_tables
 from coalora.cli import main
 from coalora.contents import describe, problems

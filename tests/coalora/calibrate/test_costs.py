@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.calibrate.costs import UNITS, CostKind, budget_name, read_latency
+from coalora.calibrate.costs import UNITS, CostKind, budget_name, parse_budget, parse_bytes
+from coalora.calibrate.latency import read_latency
 from coalora.calibrate.tables import CalibrationTables, calibration_tables
 from coalora.configurations import ConfigurationSet
 from coalora.errors import CoaloraError
@@ -29,7 +30,7 @@ LAYERS = [
 ] + [TargetLayer("lm_head", "lm_head", 0, (96, 64), False)]
 INT = Part("int", {"bits": [2, 4, 8], "group_size": [64], "mode": ["sym"]})
 ROWS = ["*_proj,int2 *,10", "*_proj,int4 *,5", "*_proj,int8 *,20", "lm_head,bf16,7.5"]
-KINDS: list[CostKind] = ["average_bits", "bytes", "latency"]
+KINDS: list[CostKind] = ["average_bits", "bytes", "file_bytes", "latency"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def priced(plain: CalibrationTables, kind: CostKind, write: Callable[..., Path]) -> CalibrationTables:
+    if kind == "file_bytes":
+        return replace(plain, rest_nbytes=1_000_003).of_files(20_011)
     if kind != "latency":
         return replace(plain, cost_kind=kind)
     return replace(plain, cost_kind=kind, latency=read_latency(write(*ROWS), LAYERS, plain.space, plain.allowed))
@@ -69,6 +72,7 @@ def test_costs_are_sums_over_layers_inside_their_range(plain, write, kind: CostK
     by_hand = {
         "average_bits": tables.total_nbytes(C) * 8 / tables.n_weights,
         "bytes": tables.total_nbytes(C) / 1e6,
+        "file_bytes": (tables.total_nbytes(C) + 1_000_003 + 20_011 + tables.beside - 1_020_014) / 1e6,
         "latency": np.array([10.0, 5, 20, 7.5])[C].sum(1),
     }
     np.testing.assert_array_equal(costs, by_hand[kind])
@@ -193,4 +197,39 @@ def test_a_table_that_is_not_there_is_named(plain, tmp_path: Path) -> None:
 
 
 def test_budgets_are_named_by_their_unit() -> None:
-    assert [budget_name(2.5, kind) for kind in KINDS] == ["2.5-bits", "2.5-mb", "2.5-us"]
+    assert [budget_name(2.5, kind) for kind in KINDS] == ["2.5-bits", "2.5-mb", "2.5-mb", "2.5-us"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "kind", "value"),
+    [
+        (2.5, "average_bits", 2.5), ("2.5", "average_bits", 2.5), ("2.5 bits", "average_bits", 2.5),
+        ("120MB", "file_bytes", 120), ("1.2 gb", "file_bytes", 1200), ("900KiB", "bytes", 0.9216), ("7", "bytes", 7),
+        ("310", "latency", 310), ("3ms", "latency", 3000), ("80 µs", "latency", 80),
+    ],
+)  # fmt: skip
+def test_a_budget_may_name_its_unit(budget: float | str, kind: CostKind, value: float) -> None:
+    assert parse_budget(budget, kind) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "kind", "words"),
+    [
+        ("120MB", "average_bits", r"'120MB' is none of average bits.*cost\.kind: bytes, file_bytes"),
+        ("2.5 bits", "file_bytes", r"none of megabytes of base and adapter.*average_bits"),
+        ("3ms", "bytes", r"none of megabytes.*latency"),
+        ("12 parsecs", "bytes", r"no number above 0.*as 120 or 120MB"), ("two", "average_bits", "as 2.5"),
+        (0, "average_bits", "above 0"), ("-3MB", "bytes", "above 0"), ("", "bytes", "above 0"),
+        ("nan", "latency", "above 0"), (float("inf"), "bytes", "above 0"), ("1e999", "bytes", "above 0"),
+    ],
+)  # fmt: skip
+def test_a_budget_in_another_unit_or_none_is_refused(budget: float | str, kind: CostKind, words: str) -> None:
+    with pytest.raises(CoaloraError, match=words):
+        parse_budget(budget, kind)
+
+
+@pytest.mark.parametrize("text", ["120", "MB", "2 bits", "-1MB", "0.1B", "1 MB 2", "1_000kB"])
+def test_a_size_has_a_unit_of_bytes(text: str) -> None:
+    assert parse_bytes("120MB") == 120_000_000
+    with pytest.raises(CoaloraError, match="no size in bytes"):
+        parse_bytes(text)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from coalora.calibrate.tables import calibration_tables
+from coalora.calibrate.tables import calibration_tables, counted
 from coalora.errors import CoaloraError
+from coalora.export.adapter import adapter_nbytes
 from coalora.export.base import load_adapted, load_base, write_base
 from coalora.files import file_digests, read_tensors, write_tensors
 from coalora.models.switching.quantized import QuantizedBase
@@ -80,6 +82,30 @@ def test_reported_bits_are_the_bytes_on_disk(tiny_models, tables_for, tmp_path, 
     reported = json.loads((tmp_path / "configuration.json").read_text())["average_bits"]
     n_weights = sum(model.get_submodule(layer.name).weight.numel() for layer in tables.layers)
     assert reported == pytest.approx(8 * stored / n_weights, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_file_bytes_are_the_files_of_base_and_adapter(tiny_models, make_bundle, tmp_path, family, dtype) -> None:
+    """Never less, and more by no more than what a header is counted too long."""
+    bundle, adapted = make_bundle(tiny_models[family])
+    model, made = tiny_models[family](), bundle.adapt_to(mixed(bundle.tables))
+    tables = counted(bundle.tables, model, torch.float16)
+    size = adapter_nbytes(tables.layers, bundle.ranks, tables.head_size, dtype)
+    write_base(tmp_path / "base", model, tables, made.choices, task=task_of(family), rest_dtype=torch.float16)
+    made.save_pretrained(tmp_path / "adapter", dtype=dtype)
+    files = list(tmp_path.rglob("*.safetensors"))
+    stored, tensors = sum(f.stat().st_size for f in files), sum(len(load_file(f)) for f in files)
+    assert stored <= 1e6 * tables.of_files(size).costs(made.choices) <= stored + 64 * tensors
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size <= size
+    assert tables.head_size == sum(p.numel() for name, p in adapted.named_parameters().items() if name[:4] == "head")
+    tables, from_shapes = (counted(bundle.tables, m, None) for m in (model, _meta(model)))
+    assert (from_shapes.rest_nbytes, from_shapes.head_size) == (tables.rest_nbytes, tables.head_size)
+
+
+def _meta(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 def test_reported_bits_agree_with_the_nominal_rule_within_a_percent_in_layers_of_real_size(tmp_path) -> None:

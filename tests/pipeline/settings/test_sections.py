@@ -348,6 +348,17 @@ def test_where_a_run_is_kept_is_no_part_of_its_result() -> None:
     assert kept.of_the_result() == plain.of_the_result()
 
 
+def test_budgets_take_units_and_a_cost_is_named_by_its_kind_alone() -> None:
+    asked = {"cost": "file_bytes", "evaluation": {"budgets": ["1.2GB", 900], "prompt_budget": "1GB"}}
+    settings = Settings.model_validate(MINIMAL | asked | {"initial_set": {"min_budget": "800MB"}})
+    assert settings.cost.kind == "file_bytes"
+    assert (settings.evaluation.budgets, settings.evaluation.prompt_budget) == ([1200, 900], 1000)
+    assert settings.initial_set.min_budget == 800
+    validate(MINIMAL | asked, SCHEMA)  # the form takes them, too
+    with pytest.raises(ValidationError, match=r"cost\.kind: bytes, file_bytes"):
+        Settings.model_validate(MINIMAL | {"evaluation": {"budgets": [2.5, "120MB"]}})
+
+
 TRUSTING: list[dict[str, Any]] = [
     {"model": {"name_or_path": "m", "trust_remote_code": True}},
     {"evaluation": {"harness_include": "tasks"}},
