@@ -66,27 +66,29 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_budget(budget: float | str, kind: CostKind) -> float:
-    """A budget in the unit of a cost: a plain number is in it already, `120MB`, `2.5 bits` and `3ms` name theirs.
+    """A budget in the unit of a cost: numbers are in it already, `120MB`, `2.5 bits` and `3ms` name theirs.
 
     Raises:
-        CoaloraError: no finite number above zero, or a unit that does not count this cost.
+        CoaloraError: a text without a finite number above zero, or with a unit that does not count this cost.
 
     Example:
         >>> parse_budget("1.2GB", "file_bytes"), parse_budget("2.5", "average_bits"), parse_budget(310, "latency")
         (1200.0, 2.5, 310.0)
     """
-    number, unit = _split(budget) if isinstance(budget, str) else (float(budget), "")
+    if not isinstance(budget, str):
+        return float(budget)
+    number, unit = _split(budget)
     known = _UNITS_OF[kind]
     if not 0 < number < math.inf or (unit and not any(unit in units for units in _UNITS_OF.values())):
         example = {"average_bits": "2.5", "latency": "310 or 3ms"}.get(kind, "120 or 120MB")
         raise CoaloraError(
-            f"The budget {str(budget)[:100]!r} is no number above 0 with a unit that is known",
+            f"The budget {budget[:100]!r} is no number above 0 with a unit that is known",
             remedy=f"Write {UNITS[kind].words} as {example}",
         )
     if unit and unit not in known:
         kinds = ", ".join(other for other, units in _UNITS_OF.items() if unit in units)
         raise CoaloraError(
-            f"The budget {str(budget)[:100]!r} is none of {UNITS[kind].words}, which are counted here",
+            f"The budget {budget[:100]!r} is none of {UNITS[kind].words}, which are counted here",
             remedy=f"Give {UNITS[kind].words}, or count another cost (cost.kind: {kinds})",
         )
     return number * known[unit] if unit else number

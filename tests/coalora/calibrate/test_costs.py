@@ -219,11 +219,11 @@ def test_a_budget_may_name_its_unit(budget: float | str, kind: CostKind, value: 
         ("2.5 bits", "file_bytes", r"none of megabytes of base and adapter.*average_bits"),
         ("3ms", "bytes", r"none of megabytes.*latency"),
         ("12 parsecs", "bytes", r"no number above 0.*as 120 or 120MB"), ("two", "average_bits", "as 2.5"),
-        (0, "average_bits", "above 0"), ("-3MB", "bytes", "above 0"), ("", "bytes", "above 0"),
-        ("nan", "latency", "above 0"), (float("inf"), "bytes", "above 0"), ("1e999", "bytes", "above 0"),
+        ("0", "average_bits", "above 0"), ("-3MB", "bytes", "above 0"), ("", "bytes", "above 0"),
+        ("nan", "latency", "above 0"), ("1e999", "bytes", "above 0"),
     ],
 )  # fmt: skip
-def test_a_budget_in_another_unit_or_none_is_refused(budget: float | str, kind: CostKind, words: str) -> None:
+def test_a_budget_in_another_unit_or_none_is_refused(budget: str, kind: CostKind, words: str) -> None:
     with pytest.raises(CoaloraError, match=words):
         parse_budget(budget, kind)
 
