@@ -14,6 +14,7 @@ from coalora.recipes import (
     InitialSetRecipe,
     RuntimeRecipe,
     SearchRecipe,
+    Tie,
     TrainingRecipe,
     hyper,
 )
@@ -48,6 +49,12 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
         _one_for_each_width,
         "Choices",
         "Choices of every target layer; by default NormalFloat of 2, 3, 4 and 8 bits in blocks of 64.",
+    )
+    tie: Tie = hyper(
+        "none",
+        "Tied layers",
+        "Layers that take one choice: none, or fused: query, key and value of an attention, and gate and up of an MLP, "
+        "which engines such as vLLM multiply as one.",
     )
     target_modules: Sequence[str] | Literal["all-linear"] | None = hyper(
         None,

@@ -28,7 +28,8 @@ class ConfigurationSet:
 
     Example:
         >>> from coalora import ConfigurationSet
-        >>> members = ConfigurationSet.unmeasured(allocate(tables.err, tables.search_cost, tables.cost_range()))
+        >>> C = allocate(tables.search_err, tables.search_cost, tables.cost_range())
+        >>> members = ConfigurationSet.unmeasured(tables.expand(C))
         >>> len(members), ConfigurationSet.from_dict(members.to_dict(tables), tables).joined.tolist()
         (2, [0, 0])
     """
@@ -100,7 +101,7 @@ class ConfigurationSet:
 
         Raises:
             CoaloraError: another format, scheme, layers or base model than that of `tables`; a choice outside of its
-                space; a member that does not give every layer one of the listed choices.
+                space; a member that does not give every layer one of the listed choices, or tied layers different ones.
         """
         if content.get("format") != SET_FORMAT:
             raise CoaloraError(
@@ -136,16 +137,23 @@ class ConfigurationSet:
                     f"Member {number} of the set gives {layers[int(np.argmin(taken))]} a choice that its rules forbid",
                     remedy="Make a set for these rules",
                 )
+        configurations = np.array([index[m["choices"]] for m in members], dtype=np.int64).reshape(-1, len(layers))
+        tables.of_groups(configurations)  # refuses broken ties
         return cls(
-            np.array([index[m["choices"]] for m in members], dtype=np.int64).reshape(-1, len(layers)),
+            configurations,
             np.array([np.nan if m["loss"] is None else m["loss"] for m in members]),
             np.array([m["round"] for m in members], dtype=np.int64),
         )
 
 
 def configuration_dict(configuration: np.ndarray, tables: CalibrationTables) -> dict:
-    """One configuration as JSON: the base it is for, its scheme (or `mixed`), and the choice of every layer."""
+    """One configuration as JSON: the base it is for, its scheme (or `mixed`), and the choice of every layer.
+
+    Raises:
+        CoaloraError: choices outside of the space, or different ones of tied layers.
+    """
     configuration = check_configuration(configuration, len(tables.layers), len(tables.space.choices))
+    tables.of_groups(configuration)
     return {
         "format": "coalora-configuration/1",
         "scheme": tables.space.scheme_name,

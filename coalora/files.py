@@ -25,12 +25,14 @@ from coalora.errors import CoaloraError
 _HEADER = "coalora"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None) -> None:
-    """Write named tensors and a JSON-able header as safetensors."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None, **metadata: str
+) -> None:
+    """Write named tensors and a JSON-able header as safetensors; `metadata` stands beside it for other readers."""
     plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous().clone() for k in sorted(tensors)}
     path.write_bytes(b"")  # with the rights that new files have here: safetensors would write for its owner alone
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True)})
+    save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True), **metadata})
     path.chmod(mode)
 
 

@@ -192,6 +192,7 @@ class CoaLoraModel:
         recipe = replace(recipe, n_samples=min(recipe.n_samples, len(split)))
         self._tables, self.statistics = calibrate(
             self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest,
+            tie=self.config.tie,
             rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
             progress=progress,
         )  # fmt: skip

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # this module is read without torch
 Task = Literal["classification", "language-modeling"]
 Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
 Rounding = Literal["absmax", "searched", "feedback"]
+Tie = Literal["none", "fused"]
 Teacher = Literal["auto", "base", "adapted"]
 MasterMode = Literal["device", "cpu", "mmap"]
 WeightMode = Literal["dequantized", "packed"]

@@ -80,7 +80,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
         scheme.require_packages()
     kept = check_kept(layers, space, settings.calibration, allowed)
     # All but the errors, which take the weights.
-    tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed)
+    tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed, tie=settings.choices.tie)
     tables = counted(tables, model, getattr(model.config, "dtype", None))
     tables = priced_tables(tables, settings.cost, settings.adapter, settings.export.adapter_dtype)
     if settings.initial_set.file is not None:

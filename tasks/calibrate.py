@@ -33,6 +33,7 @@ def calibrate(
     space, allowed = choices_of(choices, layers)
     tables, statistics = method.calibrate(
         model, layers, data.train, space, calibration, base_digest=source.digest, allowed=allowed,
+        tie=choices.tie,
         rest_dtype=getattr(source.config(), "dtype", None), progress=Progress,
     )  # fmt: skip
 

@@ -6,12 +6,16 @@ exact over the calibration data where statistics carry H, which is also what GPT
 diagonal alone, sum_ij E_ij^2 E[x_j^2] / sum_ij W_l,ij^2 E[x_j^2], as if features were uncorrelated. Weighted by nothing
 else: HIGGS (NAACL 2025) finds a model's loss close to linear in the layers' relative errors.
 Bits are counted, not computed from a nominal rule: every byte that packing stores, padding and offsets included.
+
+Layers may be tied: whatever chooses (allocation, search, selection) works on G groups of layers, whose errors and costs
+are sums over a group, and `expand` makes a configuration of the layers of it. Without ties a group is a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +29,10 @@ from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, stored_nbytes, write_tensors
 from coalora.models.choices import fitting
-from coalora.models.targets import TargetLayer, head_modules, other_tensors
+from coalora.models.targets import TargetLayer, head_modules, other_tensors, tied_groups
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import CalibrationRecipe, Rounding
+from coalora.recipes import CalibrationRecipe, Rounding, Tie
 
 _COUNTED = ("rest_nbytes", "head_size", "adapter_nbytes")
 _HEADER = 110  # of a tensor in a file's header, beside its layer's name: part, type, shape and offsets
@@ -54,9 +58,11 @@ class CalibrationTables:
         head_size: numbers of a classifier's head, which its adapter holds.
         adapter_nbytes: size of the adapter's file where the cost is `file_bytes` (`of_files`).
         rounding: how weights were quantized (`CalibrationRecipe.rounding`); they are never quantized otherwise.
+        tie: which layers take one choice (`coalora.models.targets.tied_groups`).
 
     Example:
-        >>> C = allocate(tables.err, tables.search_cost, [3.0, 4.0])  # tables: what `CoaLoraModel.calibrate` returned
+        >>> # tables: what `CoaLoraModel.calibrate` returned
+        >>> C = tables.expand(allocate(tables.search_err, tables.search_cost, [3.0, 4.0]))
         >>> bool((tables.average_bits(C) <= [3.0, 4.0]).all())
         True
     """
@@ -73,6 +79,7 @@ class CalibrationTables:
     rest_nbytes: int | None = None
     head_size: int = 0
     adapter_nbytes: int | None = None
+    tie: Tie = "none"
 
     @property
     def n_weights(self) -> int:
@@ -135,20 +142,67 @@ class CalibrationTables:
         if self.cost_kind == "average_bits":
             return self.bits_range()
         if self.latency is None:
-            low, high = extremes(self.nbytes, self.allowed)
+            low, high = self._extremes(self.nbytes)
             return float((low + self.beside) / 1e6), float((high + self.beside) / 1e6)
-        low, high = extremes(self.latency, self.allowed)
+        low, high = self._extremes(self.latency)
         return float(low), float(high)
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """(N,): the group of each layer, 0 to G-1."""
+        return tied_groups(self.layers, self.tie)
+
+    def expand(self, choices: np.ndarray) -> np.ndarray:
+        """Configurations (..., N) of the choices (..., G) of groups."""
+        return choices[..., self.groups]
+
+    def of_groups(self, configurations: np.ndarray) -> np.ndarray:
+        """Choices (..., G) of the groups, for configurations (..., N): the inverse of `expand`.
+
+        Raises:
+            CoaloraError: tied layers take different choices; with their names.
+        """
+        choices = configurations[..., np.unique(self.groups, return_index=True)[1]]
+        broken = (self.expand(choices) != configurations).reshape(-1, len(self.layers)).any(0)
+        if broken.any():
+            group = self.groups[broken.argmax()]
+            names = [layer.name for layer, own in zip(self.layers, self.groups, strict=True) if own == group]
+            raise CoaloraError(
+                f"{', '.join(names)} take different choices in a configuration, and they are tied ({self.tie})",
+                remedy="Give them one choice, or set choices.tie to none",
+            )
+        return choices
+
+    @property
+    def search_allowed(self) -> np.ndarray:
+        """(G, K) bool: the choices that all layers of a group may take."""
+        allowed = np.ones((self.groups.max() + 1, len(self.space)), dtype=np.bool_)
+        np.logical_and.at(allowed, self.groups, self.allowed)
+        return allowed
+
+    @property
+    def search_err(self) -> np.ndarray:
+        """(G, K): `err` of groups."""
+        return self._summed(self.err)
 
     @property
     def search_cost(self) -> np.ndarray:
-        """(N, K): `cost`, and where a choice is not `allowed` more than any configuration's.
+        """(G, K): `cost` of groups, and where a choice is not allowed more than any configuration's.
 
         Together with the layer's largest error this makes such a choice dominated: no allocation, budget or proposal
         inside the range of costs ever takes it.
         """
-        cost = self.cost
-        return cost if self.allowed.all() else np.where(self.allowed, cost, 2 * extremes(cost, self.allowed)[1])
+        cost, allowed = self._summed(self.cost), self.search_allowed
+        return cost if allowed.all() else np.where(allowed, cost, 2 * extremes(cost, allowed)[1])
+
+    def _summed(self, table: np.ndarray) -> np.ndarray:
+        """Sums (G, K) over the layers of each group of a table (N, K)."""
+        sums = np.zeros((self.groups.max() + 1, table.shape[1]), dtype=table.dtype)
+        np.add.at(sums, self.groups, table)
+        return sums
+
+    def _extremes(self, table: np.ndarray) -> tuple[float, float]:
+        return extremes(self._summed(table), self.search_allowed)
 
     def average_bits(self, configurations: np.ndarray) -> np.ndarray:
         """Stored bits a weight of configurations (..., N)."""
@@ -160,7 +214,7 @@ class CalibrationTables:
 
     def bits_range(self) -> tuple[float, float]:
         """Smallest and largest average bits that a configuration can have."""
-        low, high = extremes(self.nbytes, self.allowed)
+        low, high = self._extremes(self.nbytes)
         return float(low * 8 / self.n_weights), float(high * 8 / self.n_weights)
 
     def fixed(self, configuration: np.ndarray) -> CalibrationTables:
@@ -180,6 +234,7 @@ class CalibrationTables:
         header |= {} if self.cost_kind == "average_bits" else {"cost": self.cost_kind}
         header |= {} if self.rounding == "absmax" else {"rounding": self.rounding}
         header |= {name: n for name in _COUNTED if (n := getattr(self, name))}
+        header |= {} if self.tie == "none" else {"tie": self.tie}
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -195,12 +250,13 @@ class CalibrationTables:
             header.get("cost", "average_bits"),
             tensors["latency"].numpy() if "latency" in tensors else None,
             header.get("rounding", "absmax"),
+            tie=header.get("tie", "none"),
             **{name: header[name] for name in _COUNTED if name in header},
         )
 
 
 def extremes(table: np.ndarray, allowed: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest sum over layers of a table (N, K), each layer taking one of its allowed (N, K) choices."""
+    """Smallest and largest sum over the rows of a table (N, K), each taking one of its allowed (N, K) choices."""
     low = np.where(allowed, table, table.max()).min(1).sum()
     return low, np.where(allowed, table, table.min()).max(1).sum()
 
@@ -292,6 +348,7 @@ def calibrate(
     base_digest: str,
     allowed: np.ndarray | None = None,
     rest_dtype: torch.dtype | None = None,
+    tie: Tie = "none",
     progress: Callable[[str], Callable[[int, int], None]] | None = None,
 ) -> tuple[CalibrationTables, list[InputStatistics]]:
     """Tables and input statistics of a base model's target layers (N), over examples at equal distances in `split`.
@@ -301,6 +358,7 @@ def calibrate(
         base_digest: identity of its weights (`coalora.models.files.model_digest`).
         allowed: bool (N, K), the choices that a layer may take; None allows all that fit its shape.
         rest_dtype: of the other tensors where an export holds them in a smaller type (`write_base`).
+        tie: which layers take one choice.
         progress: makes a listener (done, total) for what is named.
 
     Raises:
@@ -332,7 +390,7 @@ def calibrate(
         keep=keep,
         progress=progress(f"quantizing {len(layers)} layers under {len(space)} choices") if progress else None,
     )
-    tables = calibration_tables(layers, space, err, base_digest, allowed, rounding)
+    tables = calibration_tables(layers, space, err, base_digest, allowed, rounding, tie)
     return counted(tables, model, rest_dtype), statistics
 
 
@@ -369,8 +427,9 @@ def calibration_tables(
     base_digest: str,
     allowed: np.ndarray | None = None,
     rounding: Rounding = "absmax",
+    tie: Tie = "none",
 ) -> CalibrationTables:
     """Join the error table with the exact packed sizes; `allowed` None lets every layer take what fits."""
     nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
     may = fitting(layers, space, allowed)
-    return CalibrationTables(list(layers), space, nbytes, err, base_digest, may, rounding=rounding)
+    return CalibrationTables(list(layers), space, nbytes, err, base_digest, may, rounding=rounding, tie=tie)

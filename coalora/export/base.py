@@ -10,7 +10,7 @@ bit, as the model that was evaluated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from coalora.adapt.lora import quiet_peft
@@ -28,8 +28,8 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding, check_complete
 from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
-from coalora.models.targets import other_tensors
-from coalora.quant.scheme import InputStatistics
+from coalora.models.targets import TargetLayer, other_tensors
+from coalora.quant.scheme import Choice, InputStatistics
 from coalora.recipes import Task
 
 PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
@@ -47,35 +47,15 @@ def write_base(
 ) -> None:
     """Pack `model` (in full precision, before PEFT wraps it) under `configuration` (N,) into `folder`.
 
-    `statistics` of the layers' inputs are for calibrated schemes. `rest_dtype` is the type of the other floating
-    tensors on disk where it is smaller and holds their values exactly, as it does for a 16-bit checkpoint computed in
-    float32; otherwise they stay in the model's type.
+    `statistics` of the layers' inputs are for calibrated schemes; `rest_dtype` as in `rest_tensors`.
 
     Raises:
-        CoaloraError: a configuration outside of the tables' layers or choices, or a model without their layers.
+        CoaloraError: as `packed_layers`.
     """
-    if statistics is None and tables.rounding != "absmax":
-        raise CoaloraError(
-            f"The weights of this configuration were quantized with rounding {tables.rounding}, and there are no "
-            "statistics of the layers' inputs to do so again",
-            remedy="Give the statistics that calibration returned",
-        )
     content = configuration_dict(configuration, tables)
-    names = {f"{layer.name}.weight" for layer in tables.layers}
-    if absent := sorted(names - model.state_dict().keys()):
-        raise CoaloraError(
-            f"{type(model).__name__} lacks {', '.join(absent[:2])} ({len(absent)} of {len(names)} target weights): it "
-            "is another model than the one that was calibrated, or PEFT wraps it",
-            remedy="Load the base model anew and pack that",
-        )
+    layers = packed_layers(model, tables, configuration, statistics)
     folder.mkdir(parents=True, exist_ok=True)
-    packed: dict[str, Tensor] = {}
-    known = statistics if statistics is not None else [None] * len(tables.layers)
-    for layer, k, seen in zip(tables.layers, configuration, known, strict=True):
-        weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
-        scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
-        parts = scheme.quantize_packed(weight, choice, seen)
-        packed |= {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
+    packed = {f"{layer.name}.{part}": tensor for layer, _, parts in layers for part, tensor in parts.items()}
     content |= {
         "average_bits": round(float(tables.average_bits(configuration)), 6),
         "digest": configuration_digest(content),
@@ -88,11 +68,53 @@ def write_base(
     write_tensors(folder / PACKED, packed)
     write_tensors(folder / REST, other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
     write_json(folder / CONFIGURATION, content | {"files": file_digests(folder, (PACKED, REST))})
-    config = copy.deepcopy(model.config)
-    config.use_cache = True  # off while the model is trained
-    config.save_pretrained(folder)
+    inference_config(model).save_pretrained(folder)
     if type(model).__module__.startswith("transformers_modules"):  # code that came with the checkpoint
         custom_object_save(model, folder)
+
+
+def inference_config(model: PreTrainedModel) -> PretrainedConfig:
+    """A copy of the model's config, without what was set to train it."""
+    config = copy.deepcopy(model.config)
+    config.use_cache = True
+    return config
+
+
+def packed_layers(
+    model: PreTrainedModel,
+    tables: CalibrationTables,
+    configuration: np.ndarray,
+    statistics: Sequence[InputStatistics] | None = None,
+) -> Iterator[tuple[TargetLayer, Choice, dict[str, Tensor]]]:
+    """Target layers in their order, each with its choice of a configuration (N,) and what its scheme packs of it.
+
+    Raises:
+        CoaloraError: at once: a configuration outside of the tables' layers or choices, a model without their layers,
+            or no statistics where weights are calibrated.
+    """
+    configuration_dict(configuration, tables)
+    if statistics is None and tables.rounding != "absmax":
+        raise CoaloraError(
+            f"The weights of this configuration were quantized with rounding {tables.rounding}, and there are no "
+            "statistics of the layers' inputs to do so again",
+            remedy="Give the statistics that calibration returned",
+        )
+    names = {f"{layer.name}.weight" for layer in tables.layers}
+    if absent := sorted(names - model.state_dict().keys()):
+        raise CoaloraError(
+            f"{type(model).__name__} lacks {', '.join(absent[:2])} ({len(absent)} of {len(names)} target weights): it "
+            "is another model than the one that was calibrated, or PEFT wraps it",
+            remedy="Load the base model anew and pack that",
+        )
+    known = statistics if statistics is not None else [None] * len(tables.layers)
+
+    def pack() -> Iterator[tuple[TargetLayer, Choice, dict[str, Tensor]]]:
+        for layer, k, seen in zip(tables.layers, configuration, known, strict=True):
+            weight = layer.matrix(model.get_submodule(layer.name).get_parameter("weight").detach())
+            scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
+            yield layer, choice, scheme.quantize_packed(weight, choice, seen)
+
+    return pack()
 
 
 def load_base(

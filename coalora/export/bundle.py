@@ -181,9 +181,9 @@ class Bundle:
                 remedy="Ask for one within, or train with a space that has other choices",
             )
         members, tables = self.members, self.tables
-        return best_within(
-            members.configurations, members.losses, tables.search_cost, tables.err, budget, allowed=tables.allowed
-        )
+        known = tables.of_groups(members.configurations)
+        given, allowed = (tables.search_cost, tables.search_err, budget), tables.search_allowed
+        return tables.expand(best_within(known, members.losses, *given, allowed=allowed))
 
     def problems(self) -> Iterator[str]:
         """Tensors of pairs and experts that are missing, or of another shape than their layers ask for."""

@@ -137,7 +137,10 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
     "export format",
     "coalora.export_formats",
     "coalora.export.formats:ExportFormat",
-    {"peft": PeftFormat, "packed": PackedFormat},
+    {
+        "peft": PeftFormat,
+        "packed": PackedFormat,
+    },
 )
 
 

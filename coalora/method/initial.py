@@ -37,7 +37,7 @@ def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> Configur
         )
     # The smallest budget is met exactly; a rounding error below it must not make it infeasible.
     budgets = np.maximum(np.linspace(low, high, recipe.size), least)
-    found = allocate(tables.err, tables.search_cost, budgets, allowed=tables.allowed)
+    found = tables.expand(allocate(tables.search_err, tables.search_cost, budgets, allowed=tables.search_allowed))
     return ConfigurationSet.unmeasured(np.unique(found, axis=0)).sorted(tables)
 
 

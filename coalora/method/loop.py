@@ -80,6 +80,7 @@ def fit(
         2
     """
     fitted = Fitted(members)
+    tables.of_groups(members.configurations)  # refuses a set that breaks ties
     identity = _identity(adapted, train_split, tables, training, search.rounds, seed) if checkpoint_dir else ""
     for round_index in range(search.rounds + 1):
         label = f"round {round_index}"

@@ -57,16 +57,17 @@ def search_round(
     members = members.with_losses(measure(members.configurations, "set"))
     Y = members.objectives(tables)
     reference = reference_point(Y, tables) if ref_point is None else np.asarray(ref_point)
-    surrogate = Surrogate.fit(tables.err, members.configurations, members.losses, seed=seed)
+    measured, allowed = tables.of_groups(members.configurations), tables.search_allowed
+    surrogate = Surrogate.fit(tables.search_err, measured, members.losses, seed=seed)
     strategy = STRATEGIES[recipe.strategy]()
     proposed, scored = strategy.propose(
         SearchState(
-            members.configurations,
+            measured,
             Y,
             surrogate,
             tables.search_cost,
-            tables.space.neighbours(recipe.delta, tables.allowed),
-            tables.allowed,
+            tables.space.neighbours(recipe.delta, allowed),
+            allowed,
             reference,
             n_candidates=recipe.candidates,
             n_restarts=recipe.restarts,
@@ -76,10 +77,10 @@ def search_round(
         )
     )
     n = len(proposed)
-    joining = ConfigurationSet.unmeasured(proposed, round_index)
+    joining = ConfigurationSet.unmeasured(tables.expand(proposed), round_index)
     if n:
         predicted, _ = surrogate.predict(proposed)
-        joining = joining.with_losses(measure(proposed, "candidates"))
+        joining = joining.with_losses(measure(joining.configurations, "candidates"))
     kept = members.merge(joining).sorted(tables)
     if not strategy.keeps_all:
         kept = kept.take(np.flatnonzero(segment_filter(kept.objectives(tables), recipe.segments, tables.cost_range())))

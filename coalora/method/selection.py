@@ -43,9 +43,9 @@ def select_budgets(
     known = {row.tobytes(): loss for row, loss in zip(members.configurations, members.losses, strict=True)}
     rivals = []
     for budget in budgets:
-        given = (tables.search_cost, tables.err, budget)
-        best = best_within(members.configurations, members.losses, *given, allowed=tables.allowed)
-        rivals.append(contenders(best, *given, allowed=tables.allowed))
+        given, allowed = (tables.search_cost, tables.search_err, budget), tables.search_allowed
+        best = best_within(tables.of_groups(members.configurations), members.losses, *given, allowed=allowed)
+        rivals.append(tables.expand(contenders(best, *given, allowed=allowed)))
     if not rivals:
         return members, members.take(np.arange(0))
     distinct = np.unique(np.concatenate(rivals), axis=0)

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coalora.errors import CoaloraError
-from coalora.models.targets import TargetLayer, matches
+from coalora.models.targets import TargetLayer, matches, tied_groups
 from coalora.quant.scheme import FieldValue, Scheme
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import Tie
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,21 @@ class Rule:
 
 
 def layer_choices(
-    layers: Sequence[TargetLayer], parts: Sequence[Part], rules: Sequence[Rule] = ()
+    layers: Sequence[TargetLayer], parts: Sequence[Part], rules: Sequence[Rule] = (), tie: Tie = "none"
 ) -> tuple[ChoiceSpace, NDArray[np.bool_]]:
     """The run's choice space and the choices that each layer may take.
 
     Args:
         layers: the N target layers.
         parts: the choices of a layer that no rule matches.
+        tie: of tied layers (`tied_groups`) each may take what all of them may.
 
     Returns:
         space of K choices, without values that no layer may take; allowed bool (N, K).
 
     Raises:
         CoaloraError: unknown scheme, field or value; a rule that matches no layer, or cuts a field that its layers do
-            not have; a layer left without a choice that fits its shape.
+            not have; a layer left without a choice that fits its shape, or tied ones without one in common.
     """
     space = ChoiceSpace.union([_space(part) for part in [*parts, *(part for rule in rules for part in rule.parts)]])
     allowed = np.repeat(_members(space, parts)[None], len(layers), axis=0)
@@ -81,6 +83,16 @@ def layer_choices(
                 remedy="Loosen it, or give it a scheme of its own",
             )
     allowed = fitting(layers, space, allowed)
+    groups = tied_groups(layers, tie)
+    for group in np.unique(groups):
+        tied = np.flatnonzero(groups == group)
+        allowed[tied] &= allowed[tied].all(0)
+        if not allowed[tied[0]].any():
+            raise CoaloraError(
+                f"{', '.join(layers[i].name for i in tied)} take one choice (choices.tie: {tie}), and the rules leave "
+                "none to all of them",
+                remedy="Give them the same rules, or set choices.tie to none",
+            )
     used = np.flatnonzero(allowed.any(0))
     kept = ChoiceSpace.union([_spanned(space, used[space.scheme_index[used] == s]) for s in _owners(space, used)])
     result = np.zeros((len(layers), len(kept)), dtype=np.bool_)

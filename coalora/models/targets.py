@@ -12,14 +12,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from coalora.errors import CoaloraError
 from coalora.models.architectures import ARCHITECTURES
+from coalora.recipes import Tie
 
 ALL_LINEAR = "all-linear"  # PEFT's word
+# Layers beside each other in a module that read the same input: engines multiply them as one.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,29 @@ class TargetLayer:
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as out x in: a view, so that writing to it writes the weight."""
         return weight.T if self.transposed else weight
+
+
+def tied_groups(layers: Sequence[TargetLayer], tie: Tie) -> NDArray[np.int64]:
+    """Group (N,) of each layer, 0 to G-1 by first appearance: the layers of a group take one choice.
+
+    Args:
+        tie: none: each layer for itself; fused: query, key and value of an attention together, and gate and up of an
+            MLP, which engines multiply as one.
+
+    Example:
+        >>> from coalora.models.targets import TargetLayer, tied_groups
+        >>> names = ("attn.q_proj", "attn.k_proj", "attn.o_proj")
+        >>> layers = [TargetLayer(f"layers.{i}.{name}", name, i, (8, 8), False) for i in (0, 1) for name in names]
+        >>> tied_groups(layers, "fused").tolist()
+        [0, 0, 1, 2, 2, 3]
+    """
+    keys = []
+    for layer in layers:
+        parent, _, own = layer.name.rpartition(".")
+        fused = next((names for names in _FUSED if own in names), None) if tie == "fused" else None
+        keys.append((parent, fused) if fused else layer.name)
+    index = {key: group for group, key in enumerate(dict.fromkeys(keys))}
+    return np.array([index[key] for key in keys], dtype=np.int64)
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # scipy takes longer to import than a list of names may take
 
 @dataclass(frozen=True)
 class SearchState:
-    """Knowledge before a round's proposals, and the number wanted.
+    """Knowledge before a round's proposals, and the number wanted; N counts layers, or groups of tied ones.
 
     Attributes:
         configurations: (n, N) int, the measured set.

@@ -29,7 +29,7 @@ def choices_of(choices: ChoiceSettings, layers: Sequence[TargetLayer]) -> tuple[
         Rule(rule.layers, parts(rule), {} if rule.scheme else rule.allow, rule.min_bits, rule.max_bits)
         for rule in choices.rules
     ]
-    return layer_choices(layers, parts(choices), rules)
+    return layer_choices(layers, parts(choices), rules, choices.tie)
 
 
 def priced_tables(

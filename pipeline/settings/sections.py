@@ -38,6 +38,7 @@ from coalora.recipes import (
     RuntimeRecipe,
     SearchRecipe,
     Task,
+    Tie,
     TrainingRecipe,
     described,
     hyper,
@@ -276,6 +277,7 @@ class ChoiceSettings(SchemeSettings):
 
     also: list[SchemeSettings] = setting([], "Further schemes", "Every layer may take them, too.")
     rules: list[RuleSettings] = setting([], "Rules by layer", "Other choices for some layers.")
+    tie: Tie = _of_the_config("tie")
 
 
 class CostSettings(Section):

@@ -60,6 +60,14 @@ def classifier(
     )  # fmt: skip
 
 
+def test_tied_layers_share_their_rules_and_a_rule_that_parts_them_is_told() -> None:
+    rules = ["choices.rules=[{layers: k_proj, min_bits: 4}]", "evaluation.budgets=[3, 4]"]
+    free, tied = (preflight(tiny(*rules, f"choices.tie={tie}")).bits_range[0] for tie in ("none", "fused"))
+    assert tied > free  # query and value go up with the key
+    parted = tiny("choices.rules=[{layers: k_proj, min_bits: 4}, {layers: q_proj, max_bits: 3}]", "choices.tie=fused")
+    assert "q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj take one choice" in refused(parted)
+
+
 def test_what_it_finds_is_counted_from_the_shapes() -> None:
     found = preflight(tiny())
     assert len(found.layers) == 14

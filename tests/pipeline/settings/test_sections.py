@@ -123,7 +123,9 @@ def hyperparameters() -> Iterator[tuple[str, Any, Any]]:
     inside = {item.name for recipe in (AdapterRecipe, RuntimeRecipe) for item in fields(recipe)}
     for item in fields(CoaLoraConfig):
         # The choices of a file are names of schemes and values by field, which become the config's ChoiceSpace.
-        if item.name not in inside | set(parts) | {"choices"}:
+        if item.name == "tie":  # stands beside the choices there
+            yield "choices.tie", item, SCHEMA["$defs"]["ChoiceSettings"]["properties"]["tie"]
+        elif item.name not in inside | set(parts) | {"choices"}:
             yield item.name, item, SCHEMA["properties"][item.name]
     for path, recipe in parts.items():
         shown = SCHEMA["$defs"][SECTIONS[path].__name__]["properties"]
