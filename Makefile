@@ -38,11 +38,14 @@ demo: $(VENV)/.ready-demo   ## adapt SmolLM2-135M, from its weights to registere
 up: $(READY)     ## start Prefect, MLflow, an S3 store and a worker on this machine (loopback)
 	$(BIN)/coalora stack up
 
-down: $(READY)   ## end what `make up` started
-	$(BIN)/coalora stack down
-
-status: $(READY) ## show how the stack is
-	$(BIN)/coalora stack status
+# What was never installed has started nothing; what is left of an environment that was removed is not said to be nothing.
+down status:
+	@if test -x $(BIN)/coalora; then $(BIN)/coalora stack $@; \
+	elif grep -qs '"pid"' "$${COALORA_HOME:-.coalora}/stack/state.json"; then \
+	  echo "error: $(VENV) is gone, and with it what knows the stack. Run \`make up\`, which installs it again" >&2; exit 2; \
+	else echo "Nothing runs that \`make up\` started here."; fi
+down:            ## end what `make up` started
+status:          ## show how the stack is
 
 test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
 	$(PYTEST) -m 'not servers and not engines'
@@ -91,5 +94,5 @@ lock:            ## resolve every requirements*.lock anew from pyproject.toml (n
 	  { sed -n '/^#/p' $$file; cat $(VENV)/$$file; } > $(VENV)/lock && mv $(VENV)/lock $$file || exit 1; \
 	done
 
-clean:           ## remove the virtual environment and everything computed
+clean: down      ## remove the virtual environment and everything computed
 	rm -rf $(VENV) $(VENV)-lowest .coalora runs outputs

@@ -44,6 +44,22 @@ def test_the_compose_file_fits_the_schema_and_a_misspelt_one_does_not(tmp_path: 
     assert validated(wrong) != 0
 
 
+@pytest.mark.parametrize("target", ["status", "down"])
+def test_make_status_and_down_install_nothing(target: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    command = ["make", "--no-print-directory", target, "PYTHON=false"]
+    environment = {k: v for k, v in os.environ.items() if k != "COALORA_HOME"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Nothing runs that `make up` started here.\n", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["Makefile"]
+    state = tmp_path / ".coalora" / "stack" / "state.json"  # of a stack whose environment was removed
+    state.parent.mkdir(parents=True)
+    state.write_text('{"processes": {"s3": {"pid": 1}}}')
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: .venv is gone" in done.stderr
+
+
 @pytest.mark.parametrize("service", ["postgres", "s3", "mlflow", "prefect"])
 def test_every_server_has_a_health_check_and_keeps_its_bytes_in_a_named_volume(service: str) -> None:
     server = COMPOSE["services"][service]
