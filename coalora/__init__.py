@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coalora.evaluate.losses import LossMeter, Score
     from coalora.export.base import load_adapted, load_base
     from coalora.export.bundle import Adapted, Bundle
+    from coalora.export.device import export_for
     from coalora.export.formats import EXPORT_FORMATS, ExportFormat
     from coalora.method.initial import initial_set
     from coalora.method.loop import Fitted, fit
@@ -67,6 +68,7 @@ _PUBLIC = {
     "evaluate.losses": ("LossMeter", "Score"),
     "export.base": ("load_adapted", "load_base"),
     "export.bundle": ("Adapted", "Bundle"),
+    "export.device": ("export_for",),
     "export.formats": ("EXPORT_FORMATS", "ExportFormat"),
     "method.initial": ("initial_set",),
     "method.loop": ("Fitted", "fit"),
@@ -127,6 +129,7 @@ __all__ = [
     "allocate",
     "compensation",
     "dequantize",
+    "export_for",
     "fit",
     "hypervolume",
     "initial_set",

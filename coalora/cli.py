@@ -26,6 +26,10 @@ from coalora.errors import CoaloraError, printable
 
 ROOMS = ("flows", "infra")
 OURS = ("coalora", "pipeline", "tasks", *ROOMS)
+# What a checkout adds to `open_source`, as `module:function`, by what an address starts with.
+openers: dict[str, str] = {}
+# And what refuses folders to write to.
+guards: list[str] = []
 _INSTALL = "pip install 'coalora[pipeline]'"
 
 
@@ -58,19 +62,50 @@ class Command(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-Source = Annotated[Path, typer.Argument(metavar="PATH", help="Run folder, such as runs/demo/latest, or a bundle.")]
-Budget = Annotated[
-    str,
-    typer.Option(help="At most, in the unit of the run's cost (average bits a weight), or with its unit, as 120MB."),
-]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; new or empty.")]
 
 
-def adapt(path: Source, budget: Budget, out: Out) -> None:
-    """Write configuration and adapter of any budget."""
-    from coalora.contents import adapt_bundle
+def adapt(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Run folder, bundle, hub repository, or s3://... and models:/NAME@ALIAS."
+        ),
+    ],
+    out: Out,
+    bits: Annotated[float | None, typer.Option(help="Average bits a weight of the target layers, at most.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="1.2GB", help="Bytes of base and adapter, at most.")] = None,
+    latency: Annotated[str | None, typer.Option(metavar="20ms", help="Time by --table, at most.")] = None,
+    table: Annotated[Path | None, typer.Option(metavar="CSV", help="A device's latencies.")] = None,
+    configuration: Annotated[Path | None, typer.Option(metavar="JSON", help="A configuration instead.")] = None,
+    to: Annotated[
+        list[str],
+        typer.Option(metavar="FORMAT ...", help="By default those of the run; peft alone needs no base model."),
+    ] = [],  # noqa: B006
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER|ID", help="Base model; by default where it was trained from.")
+    ] = None,
+    evaluate: Annotated[Path | None, typer.Option(metavar="TEXT", help="Measure the pair on a text file.")] = None,
+) -> None:
+    """Write base and adapter for a device: any budget, in the format of its engine, without training."""
+    log_to_terminal()
+    import torch
 
-    print(adapt_bundle(path, budget, out))
+    from coalora.export.device import check_limit, export_for
+    from coalora.export.source import open_source
+    from coalora.files import require_new
+
+    check_limit(bits, size, latency, table, configuration)
+    for name in guards:
+        _imported(name)(out)
+    require_new(out)
+    found = open_source(source, {kind: _imported(name) for kind, name in openers.items()})
+    made = export_for(
+        found.bundle, out, bits=bits, size=size, latency=latency, table=table, configuration=configuration,
+        formats=to or found.formats, base=model or found.base, adapter_dtype=getattr(torch, found.adapter_dtype),
+        evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,
+    )  # fmt: skip
+    print(made)
 
 
 def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file.")]) -> None:
@@ -81,6 +116,34 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+Thing = Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file, as for inspect.")]
+
+
+def compare(a: Thing, b: Thing) -> None:
+    """Say in what two exports, bundles, adapters or sets differ, layer by layer."""
+    from coalora.contents import compare as differences
+
+    found = differences(a, b)
+    widths = [max(len(row[column]) for row in found) for column in (0, 1)] if found else []
+    for name, one, other in found:
+        print(f"{name:<{widths[0]}}  {one:<{widths[1]}}  {other}")
+    print(f"{len(found) or 'nothing'} different")
+
+
+def push(
+    export: Annotated[Path, typer.Argument(metavar="DIR", help="An export, or a bundle.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made where it is missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+) -> None:
+    """Upload an export with its model card to the hub, after checking it.
+
+    Logged in by `hf auth login` or HF_TOKEN.
+    """
+    from coalora.contents import push as upload
+
+    print(upload(export, repo, private=private))
 
 
 def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file, as for inspect.")]) -> int:
@@ -95,6 +158,11 @@ def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or 
         print(f"wrong: {problem}")
     print(f"{path}: {len(checked)} parts checked, {len(found) or 'nothing'} wrong")
     return 1 if found else 0
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class _Terminal:
@@ -172,10 +240,8 @@ def command_line() -> typer.Typer:
     for room in ROOMS:
         if _in_checkout(room):
             importlib.import_module(f"{room}.commands").add_to(app)
-    known = {registered.name for registered in app.registered_commands}
-    for command in (adapt, inspect, verify):
-        if command.__name__ not in known:  # a checkout's own `adapt` packs the base as well
-            app.command(command.__name__, cls=Command)(command)
+    for command in (adapt, inspect, compare, verify, push):
+        app.command(command.__name__, cls=Command)(command)
     return app
 
 

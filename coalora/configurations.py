@@ -15,6 +15,7 @@ from coalora.quant.scheme import Choice, Scheme
 from coalora.quant.space import MIXED, ChoiceSpace
 
 SET_FORMAT = "coalora-configurations/1"
+CONFIGURATION_FORMAT = "coalora-configuration/1"
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,42 @@ def configuration_dict(configuration: np.ndarray, tables: CalibrationTables) -> 
     configuration = check_configuration(configuration, len(tables.layers), len(tables.space.choices))
     tables.of_groups(configuration)
     return {
-        "format": "coalora-configuration/1",
+        "format": CONFIGURATION_FORMAT,
         "scheme": tables.space.scheme_name,
         "base_digest": tables.base_digest,
         "layers": {
             layer.name: tables.space.choice_dict(int(k)) for layer, k in zip(tables.layers, configuration, strict=True)
         },
     }
+
+
+def configuration_of(content: object, tables: CalibrationTables) -> np.ndarray:
+    """The configuration (N,) of `configuration_dict`, for the same base, layers and choices.
+
+    Raises:
+        CoaloraError: it is none, or one of another base model, of other layers, or with a choice that a layer lacks.
+    """
+    if not isinstance(content, dict) or content.get("format") != CONFIGURATION_FORMAT:
+        raise CoaloraError(
+            f"The file is no configuration ({CONFIGURATION_FORMAT})", remedy="Take configuration.json of an export"
+        )
+    if content.get("base_digest") != tables.base_digest:
+        raise CoaloraError(
+            f"The configuration is for the base model {content.get('base_digest')}, and not for {tables.base_digest}",
+            remedy="Take one of this base model",
+        )
+    names, chosen = [layer.name for layer in tables.layers], content.get("layers")
+    if not isinstance(chosen, dict) or sorted(chosen) != sorted(names):
+        raise CoaloraError(
+            f"The configuration is not for the {len(names)} layers of this model", remedy="Give each layer a choice"
+        )
+    configuration = np.array([tables.space.index(chosen[name]) for name in names], dtype=np.int64)
+    if not (may := tables.allowed[np.arange(len(names)), configuration]).all():
+        raise CoaloraError(
+            f"The configuration gives {names[int(np.argmin(may))]} a choice that its rules forbid",
+            remedy="Give it another one",
+        )
+    return configuration
 
 
 def read_choices(content: dict) -> dict[str, tuple[Scheme, Choice]]:

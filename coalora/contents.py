@@ -22,9 +22,11 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING, WEIGHTS, check_binding
 from coalora.export.base import CONFIGURATION, PACKED, REST
 from coalora.export.bundle import HEADER, Bundle
-from coalora.files import check_files, file_sha256, read_json, read_tensors, reading, whole_or_nothing
+from coalora.export.provenance import RECORD, check_export, folder_nbytes
+from coalora.export.source import RUN
+from coalora.files import check_files, file_sha256, read_json, read_tensors, reading
 
-RUN, SET, MARKER = "run.json", "configurations.json", ".coalora-artifact"
+SET, MARKER = "configurations.json", ".coalora-artifact"
 
 
 def kind_of(path: Path) -> str:
@@ -76,37 +78,58 @@ def problems(path: Path) -> tuple[list[Path], list[str]]:
     return checked, found
 
 
-def adapt_bundle(path: Path, budget: float | str, out: Path) -> str:
-    """Write configuration and adapter of a budget from a bundle, or a run folder's, into `out`; says what was written.
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload a checked export or bundle to a repository of the hub; says where it is.
 
     Raises:
-        CoaloraError: no bundle, a budget below the choice space, or a folder that holds files.
+        CoaloraError: it is no export or bundle, or not whole; the hub refuses.
     """
-    kind = kind_of(path)
-    if kind not in ("run", "bundle"):
-        raise CoaloraError(f"{path} is of kind {kind} and adapts to no budget", remedy="Name a run folder or a bundle")
-    require_new(out)
-    import torch
+    if (kind := kind_of(folder)) not in ("export", "bundle"):
+        raise CoaloraError(f"{folder} is of kind {kind}", remedy="Push an export (`coalora adapt`) or a bundle")
+    if found := problems(folder)[1]:
+        raise CoaloraError(f"{folder} is not whole: {found[0]}", remedy="Make it again, then push")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    dtype = torch.float32
-    with reading(path / RUN):
-        if kind == "run":
-            settings = read_json(path / RUN).get("settings", {})
-            dtype = getattr(torch, settings.get("export", {}).get("adapter_dtype", "float32"))
-    bundle = Bundle.load(path / "bundle" if kind == "run" else path)
-    adapted = bundle.adapt(budget)
-    with whole_or_nothing(out) as part:
-        bundle.write(adapted, part, dtype=dtype)
-    nbytes = (out / "adapter" / WEIGHTS).stat().st_size
-    return f"{out}: {adapted.average_bits:.3f} average bits, adapter {nbytes:,} bytes"
+    try:
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(folder_path=folder, repo_id=repo, commit_message=f"{kind.capitalize()} by coalora")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise CoaloraError(
+            f"The hub does not take {repo} ({reason})",
+            remedy="Log in with `hf auth login`, and check the name and network",
+        ) from error
+    return f"https://huggingface.co/{repo}: {len(list(folder.rglob('*')))} files and folders of {folder}"
 
 
-def require_new(out: Path) -> None:
-    """Refuse an output folder that is a file, or holds files, or whose name a file has on the way to it."""
-    if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
-        raise CoaloraError(f"{out} lies below a file", remedy="Name another folder with --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CoaloraError(f"{out} is not new or empty", remedy="Name another folder with --out")
+def compare(a: Path, b: Path) -> list[tuple[str, str, str]]:
+    """Facts in which two things of one kind differ, as (name, of `a`, of `b`), and layers with other choices.
+
+    Raises:
+        CoaloraError: they are of different kinds, or one is of none.
+    """
+    kinds = kind_of(a), kind_of(b)
+    if kinds[0] != kinds[1]:
+        raise CoaloraError(f"{a} is of kind {kinds[0]}, and {b} of kind {kinds[1]}", remedy="Name two of one kind")
+    first, second = describe(a), describe(b)
+    found = [(n, first.get(n, "-"), second.get(n, "-")) for n in {**first, **second} if first.get(n) != second.get(n)]
+    if (a / CONFIGURATION).is_file() and (b / CONFIGURATION).is_file():
+        one, other = (_layers(p) for p in (a, b))
+        found += [
+            (name, _choice(one.get(name)), _choice(other.get(name)))
+            for name in {**one, **other}
+            if one.get(name) != other.get(name)
+        ]
+    return found
+
+
+def _layers(folder: Path) -> dict[str, dict[str, Any]]:
+    return dict(_readable(folder, lambda: read_json(folder / CONFIGURATION)["layers"]))
+
+
+def _choice(fields: dict[str, Any] | None) -> str:
+    return "-" if fields is None else " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def _readable(path: Path, read: Callable[[], Any]) -> Any:
@@ -159,8 +182,12 @@ def _check_run(folder: Path) -> Iterator[str]:
 
 def _check_export(folder: Path) -> Iterator[str]:
     yield from _check_digest(folder)
-    check_binding(folder / "adapter", read_json(folder / CONFIGURATION)["digest"])
-    yield from _check_adapter(folder / "adapter")
+    record = check_export(folder)
+    if (found := read_json(folder / CONFIGURATION)["digest"]) != record["digest"]:
+        yield f"{RECORD} is of the configuration {record['digest'][:12]}, and {CONFIGURATION} has {found[:12]}"
+    if (folder / "adapter").is_dir():
+        check_binding(folder / "adapter", found)
+        yield from _check_adapter(folder / "adapter")
     if (folder / "base").is_dir():
         yield from _check_base(folder / "base")
 
@@ -243,6 +270,12 @@ def _describe_configuration(folder: Path) -> dict[str, str]:
         "digest": content["digest"],
         "base digest": content["base_digest"],
     }
+    if (folder / RECORD).is_file():
+        record = read_json(folder / RECORD)
+        facts |= {"formats": ", ".join(sorted(record["formats"])), "licence": record["licence"]}
+        facts |= {f"run's {name}": str(value) for name, value in record.get("run", {}).items()}
+        facts |= {"bytes": f"{folder_nbytes(folder):,}"}
+        facts |= {"loss": f"{record['loss']:.4g} on the search split"} if "loss" in record else {}
     return facts | (_describe_adapter(folder / "adapter") if (folder / "adapter").is_dir() else {})
 
 
@@ -293,6 +326,6 @@ _KINDS = {
     "bundle": _Kind((HEADER,), _describe_bundle, _check_bundle),
     "base": _Kind((CONFIGURATION, PACKED), _describe_configuration, _check_base),
     "adapter": _Kind(("adapter_config.json", WEIGHTS), _describe_adapter, _check_adapter),
-    "export": _Kind((CONFIGURATION, "adapter"), _describe_configuration, _check_export),
+    "export": _Kind((CONFIGURATION, RECORD), _describe_configuration, _check_export),
     "set": _Kind((SET,), _describe_set, _check_set),
 }

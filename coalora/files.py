@@ -141,6 +141,14 @@ def read_json(path: Path) -> Any:
         raise CoaloraError(f"{path} is no JSON in UTF-8 ({reason})", remedy="Make or download it again") from error
 
 
+def require_new(out: Path) -> None:
+    """Refuse an output folder that is a file, or holds files, or whose name a file has on the way to it."""
+    if any(parent.exists() and not parent.is_dir() for parent in out.absolute().parents):
+        raise CoaloraError(f"{out} lies below a file", remedy="Name another folder with --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CoaloraError(f"{out} is not new or empty", remedy="Name another folder with --out")
+
+
 def require_writable(path: Path) -> None:
     """Refuse a file that could not be written, before the work for it is done."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

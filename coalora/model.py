@@ -300,7 +300,7 @@ class CoaLoraModel:
         return Bundle(
             self.tables, members, tensors, self.config.adapter, self.task, base_model=self.name,
             num_labels=self.base.config.num_labels if self.task == "classification" else None, seed=self.config.seed,
-            compensation=factors, statistics=self.statistics or None,
+            dtype=str(self.base.dtype).removeprefix("torch."), compensation=factors, statistics=self.statistics or None,
         )  # fmt: skip
 
     def save_pretrained(self, folder: Path | str, *, quantized: bool = True) -> None:

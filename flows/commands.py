@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from coalora.cli import Budget, Command, Out, log_to_terminal
+from coalora.cli import Command, guards, log_to_terminal, openers
 from coalora.errors import CoaloraError
 
 DEFAULT_FILE = "pipelines.yaml"
+_SOURCES = {"run": "run", "s3": "bucket", "models": "registered"}
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Pipeline, as defined in the file.")]
 File = Annotated[Path, typer.Option(metavar="YAML", help="File of pipelines.")]
@@ -31,8 +32,10 @@ Published = Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX/runs/PIPEL
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to a command line, in the order in which `--help` shows them."""
-    for command in (run, stage, dvc, adapt, score, upload, download, restore, prune):
+    for command in (run, stage, dvc, score, upload, download, restore, prune):
         app.command(command.__name__, cls=Command)(command)
+    guards[:] = [f"{__name__}:outside_of_home"]
+    openers.update({name: f"pipeline.inputs.sources:open_{of}" for name, of in _SOURCES.items()})
 
 
 def run(name: Name, file: File = Path(DEFAULT_FILE), changes: Changes = [], refresh: Refresh = []) -> None:  # noqa: B006
@@ -71,28 +74,6 @@ def dvc(check: Annotated[bool, typer.Option("--check", help="Compare only; 2 whe
     write_dvc_yaml(check=check)
 
 
-def adapt(
-    path: Run,
-    budget: Budget,
-    out: Out,
-    base: Annotated[bool, typer.Option("--base/--no-base", help="Write the packed base as well.")] = True,
-) -> None:
-    """Adapt a finished run to any budget, without training.
-
-    Writes the configuration, a PEFT adapter and the packed base.
-    """
-    from coalora.contents import RUN, adapt_bundle, require_new
-
-    _outside_of_home(out)
-    if not base or not (path / RUN).is_file():
-        print(adapt_bundle(path, budget, out))
-        return
-    require_new(out)
-    from flows.finished import adapt_run
-
-    print(adapt_run(path, budget, out))
-
-
 def score(
     run: Run,
     text: Annotated[list[Path], typer.Option(metavar="FILE ...", help="Text files in UTF-8, each one document.")],
@@ -108,7 +89,7 @@ def score(
     Each (text, budget) is kept in the store: asking again costs nothing.
     """
     log_to_terminal()
-    _outside_of_home(json)
+    outside_of_home(json)
     from flows.finished import score_run
 
     print(score_run(run, text, budget, max_length, stride, json))
@@ -132,7 +113,7 @@ def upload(
     Adapters, packed bases, bundle and report; only what is not there is sent.
     """
     log_to_terminal()
-    from flows.finished import read_run
+    from pipeline.inputs.sources import read_run
 
     settings, _ = read_run(run)
     storage = _storage(settings.storage, endpoint_url, region, profile, at=to)
@@ -169,7 +150,7 @@ def download(
     Every file is verified; an interrupted download goes on with the files that are missing.
     """
     log_to_terminal()
-    _outside_of_home(out)
+    outside_of_home(out)
     from pipeline.s3.client import S3Address
 
     place, storage = S3Address.parse(address), _storage(None, endpoint_url, region, profile)
@@ -204,7 +185,7 @@ def restore(
     if mlflow_run and rev:
         raise CoaloraError("--mlflow-run and --rev name two sources", remedy="Give one of them")
     log_to_terminal()
-    _outside_of_home(out)
+    outside_of_home(out)
     from pipeline.tracking.server import place_of_runs, require_server
     from pipeline.versioning.restoring import from_dvc, from_mlflow, write_new
 
@@ -269,7 +250,7 @@ def prune(
         prune_store(root.resolve(), tracking_uri, days=older_than, delete=delete)
 
 
-def _outside_of_home(out: Path | None) -> None:
+def outside_of_home(out: Path | None) -> None:
     """Refuse to write among what is kept: a file more in an artifact makes it another one."""
     from pipeline.environment import coalora_home
 

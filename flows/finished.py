@@ -1,73 +1,23 @@
-"""Answers of a finished run, from its record and the store: any budget, and perplexity on any text."""
+"""Perplexity of a finished run on any text, at any budget, from its record and the store."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from coalora.calibrate.costs import parse_budget
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import windows
-from coalora.files import read_json, require_writable, whole_or_nothing, write_json
+from coalora.files import read_json, require_writable, write_json
 from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
-from pipeline.report.schema import Cost
-from pipeline.settings.definitions import validate_settings
+from pipeline.inputs.sources import read_run
 from pipeline.settings.sections import RuntimeSettings, Settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact, default_store
 from tasks.score_text import TEXT_SCORE, score_budget
 
-ARTIFACTS = ("base", "benchmark", "tables", "bundle")
 COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tokens")
-
-
-def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
-    """Settings of a finished run, and its `ARTIFACTS`."""
-    file = folder / "run.json"
-    if not file.is_file():
-        raise CoaloraError(
-            f"{folder} is no run folder: it holds no run.json",
-            remedy="Name one such as runs/demo/latest, or run the pipeline first (`coalora run demo`)",
-        )
-    record: Any = read_json(file)
-    try:
-        settings = validate_settings(record["settings"], str(file))
-        return settings, {n: Artifact.model_validate(record[n]) for n in ARTIFACTS}
-    except CoaloraError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        reason = "artifacts that do not fit" if isinstance(error, ValidationError) else repr(error)
-        raise CoaloraError(
-            f"{file} is no record of a finished run of this version ({reason})",
-            remedy="Run the pipeline again, which writes it anew",
-        ) from error
-
-
-def adapt_run(folder: Path, budget: float | str, out: Path) -> str:
-    """Write configuration, adapter and packed base of a budget into `out`, whole or not at all; says what."""
-    settings, artifacts = read_run(folder)
-    _require_stored(artifacts)
-    started = time.perf_counter()
-    export = _export(settings, artifacts)
-    budget = parse_budget(budget, settings.cost.kind)
-    configuration = export.loaded.select(budget)
-    chosen = time.perf_counter()
-    with whole_or_nothing(out) as part:
-        facts = export.write(part, configuration, list(dict.fromkeys([*settings.export.formats, "packed"])))
-    counted = Cost.of(settings.cost.kind)
-    cost = "" if settings.cost.kind == "average_bits" else f"{facts['cost']:.4g} {counted.unit}, "
-    at, unused = float(facts["cost"] or 0), ""
-    if counted.unused(at, budget):
-        unused = f"\n{counted.text(at)} is the best of the run's set up to {counted.text(budget)}"
-    return (
-        f"{out}: {cost}{facts['average_bits']:.3f} average bits, adapter {facts['adapter_bytes']:,} bytes, "
-        f"base {facts['base_bytes']:,} bytes; chosen in {1000 * (chosen - started):.0f} ms, "
-        f"written in {time.perf_counter() - chosen:.1f} s{unused}"
-    )
 
 
 def score_run(

@@ -99,7 +99,7 @@ def show(published: Published, settings: Settings) -> None:
     lines += [f"Published in S3: {published.s3_address}"] if published.s3_address else []
     commands = {
         "open the report": f"xdg-open {latest}/report/report.html",
-        "adapt to another budget": f"coalora adapt {latest} --budget 3.5 --out adapted/3.5-bits",
+        "adapt to another budget": f"coalora adapt {latest} --bits 3.5 --out adapted/3.5-bits",
         "compare runs in MLflow": f"mlflow ui --backend-store-uri {uri}"
         if uri.startswith("sqlite:")
         else scrub_text(uri),

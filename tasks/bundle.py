@@ -24,7 +24,7 @@ def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact, qua
             factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
         measured, merged, parameters(state), recipe, data.task, base_model=model.source.address,
-        num_labels=data.num_labels, seed=model.seed, compensation=factors,
+        num_labels=data.num_labels, seed=model.seed, dtype=model.runtime.dtype, compensation=factors,
         statistics=load_input_statistics(model.tables, measured),
     )  # fmt: skip
 

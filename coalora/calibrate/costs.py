@@ -25,10 +25,24 @@ class CostUnit:
     words: str
     unit: str
     suffix: str
+    form: str = ".4g"
+
+    def number(self, value: float) -> str:
+        return format(value, self.form)
+
+    def text(self, value: float) -> str:
+        """A cost with its unit."""
+        return f"{self.number(value)} {self.unit}"
+
+    def unused(self, at: float, budget: float) -> str | None:
+        """What is said of a budget of which less than 9/10 is used; None otherwise."""
+        if at >= 0.9 * budget:
+            return None
+        return f"{self.text(at)} measured better than anything up to {self.text(budget)}"
 
 
 UNITS: dict[CostKind, CostUnit] = {
-    "average_bits": CostUnit("average bits per weight", "average bits", "bits", "bits"),
+    "average_bits": CostUnit("average bits per weight", "average bits", "bits", "bits", ".2f"),
     # Decimal megabytes, as the reports write sizes.
     "bytes": CostUnit("packed target layers (MB)", "megabytes", "MB", "mb"),
     "file_bytes": CostUnit("base and adapter (MB)", "megabytes of base and adapter", "MB", "mb"),

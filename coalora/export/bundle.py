@@ -9,10 +9,11 @@ same quantized bases, byte for byte. `bundle.json` holds the sha256 of every fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
-from coalora.calibrate.costs import parse_budget
+from coalora.calibrate.costs import CostKind, parse_budget
+from coalora.calibrate.latency import read_latency
 from coalora.calibrate.statistics import QUANTIZED, STATISTICS, load_statistics, save_statistics
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
 from coalora.errors import CoaloraError
-from coalora.export.adapter import peft_key, write_adapter
+from coalora.export.adapter import adapter_nbytes, peft_key, write_adapter
 from coalora.export.base import CONFIGURATION
 from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.quant.scheme import InputStatistics
@@ -39,6 +41,7 @@ HEADER = "bundle.json"
 FILES = ("adapter.safetensors", "configurations.json", "tables.safetensors")
 CALIBRATION = (STATISTICS, QUANTIZED)  # in a bundle whose bases need more than the base model
 _FORMAT = "coalora-bundle/3"
+_ABOUT = ("task", "base_model", "num_labels", "seed", "dtype")
 _COMPENSATION = "compensation."
 
 
@@ -94,7 +97,7 @@ class Bundle:
         base_model: what the adapter's config names as its base: a hub id or an absolute path, by which `AutoPeftModel`
             loads it, or the mere name of a model that a run made or unpacked.
         num_labels: of a classifier.
-        seed: that the base was loaded under: it decides the weights that its checkpoint lacks.
+        seed, dtype: that the base was loaded with: the seed decides the weights that its checkpoint lacks.
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
         statistics: what calibration returned beside the tables; without, `load` reads them when they are asked for.
@@ -117,13 +120,14 @@ class Bundle:
         base_model: str = "",
         num_labels: int | None = None,
         seed: int = 0,
+        dtype: str = "float32",
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
         statistics: Sequence[InputStatistics] | None = None,
     ) -> None:
         self.tables, self.members, self.tensors = tables, members, tensors
-        self._calibrated, self._folder = statistics, None
+        self._calibrated, self._folder = statistics, cast(Path | None, None)
         self.recipe = recipe = recipe.resolved(task)
-        self.task, self.base_model, self.num_labels, self.seed = task, base_model, num_labels, seed
+        self.task, self.base_model, self.num_labels, self.seed, self.dtype = task, base_model, num_labels, seed, dtype
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
@@ -159,6 +163,12 @@ class Bundle:
             return load_statistics(self._folder, self.tables.layers, self.tables.space)
 
     @property
+    def carries_statistics(self) -> bool:
+        """Whether `statistics` can be had."""
+        here = self._folder is not None and (self._folder / STATISTICS).is_file()
+        return self._calibrated is not None or not self._calibrated_bases or here
+
+    @property
     def _calibrated_bases(self) -> bool:
         """Whether weights are quantized with more than their own values."""
         return self.tables.rounding != "absmax" or self.tables.space.needs_statistics
@@ -184,6 +194,39 @@ class Bundle:
         known = tables.of_groups(members.configurations)
         given, allowed = (tables.search_cost, tables.search_err, budget), tables.search_allowed
         return tables.expand(best_within(known, members.losses, *given, allowed=allowed))
+
+    def counting(
+        self, kind: CostKind, *, table: Path | str | None = None, adapter_dtype: torch.dtype = torch.float32
+    ) -> Bundle:
+        """The same bundle with budgets in another unit: bits, all bytes of a device, or microseconds.
+
+        Args:
+            table: of latencies; needed for `latency`, unless the bundle was trained for it.
+            adapter_dtype: that adapters are stored in; counts in `file_bytes`.
+
+        Raises:
+            CoaloraError: a latency without a table, or a table that lacks a layer or choice.
+        """
+        tables = self.tables
+        if kind == "file_bytes":
+            tables = tables.of_files(adapter_nbytes(tables.layers, self.ranks, tables.head_size, adapter_dtype))
+        elif table is not None:
+            latency = read_latency(Path(table), tables.layers, tables.space, tables.allowed)
+            tables = replace(tables, cost_kind=kind, latency=latency)
+        elif kind != tables.cost_kind:
+            if kind == "latency":
+                raise CoaloraError(
+                    "Nothing says how long a choice takes on the device", remedy="Give its latency table with --table"
+                )
+            tables = replace(tables, cost_kind=kind, latency=None)
+        other = copy(self)
+        other.tables = tables
+        return other
+
+    def loss_of(self, configuration: np.ndarray) -> float | None:
+        """Loss of a configuration (N,) on the search split, as it was measured last; None for one that never was."""
+        at = np.flatnonzero((self.members.configurations == configuration).all(1))
+        return float(self.members.losses[at[0]]) if at.size and np.isfinite(self.members.losses[at[0]]) else None
 
     def problems(self) -> Iterator[str]:
         """Tensors of pairs and experts that are missing, or of another shape than their layers ask for."""
@@ -279,7 +322,7 @@ class Bundle:
             ]
             save_statistics(folder, self.tables.layers, known, self.tables.space)
         names = [name for name in (*FILES, *CALIBRATION) if (folder / name).exists()]
-        about = {name: getattr(self, name) for name in ("task", "base_model", "num_labels", "seed")}
+        about = {name: getattr(self, name) for name in _ABOUT}
         header = {"format": _FORMAT, "recipe": self.recipe.to_dict(), **about}
         write_json(folder / HEADER, header | {"files": file_digests(folder, names)})
 
@@ -311,10 +354,7 @@ class Bundle:
                 members,
                 tensors,
                 AdapterRecipe.from_dict(header["recipe"]),
-                header["task"],
-                base_model=header["base_model"],
-                num_labels=header["num_labels"],
-                seed=header["seed"],
+                **{name: header[name] for name in _ABOUT},
                 compensation={
                     (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
                     for i, k in pairs

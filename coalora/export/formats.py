@@ -9,10 +9,10 @@ a file is written. Other packages add formats in the entry point group ``coalora
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from coalora.registry import Registry
 
@@ -144,19 +144,26 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
 )
 
 
-def write_export(folder: Path | str, formats: Sequence[str], source: ExportSource) -> None:
-    """Write `configuration.json` and a folder for each of `formats` into `folder`.
+def write_export(
+    folder: Path | str, formats: Sequence[str], source: ExportSource, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write `configuration.json`, a folder for each of `formats`, a model card and `export.json` into `folder`.
+
+    Args:
+        about: what the record is to say beyond the source (`coalora.export.provenance`).
 
     Raises:
         CoaloraError: no such format, or one that cannot hold this configuration; nothing is written then.
     """
     from coalora.export.base import CONFIGURATION  # torch comes with these
+    from coalora.export.provenance import write_record
     from coalora.files import write_json
 
-    folder, wanted = Path(folder), [EXPORT_FORMATS[name]() for name in formats]
-    for made in wanted:
+    folder, wanted = Path(folder), {name: EXPORT_FORMATS[name]() for name in formats}
+    for made in wanted.values():
         made.check(source.tables.fixed(source.adapted.choices), source.config, source.task)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIGURATION, source.adapted.content)
-    for made in wanted:
+    for made in wanted.values():
         made.write(folder / made.folder, source)
+    write_record(folder, wanted, source, about or {})

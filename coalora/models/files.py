@@ -33,6 +33,18 @@ def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
 
 
+def hub_folder(repo: str, patterns: Sequence[str]) -> Path:
+    """A folder with the files of a hub repository that match `patterns`, downloaded where they are not there.
+
+    Raises:
+        CoaloraError: the hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _of_the_hub(f"The repository {repo}"):
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+
+
 def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
     """One file of a hub repository, downloaded if it is not there.
 

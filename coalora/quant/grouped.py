@@ -250,7 +250,7 @@ class GroupedScheme(Scheme, Generic[C]):
 
     def _kernels_quantize(self, weight: Tensor, choice: C, statistics: InputStatistics | None) -> bool:
         """Whether the weight is quantized by kernels; one that is none is left to the plain path, which says so."""
-        by_absmax = statistics is None or (statistics.method == "absmax" and choice not in statistics.packed)
+        by_absmax = statistics is None or (choice not in statistics.packed and statistics.method == "absmax")
         return (
             not self.needs_statistics and by_absmax and use_triton(weight) and weight.dim() == 2 and weight.numel() > 0
         )

@@ -89,9 +89,9 @@ class InputStatistics:
         """`rounding`, decided.
 
         Raises:
-            CoaloraError: error feedback without a Hessian.
+            CoaloraError: error feedback without a Hessian, where there is anything left to quantize.
         """
-        if self.rounding == "feedback" and self.hessian is None:
+        if self.rounding == "feedback" and self.hessian is None and not self.packed:
             raise CoaloraError(
                 "Error feedback has no Hessian of a layer's inputs to work with",
                 remedy="Collect it with coalora.calibrate.statistics.collect_statistics(hessians=True)",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from coalora.data.benchmark import Benchmark
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
+from coalora.export.device import facts_of
 from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
 from coalora.files import digest
 from pipeline.inputs.adapted import hold, release_models
@@ -67,7 +68,7 @@ class ExportInputs:
             load_statistics=lambda: load_input_statistics(self.tables, tables),
             adapter_dtype=getattr(torch, self.settings.adapter_dtype),
         )
-        write_export(folder, formats, source)
+        write_export(folder, formats, source, facts_of(self.loaded, configuration, base.path))
         return {
             "average_bits": adapted.average_bits,
             "cost": float(tables.costs(configuration)),

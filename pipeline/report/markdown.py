@@ -75,7 +75,7 @@ def result_markdown(
             f"- Report: {report}",
             f"- MLflow: {_link('run ' + run_id, url)}",
             f"- Registered: {registered['name']}, version {registered['version']} ({registered['reason']})",
-            f"- Another budget: `coalora adapt {folder} --budget 3.5 --out adapted/3.5-bits`",
+            f"- Another budget: `coalora adapt {folder} --bits 3.5 --out adapted/3.5-bits`",
         ]
     )
 

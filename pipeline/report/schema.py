@@ -62,16 +62,14 @@ class Cost(_Part):
 
     def unused(self, at: float, budget: float) -> str | None:
         """What is said of a budget of which less than 9/10 is used; None otherwise."""
-        if at >= 0.9 * budget:
-            return None
-        return f"{self.text(at)} measured better than anything up to {self.text(budget)}"
+        return UNITS[self.kind].unused(at, budget)
 
     def text(self, value: float) -> str:
         """A cost with its unit."""
-        return f"{self.number(value)} {self.unit}"
+        return UNITS[self.kind].text(value)
 
     def number(self, value: float) -> str:
-        return f"{value:.2f}" if self.kind == "average_bits" else f"{value:.4g}"
+        return UNITS[self.kind].number(value)
 
 
 class FullPrecision(_Part):

@@ -34,7 +34,7 @@ HYPERVOLUME = "hypervolume"
 REFERENCE = "hypervolume_reference"
 ADDRESS = "s3_address"
 DECISION = "coalora.champion_decision"  # set last: a version without it was cut short
-PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors")
+PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors", "boto3")
 
 CODE = Path(coalora.__file__).resolve().parent  # travels with the model
 

@@ -19,8 +19,8 @@ from tests.commands import refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "run", "stage", "adapt", "score", "inspect", "verify", "upload", "download", "restore", "prune", "stack", "limits",
-    "dvc", "pool", "deployments",
+    "run", "stage", "adapt", "score", "inspect", "compare", "verify", "push", "upload", "download",
+    "restore", "prune", "stack", "limits", "dvc", "pool", "deployments",
 )  # fmt: skip
 SLOW = ("torch", "transformers", "peft", "bitsandbytes", "prefect", "mlflow", "dvc", "boto3", "scipy", "matplotlib")
 
@@ -132,7 +132,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["rnu", "demo"], "No such command 'rnu'. Did you mean 'run'? See `coalora --help`."),
         (["run"], "Missing argument 'NAME'"),
         (["run", "demo", "--sett", "a=b"], "No such option"),
-        (["adapt", "runs/demo", "--out", "x"], "Missing option '--budget'"),
+        (["adapt", "runs/demo", "--out", "x"], "No limit is given"),
         (["run", "demo", "--set", "search.round=3"], "did you mean 'rounds'?"),
         (["run", "dmo"], "sst2-minilm"),
         (["run", "demo", "--file", "x.yaml"], "x.yaml"),
@@ -140,7 +140,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["run", "tiny", "--refresh", "trane"], "No such stage: trane. Refresh some of"),
         (["stage", "trainng", "demo"], "A pipeline has no part 'trainng'. Choose from calibration, training"),
         (["stage", "export", "tiny", "--set", "evaluation.budgets=[1]"], "budget"),
-        (["adapt", "runs/demo/latest", "--budget", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
+        (["adapt", "runs/demo/latest", "--bits", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
         (["score", "runs/demo/latest", "--budget", "3.5", "--text", "a"], "runs/demo/latest is no run folder"),
         (["inspect", "pipelines.yaml"], "pipelines.yaml is none of the things"),
         (["verify", "nothing"], "nothing does not exist"),
@@ -198,7 +198,7 @@ def test_what_a_strangers_folder_says_cannot_write_on_the_screen(
     (folder / "run.json").write_text(json.dumps(record))
     assert main(["inspect", str(folder)]) == 0
     assert main(["verify", str(folder)]) == 0
-    assert main(["adapt", str(folder), "--budget", "3", "--out", str(folder)]) == 2
+    assert main(["adapt", str(folder), "--bits", "3", "--out", str(folder)]) == 2
     told = "".join(capsys.readouterr())
     assert "p\\x1b]0;title\\x07" in told
     assert r"run\x1b[2J" in told

@@ -34,8 +34,8 @@ from coalora.export.bundle import Bundle
 from coalora.method.initial import given_set
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
-from flows.finished import read_run
 from pipeline.inputs.loaders import read_set_file
+from pipeline.inputs.sources import read_run
 from pipeline.preflight import preflight, shapes_of_model
 from pipeline.settings.definitions import apply_change, load_settings, read_pipelines, validate_settings
 from pipeline.settings.sections import Settings
@@ -828,28 +828,28 @@ def test_a_record_of_a_run_with_other_types_is_refused(run: TinyRun, tmp_path: P
 # ------------------------------------------------------------------------------------------------------------ commands
 # Words of a command line; RUN, HOME, TEXT, HERE and SET stand for a run folder, its store, a text, a folder and a file.
 COMMANDS = """
-adapt RUN --budget 1 --out HERE/a
-adapt RUN --budget 9 --out HERE/a
-adapt RUN --budget 100 --out HERE/a
-adapt RUN --budget inf --out HERE/a
-adapt RUN --budget nan --out HERE/a
-adapt RUN --budget -1 --out HERE/a
-adapt RUN --budget x --out HERE/a
-adapt RUN --budget  --out HERE/a
-adapt RUN --budget 3
-adapt RUN --budget 3 --out
-adapt RUN --budget 3 --out ''
-adapt RUN --budget 3 --out HOME
-adapt RUN --budget 3 --out HOME/a
-adapt RUN --budget 3 --out HOME/artifacts/a
-adapt RUN --budget 3 --out TEXT
-adapt RUN --budget 3 --out TEXT/a
-adapt RUN --budget 9 --out HERE/a --no-base
-adapt RUN --budget 3 --out HOME/a --no-base
-adapt HERE/none --budget 3 --out HERE/a
-adapt HERE --budget 3 --out HERE/a
-adapt TEXT --budget 3 --out HERE/a
-adapt '' --budget 3 --out HERE/a
+adapt RUN --bits 1 --out HERE/a
+adapt RUN --bits 9 --out HERE/a
+adapt RUN --bits 100 --out HERE/a
+adapt RUN --bits inf --out HERE/a
+adapt RUN --bits nan --out HERE/a
+adapt RUN --bits -1 --out HERE/a
+adapt RUN --bits x --out HERE/a
+adapt RUN --bits  --out HERE/a
+adapt RUN --bits 3
+adapt RUN --bits 3 --out
+adapt RUN --bits 3 --out ''
+adapt RUN --bits 3 --out HOME
+adapt RUN --bits 3 --out HOME/a
+adapt RUN --bits 3 --out HOME/artifacts/a
+adapt RUN --bits 3 --out TEXT
+adapt RUN --bits 3 --out TEXT/a
+adapt RUN --bits 9 --out HERE/a --to peft
+adapt RUN --bits 3 --out HOME/a --to peft
+adapt HERE/none --bits 3 --out HERE/a
+adapt HERE --bits 3 --out HERE/a
+adapt TEXT --bits 3 --out HERE/a
+adapt '' --bits 3 --out HERE/a
 inspect HERE/none
 inspect HERE
 inspect TEXT

@@ -145,7 +145,7 @@ print("ANSWER" + json.dumps({
 
 def test_adapting_a_finished_run_to_a_new_budget_needs_no_training(finished: tuple[Checkout, str]) -> None:
     checkout, _ = finished
-    checkout.run("-m", "coalora", "adapt", "runs/tiny/latest", "--budget", "3.6", "--out", "adapted")
+    checkout.run("-m", "coalora", "adapt", "runs/tiny/latest", "--bits", "3.6", "--out", "adapted")
     content = json.loads((checkout.root / "adapted" / "configuration.json").read_text())
     assert content["average_bits"] <= 3.6
     load_adapted(checkout.root / "adapted" / "base", checkout.root / "adapted" / "adapter")

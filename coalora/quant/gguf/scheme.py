@@ -178,8 +178,7 @@ class _Layer:
             moment = statistics.second_moment.to("cpu", torch.float32)
             # A feature that never fired counts a little, or its weights could be anything.
             self._importance = moment + 1e-6 * moment.mean() + torch.finfo(torch.float32).tiny
-            if statistics.method == "feedback":
-                assert statistics.hessian is not None
+            if statistics.method == "feedback" and statistics.hessian is not None:
                 self._feedback = Feedback(statistics.hessian.to("cpu"))
 
     def blocks(self, choice: Choice) -> Tensor:

@@ -51,5 +51,5 @@ def test_a_result_is_its_table_its_picture_and_what_to_do_next(tmp_path: Path, u
     text = result_markdown("demo", tmp_path, "runs/demo/1", "1", url, registered)
     for part in ("| a |", "data:image/png;base64,cG5n", link, "coalora-demo, version 3 (the first champion)"):
         assert part in text
-    assert "`coalora adapt runs/demo/1 --budget 3.5 --out adapted/3.5-bits`" in text
+    assert "`coalora adapt runs/demo/1 --bits 3.5 --out adapted/3.5-bits`" in text
     assert ("in MLflow" in text) == url.startswith("http")

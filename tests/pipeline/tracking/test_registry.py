@@ -1,57 +1,39 @@
-"""Claims of pipeline/tracking/registry.py and pipeline/tracking/registered_model.py, on a real sqlite registry.
-
-The bundle's class is a small stand-in with the interface of `coalora.export.bundle.Bundle`; it travels in
-`code_paths`, so that what the load uses is what was registered and not the checkout.
-"""
+"""Claims of pipeline/tracking/registry.py and pipeline/tracking/registered_model.py, on a real sqlite registry."""
 
 from __future__ import annotations
 
+import base64
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
 import pipeline.tracking.registry as registry
+from coalora.export.bundle import Bundle
 from pipeline.tracking.registry import DECISION, Registered, register, requirements
 from pipeline.tracking.runs import TrackedRun, Tracker
 from tests import preloaded
-
-BUNDLE = """
-from pathlib import Path
-from types import SimpleNamespace
-
-class Bundle:
-    def __init__(self, text):
-        self.text = text
-
-    @classmethod
-    def load(cls, folder):
-        return cls((Path(folder) / "bundle.txt").read_text())
-
-    def adapt(self, budget):
-        if budget < 2:
-            raise ValueError("at least 2 bits")
-        return SimpleNamespace(average_bits=budget - 0.25, digest=self.text,
-                               configuration={"layer.0": {"bits": 3, "b1": "bf16"}})
-
-    def write(self, adapted, folder):
-        (folder / "adapter").mkdir()
-        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\\0bytes")
-        (folder / "adapter" / "adapter_config.json").write_text('{"r": 4}')
-"""
+from tests.tiny_run import tiny_run
 
 LOAD = """
-import base64, json, sys
+import json, sys
 import mlflow
 
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
-answers = model.predict([{"budget": 3}, {"budget": 3.5, "include_adapter": True}])
+answers = model.predict([{"budget": 3}, {"budget": 3.5, "format": "inline"}])
+answers += model.predict([{"configuration": answers[0]["configuration"]}])
 refused = []
-for wrong in ([{}], [{"budget": "3"}], [{"budget": True}], [{"budget": -1}], [{"budget": 3, "bugdet": 4}], [3]):
+wrong = [{}, {"budget": "3"}, {"budget": True}, {"budget": -1}, {"budget": 1}, {"budget": 3, "bugdet": 4}, 3,
+         {"budget": 3, "format": "zip"}, {"budget": 3, "configuration": {}}, {"configuration": {"a": {"bits": 3}}},
+         {"budget": 3, "format": "link"}]
+for request in wrong:
     try:
-        model.predict(wrong)
+        model.predict([request])
     except Exception as error:
         refused.append(type(error).__name__)
     else:
@@ -64,16 +46,6 @@ print(json.dumps({"answers": answers, "refused": refused}))
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     home = tmp_path_factory.mktemp("home")
     return Tracker(f"sqlite:///{home / 'mlflow.db'}", "tests", home / "mlartifacts")
-
-
-@pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    package = tmp_path_factory.mktemp("code") / "coalora"
-    (package / "export").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "export" / "__init__.py").write_text("")
-    (package / "export" / "bundle.py").write_text(BUNDLE)
-    return package
 
 
 @pytest.fixture
@@ -109,8 +81,7 @@ class Model:
 
 
 @pytest.fixture
-def model(run: TrackedRun, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(registry, "CODE", code)
+def model(run: TrackedRun, tmp_path: Path) -> Model:
     return Model(run, tmp_path)
 
 
@@ -168,39 +139,40 @@ def test_a_version_carries_its_tags_and_no_secret(model: Model) -> None:
     assert "S3CRET" not in str(tags)
 
 
-def test_the_champion_loads_by_its_own_code_and_answers_typed_budgets(
+def test_the_champion_loads_without_the_checkout_and_answers_typed_requests(
     model: Model, tracker: Tracker, tmp_path: Path
 ) -> None:
+    bundle = tiny_run().folder / "bundle"
+    shutil.copytree(bundle, model.folder / "bundle")
     model.add("the bundle", 0.5)
     script = tmp_path / "load.py"
     script.write_text(textwrap.dedent(LOAD))
     # Not in the checkout.
     printed = preloaded.run(str(script), tracker.tracking_uri, f"models:/{model.name}@champion", cwd=tmp_path)
     result = json.loads(printed.splitlines()[-1])
-    assert result["answers"] == [
-        {
-            "budget": 3.0,
-            "average_bits": 2.75,
-            "digest": "the bundle",
-            "configuration": {"layer.0": {"bits": 3, "b1": "bf16"}},
-            "adapter_safetensors": None,
-            "adapter_config": None,
-        },
-        {
-            "budget": 3.5,
-            "average_bits": 3.25,
-            "digest": "the bundle",
-            "configuration": {"layer.0": {"bits": 3, "b1": "bf16"}},
-            "adapter_safetensors": "AGJ5dGVz",
-            "adapter_config": '{"r": 4}',
-        },
-    ]
+    loaded = Bundle.load(bundle)
+    at_three, inline, again = result["answers"]
+    expected = loaded.adapt(3)
+    assert at_three == {
+        "budget": 3.0,
+        "average_bits": expected.average_bits,
+        "digest": expected.digest,
+        "configuration": expected.configuration,
+        "loss": loaded.loss_of(expected.choices),
+        "adapter_config": None,
+        "adapter_safetensors": None,
+        "adapter_url": None,
+    }
+    assert again == at_three | {"budget": None}
+    tensors = load(base64.b64decode(inline["adapter_safetensors"]))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in loaded.adapt(3.5).tensors.items())
+    assert json.loads(inline["adapter_config"])["peft_type"] == "LORA"
     assert None not in result["refused"], result["refused"]
 
 
 def test_requirements_are_exact_and_can_be_installed_from_an_index() -> None:
     pinned = dict(line.split("==") for line in requirements())
-    assert set(pinned) == {"mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors"}
+    assert set(pinned) == {"mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors", "boto3"}
     assert not any("+" in version for version in pinned.values())
 
 

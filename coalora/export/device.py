@@ -1,0 +1,270 @@
+"""Base and adapter of one device: chosen from a bundle within a budget, written in the formats of its engine.
+
+    bundle = Bundle.load("bundle")
+    made = export_for(bundle, "phone", bits=3.25, formats=["peft", "packed"], base="path/to/base-model")
+
+A budget is average bits of the target layers, bytes of all that the device holds, or microseconds of its own latency
+table. The best configuration that was measured within it is taken (`Bundle.select`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from coalora.calibrate.costs import CostKind, parse_budget
+from coalora.configurations import configuration_of
+from coalora.data.text import read_text
+from coalora.errors import CoaloraError
+from coalora.evaluate.perplexity import TextScore, score_text, windows
+from coalora.export.base import load_adapted
+from coalora.export.bundle import Adapted, Bundle
+from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
+from coalora.export.provenance import folder_nbytes, licence_of
+from coalora.files import read_json, require_new, whole_or_nothing
+from coalora.models.files import model_digest, model_folder
+from coalora.models.loading import load_config, load_model, load_tokenizer
+
+DEFAULT_FORMATS = ("peft", "packed")
+
+
+@dataclass(frozen=True)
+class DeviceExport:
+    """An export as it was written.
+
+    Attributes:
+        folder: that holds `configuration.json`, `export.json`, the model card and a folder for each format.
+        adapted: configuration and adapter.
+        cost: of the configuration, with its unit.
+        unused: what is to be said of a limit of which a good part is not used.
+        loss: of the configuration on the search split when it was measured last; None: it never was.
+        nbytes: bytes on disk by format.
+        start: lines that run it, by format.
+        score: on the text that was asked for.
+    """
+
+    folder: Path
+    adapted: Adapted
+    cost: str
+    unused: str | None
+    loss: float | None
+    nbytes: dict[str, int]
+    start: dict[str, str]
+    score: TextScore | None = None
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size:,} bytes" for name, size in self.nbytes.items())
+        lines = [f"{self.folder}: {self.cost}; {sizes}", *([self.unused] if self.unused else [])]
+        if self.loss is not None:
+            lines.append(f"loss {self.loss:.4g} on the search split, as training measured it")
+        if self.score is not None:
+            s = self.score
+            lines.append(f"loss {s.loss:.4g}, perplexity {s.perplexity:.4g}, {s.tokens:,} tokens of the given text")
+        for name, line in self.start.items():
+            lines += [f"{name}: {part}" for part in line.splitlines()]
+        return "\n".join(lines)
+
+
+def choose(
+    bundle: Bundle,
+    *,
+    bits: float | None = None,
+    size: str | float | None = None,
+    latency: str | float | None = None,
+    table: Path | str | None = None,
+    configuration: Path | str | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
+) -> tuple[Bundle, float | None, np.ndarray]:
+    """The bundle with its budgets in the unit of one limit, the limit in it, and the configuration (N,) for it.
+
+    Args:
+        bits: average bits a weight of the target layers.
+        size: megabytes, or a text such as `120MB`, of base and adapter as the formats peft and packed store them.
+        latency: microseconds, or a text such as `20ms`, by `table` (CSV, `coalora.calibrate.latency`), or without one
+            in a bundle that was trained for it.
+        configuration: a file `configuration.json` instead.
+        adapter_dtype: in which the adapter is to be stored; counts in `size`.
+
+    Raises:
+        CoaloraError: none or several are given, the limit is below the smallest or over the largest configuration, or
+            the configuration is none of this bundle's.
+
+    Example:
+        >>> from coalora.export.device import choose
+        >>> counted, limit, configuration = choose(bundle, size="84kB")
+        >>> float(counted.tables.costs(configuration)) <= limit == 0.084
+        True
+    """
+    check_limit(bits, size, latency, table, configuration)
+    if configuration is not None:
+        return bundle, None, configuration_of(read_json(Path(configuration)), bundle.tables)
+    kind: CostKind = "average_bits" if bits is not None else "file_bytes" if size is not None else "latency"
+    counted = bundle.counting(kind, table=table, adapter_dtype=adapter_dtype)
+    limit = parse_budget(next(value for value in (bits, size, latency) if value is not None), kind)
+    return counted, limit, counted.select(limit)
+
+
+def check_limit(
+    bits: object = None, size: object = None, latency: object = None, table: object = None, configuration: object = None
+) -> None:
+    """Refuse anything but one limit, before a bundle is opened.
+
+    Raises:
+        CoaloraError: none or several, or a latency table for nothing.
+    """
+    given = {"bits": bits, "size": size, "latency": latency, "configuration": configuration}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise CoaloraError(
+            f"{' and '.join(named) or 'No limit'} {'is' if not named else 'are'} given",
+            remedy="Give exactly one of bits, size, latency or configuration",
+        )
+    if table is not None and latency is None:
+        raise CoaloraError("A latency table is given without a latency", remedy="Give latency as well, such as 20ms")
+
+
+def find_base(bundle: Bundle, base: Path | str | None = None) -> Path:
+    """The folder of a bundle's base model, whose files are those that it was calibrated with.
+
+    Args:
+        base: a folder or hub id; by default what the bundle names.
+
+    Raises:
+        CoaloraError: it is nowhere, or another model.
+    """
+    address = str(base or bundle.base_model)
+    if base is None and "/" not in address:
+        raise CoaloraError(
+            f"The base model {address or '(no name)'} was made or unpacked where it was trained, and no hub has it",
+            remedy="Name its folder with --model, or call this where it was trained (COALORA_HOME)",
+        )
+    folder = model_folder(address)
+    if (found := model_digest(folder)) != bundle.tables.base_digest:
+        raise CoaloraError(
+            f"The base model {folder} has digest {found[:12]}, and the bundle was trained on "
+            f"{bundle.tables.base_digest[:12]}",
+            remedy="Name the very files that were trained on with --model: another revision has other weights",
+        )
+    return folder
+
+
+def export_for(
+    bundle: Bundle,
+    folder: Path | str,
+    *,
+    bits: float | None = None,
+    size: str | float | None = None,
+    latency: str | float | None = None,
+    table: Path | str | None = None,
+    configuration: Path | str | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    base: Path | str | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
+    evaluate: Path | str | None = None,
+    max_length: int = 512,
+    about: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> DeviceExport:
+    """Write base and adapter for one limit (`choose`) into `folder`, whole or not at all.
+
+    Args:
+        formats: names of `coalora.EXPORT_FORMATS`. `peft` alone needs no base model.
+        base: the base model's folder or hub id, by default what the bundle names; its digest is checked.
+        evaluate: a text file on which the pair is measured, loaded from what was written, in blocks of `max_length`.
+        about: what else the export's record is to say, JSON.
+
+    Raises:
+        CoaloraError: as `choose` and `find_base`; a format that cannot hold the configuration; a folder with files.
+
+    Example:
+        >>> from coalora.export.device import export_for
+        >>> made = export_for(bundle, folder / "phone", bits=3.5, base=base_folder)
+        >>> sorted(made.nbytes)
+        ['packed', 'peft']
+    """
+    folder = Path(folder)
+    require_new(folder)
+    known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in dict.fromkeys(formats)}
+    counted, asked, chosen = choose(
+        bundle, bits=bits, size=size, latency=latency, table=table, configuration=configuration,
+        adapter_dtype=adapter_dtype,
+    )  # fmt: skip
+    adapted = bundle.adapt_to(chosen)
+    text = None if evaluate is None else read_text(Path(evaluate))
+    alone = {*known} == {"peft"} and text is None
+    at = None if alone else find_base(bundle, base)
+    if at is not None and Path(bundle.base_model).is_absolute():  # the base may lie elsewhere than where it was trained
+        adapted.config.base_model_name_or_path = str(at.resolve())
+    source = _source(bundle, adapted, at, adapter_dtype, trust_remote_code)
+    with whole_or_nothing(folder) as part:
+        write_export(part, [*known], source, {**(about or {}), **facts_of(bundle, chosen, at)})
+        score = None if text is None else _score(part, source, text, max_length, trust_remote_code)
+    cost, limit = float(counted.tables.costs(chosen)), counted.tables.cost_unit
+    return DeviceExport(
+        folder,
+        adapted,
+        limit.text(cost),
+        None if asked is None else limit.unused(cost, asked),
+        bundle.loss_of(chosen),
+        {name: folder_nbytes(folder / made.folder) for name, made in known.items()},
+        {name: line for name, made in known.items() if (line := made.start_line(folder))},
+        score,
+    )
+
+
+def facts_of(bundle: Bundle, configuration: np.ndarray, base: Path | None) -> dict[str, Any]:
+    """Facts of an export's record beyond its source: the base's licence, and the configuration's loss where known."""
+    loss = bundle.loss_of(configuration)
+    licence = {} if base is None else {"licence": licence_of(base)}
+    return licence | ({} if loss is None else {"loss": loss})
+
+
+def _source(
+    bundle: Bundle, adapted: Adapted, base: Path | None, adapter_dtype: torch.dtype, trust_remote_code: bool
+) -> ExportSource:
+    """Loaders of the base in `base`; without one, for an adapter alone, there is nothing to load."""
+    at = base or Path()
+    tokenizer = partial(load_tokenizer, at, trust_remote_code=trust_remote_code)
+
+    def load() -> PreTrainedModel:
+        return load_model(
+            at, bundle.task, num_labels=bundle.num_labels, dtype=getattr(torch, bundle.dtype),
+            device=torch.device("cpu"), seed=bundle.seed, trust_remote_code=trust_remote_code,
+            pad_token_id=tokenizer().pad_token_id,
+        )  # fmt: skip
+
+    return ExportSource(
+        adapted,
+        bundle.tables,
+        bundle.task,
+        PretrainedConfig() if base is None else load_config(at, trust_remote_code=trust_remote_code),
+        load_model=load,
+        load_tokenizer=tokenizer,
+        load_statistics=lambda: bundle.statistics,
+        adapter_dtype=adapter_dtype,
+    )
+
+
+def _score(folder: Path, source: ExportSource, text: str, max_length: int, trust_remote_code: bool) -> TextScore:
+    """Score of the pair on a text: of what was written, loaded again."""
+    if source.task != "language-modeling":
+        raise CoaloraError(
+            "A classifier has no perplexity on a text", remedy="Leave --evaluate out: the run's report has its accuracy"
+        )
+    tokens = source.load_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows(len(tokens), max_length, max_length - 1)
+    with TemporaryDirectory(prefix="coalora-") as name:
+        pair = folder
+        if not all((folder / EXPORT_FORMATS[name]().folder).is_dir() for name in DEFAULT_FORMATS):
+            pair = Path(name) / "pair"
+            write_export(pair, DEFAULT_FORMATS, source)
+        model = load_adapted(pair / "base", pair / "adapter", trust_remote_code=trust_remote_code)
+        return score_text(model, tokens, len(text.encode()), max_length=max_length, stride=max_length - 1, batch_size=8)

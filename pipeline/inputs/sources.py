@@ -1,0 +1,115 @@
+"""Bundles behind addresses: a finished run with its store, a published run in a bucket, a version in MLflow's registry.
+
+Downloads stay under `COALORA_HOME/downloads`, checked by the bundle's own digests when they are read.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from coalora.errors import CoaloraError
+from coalora.export import source as sources
+from coalora.export.bundle import HEADER
+from coalora.export.source import Source
+from coalora.files import digest, read_json
+from pipeline.environment import coalora_home
+from pipeline.inputs.loaders import BaseModel, load_input_statistics
+from pipeline.s3.client import S3Address
+from pipeline.scrub import one_line, scrub_text
+from pipeline.settings.definitions import validate_settings
+from pipeline.settings.sections import Settings, storage_settings
+from pipeline.store.publish import retrieve
+from pipeline.store.store import Artifact, default_store
+from pipeline.tracking.server import place_of_runs, require_server
+
+ARTIFACTS = ("base", "benchmark", "tables", "bundle")
+
+
+def read_run(folder: Path) -> tuple[Settings, dict[str, Artifact]]:
+    """Settings of a finished run, and its `ARTIFACTS`."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise CoaloraError(
+            f"{folder} is no run folder: it holds no run.json",
+            remedy="Name one such as runs/demo/latest, or run the pipeline first (`coalora run demo`)",
+        )
+    record: Any = read_json(file)
+    try:
+        settings = validate_settings(record["settings"], str(file))
+        return settings, {n: Artifact.model_validate(record[n]) for n in ARTIFACTS}
+    except CoaloraError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        reason = "artifacts that do not fit" if isinstance(error, ValidationError) else repr(error)
+        raise CoaloraError(
+            f"{file} is no record of a finished run of this version ({reason})",
+            remedy="Run the pipeline again, which writes it anew",
+        ) from error
+
+
+def open_run(folder: Path) -> Source:
+    """The bundle of a run's folder; base model and statistics from the store, where they are there."""
+    _, artifacts = read_run(folder)
+    found, store = sources.open_run(folder), default_store()
+    if not found.bundle.carries_statistics and not store.problems(artifacts["tables"]):
+        found.bundle.statistics = load_input_statistics(artifacts["tables"], found.bundle.tables)
+    if store.problems(artifacts["base"]):
+        return found
+    base = BaseModel(artifacts["base"])
+    return replace(found, base=base.path, trust_remote_code=base.trusted)
+
+
+def open_bucket(address: str) -> Source:
+    """The bundle of a published run, `s3://BUCKET/PREFIX/runs/PIPELINE/RUN`; only its files are fetched."""
+    folder = _downloads(address)
+    found = retrieve(S3Address.parse(address), folder, storage_settings(None, {}), only=["run.json", "bundle/*"])
+    if not found.n_files:
+        raise CoaloraError(f"{address} holds no bundle", remedy="Publish the run again with `coalora upload`")
+    return sources.open_run(folder)
+
+
+def open_registered(address: str) -> Source:
+    """The bundle of a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    uri, name = place_of_runs(), address.removeprefix("models:/")
+    require_server(uri, existing=True)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        if "@" in name:
+            version = client.get_model_version_by_alias(*name.split("@", 1))
+        elif name.count("/") == 1:
+            version = client.get_model_version(*name.split("/"))
+        else:
+            raise CoaloraError(
+                f"{address} is no address of a registered version",
+                remedy="Write models:/NAME@champion or models:/NAME/3",
+            )
+        folder = _downloads(f"{scrub_text(uri)} {version.name} {version.version} {version.model_id}")
+        if not (folder / HEADER).is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                source = f"models:/{version.model_id}/artifacts/bundle"
+                got = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=uri))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(got, folder)
+    except MlflowException as error:
+        raise CoaloraError(
+            f"MLflow at {scrub_text(uri)} gives no {address} ({scrub_text(one_line(error))[:300]})",
+            remedy="Look the name up on MLflow's page of models, and set MLFLOW_TRACKING_URI to its server",
+        ) from error
+    found = sources.open_source(folder)
+    return replace(
+        found, about={"run": {"mlflow_run_id": version.run_id, "registered": f"{version.name}/{version.version}"}}
+    )
+
+
+def _downloads(address: str) -> Path:
+    return coalora_home() / "downloads" / digest(address)[:16]
