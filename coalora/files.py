@@ -11,15 +11,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from coalora.errors import CoaloraError
+
+if TYPE_CHECKING:  # torch is slow to import, and most of what is here needs none of it
+    import numpy as np
+    from torch import Tensor
 
 # safetensors writes its metadata map in an arbitrary order; a single entry keeps equal content equal in bytes.
 _HEADER = "coalora"
@@ -29,6 +29,9 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None, **metadata: str
 ) -> None:
     """Write named tensors and a JSON-able header as safetensors; `metadata` stands beside it for other readers."""
+    import torch
+    from safetensors.torch import save_file
+
     plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous().clone() for k in sorted(tensors)}
     path.write_bytes(b"")  # with the rights that new files have here: safetensors would write for its owner alone
     mode = stat.S_IMODE(path.stat().st_mode)

@@ -62,9 +62,12 @@ def stage(
     """
     settings = _settings(name, file, changes)
     log_to_terminal()
-    from flows.stage import run_stage
+    from flows.parts import recall
 
-    run_stage(part, name, settings, refresh)
+    if refresh or not recall(part, name, settings):
+        from flows.stage import run_stage
+
+        run_stage(part, name, settings, refresh)
 
 
 def dvc(check: Annotated[bool, typer.Option("--check", help="Compare only; 2 where it differs.")] = False) -> None:

@@ -16,7 +16,9 @@ from prefect import flow
 from prefect.runtime import deployment
 from pydantic import Field
 
-from flows.graph import STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
+from flows.graph import PARTS, STAGE_NAMES, Graph, Published, Rounds, check_refresh, start
+from flows.parts import part_key
+from flows.stage import remember_part
 from pipeline.orchestration.server import check_deployment, check_server, server_faults
 from pipeline.orchestration.temporary import start_temporary_server
 from pipeline.preflight import preflight
@@ -59,10 +61,15 @@ def pipeline(
 
     hours = settings.stages.timeout_hours
     runner = PrefectRunner(retries=settings.stages.retries, timeout_seconds=None if hours is None else hours * 3600)
+    keys = {part: part_key(part, name, settings) for part in PARTS}
     run = start(name, settings, runner, refresh)
     with followed(name, run.settings, run.identity) as tracked:
         get_logger().info("MLflow: %s", tracked.url_hint)
-        return Graph(run, Rounds(run)).published
+        graph = Graph(run, Rounds(run))
+        published = graph.published
+        for part, key in keys.items():  # what `dvc repro` would find, asking every stage
+            remember_part(part, graph, key)
+        return published
 
 
 def run_pipeline(name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from coalora.files import digest
 from coalora.models.loading import resolved
 from pipeline.inputs.base import model_content
-from pipeline.inputs.corpus import input_files
-from pipeline.inputs.fingerprint import files_digest
+from pipeline.inputs.fingerprint import files_digest, input_files
 from pipeline.inputs.loaders import read_set_file
 from pipeline.prune.roots import Journal
 from pipeline.settings.sections import Settings

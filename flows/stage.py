@@ -5,24 +5,25 @@
 
 Runs the same stages as the flow under the same cache keys: what either has computed, the other reuses. Results are
 copied from the store to `outputs/<part>/`, because DVC deletes its outputs before a stage runs; every part reads the
-store, so an earlier part that DVC skipped costs the check of its files and nothing else.
+store, so an earlier part that DVC skipped costs the check of its files and nothing else. What flow or `dvc repro` have
+finished with the same code, settings and inputs is copied before any of this is imported (`flows.parts`).
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from coalora.errors import CoaloraError
-from coalora.files import write_json
 from flows.graph import PARTS, Graph, Rounds, start
+from flows.parts import REGISTRATION, ROOT, part_key, remember, write_registration
 from pipeline.preflight import preflight
 from pipeline.settings.sections import Settings
 from pipeline.stages.keys import source_closure
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact
 
-ROOT = Path(__file__).parents[1]
 DVC_FILE = "dvc.yaml"
 # Part -> what DVC keeps of it, below outputs/.
 OUTPUTS = {part: [part] for part in PARTS} | {"export": ["export", "report"], "registration": ["registration.json"]}
@@ -41,16 +42,25 @@ def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] =
     """Bring a part up to date and copy it to `outputs/`."""
     if part not in PARTS:
         raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
+    key = part_key(part, name, settings)
     run = start(name, settings, DirectRunner(), refresh)
     preflight(settings, root=Path.cwd())
     graph = Graph(run, Rounds(run) if part == "training" else None)
-    if part == "registration":
-        published = graph.published.model_dump(mode="json", exclude={"report"})
-        Path("outputs").mkdir(exist_ok=True)
-        write_json(Path("outputs", "registration.json"), published)
-        return
-    for place, artifact in _results(part, graph):
-        run.runner.store.materialize(artifact, Path("outputs", place))
+    if part == REGISTRATION:
+        write_registration(_registration(graph))
+    else:
+        for place, artifact in _results(part, graph):
+            run.runner.store.materialize(artifact, Path("outputs", place))
+    remember_part(part, graph, key)
+
+
+def remember_part(part: str, graph: Graph, key: str | None) -> None:
+    """Keep what a part of this graph has made, for `dvc repro`."""
+    remember(part, graph.run.name, key, _registration(graph) if part == REGISTRATION else _results(part, graph))
+
+
+def _registration(graph: Graph) -> dict[str, Any]:
+    return graph.published.model_dump(mode="json", exclude={"report"})
 
 
 def _results(part: str, graph: Graph) -> Iterator[tuple[str, Artifact]]:

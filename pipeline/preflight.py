@@ -35,7 +35,8 @@ from coalora.train.pretrain import llama_config, train_tokenizer
 from pipeline.environment import require_home
 from pipeline.inputs.base import base_source
 from pipeline.inputs.choices import choices_of, priced_tables
-from pipeline.inputs.corpus import content_key, documents, examples, input_files
+from pipeline.inputs.corpus import content_key, documents, examples
+from pipeline.inputs.fingerprint import input_files
 from pipeline.inputs.loaders import read_set_file
 from pipeline.settings.sections import BenchmarkSettings, Settings
 from pipeline.tracking.server import place_of_runs, require_server

@@ -8,6 +8,7 @@ from typing import Any
 from coalora.data.classification import FORMATS, Examples, read_table, read_texts, to_examples
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
+from pipeline.inputs.fingerprint import input_files
 from pipeline.settings.sections import BenchmarkSettings, HubSettings
 
 # Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
@@ -160,11 +161,3 @@ def _rows(hub: HubSettings, split: str) -> Iterator[dict[str, Any]]:
             f"Data set {what} cannot be read from the hub: {reason}",
             remedy="Check benchmark.hub and the network, or use benchmark.files with local files",
         ) from error
-
-
-def input_files(settings: BenchmarkSettings) -> list[Path]:
-    """The local files that the benchmark is read from."""
-    if settings.files is None:
-        return []
-    files = settings.files
-    return [Path(p) for p in (files.train, files.validation, files.search) if p is not None]

@@ -8,9 +8,18 @@ from pathlib import Path
 from coalora.files import digest, file_sha256, json_bytes, replace_file
 from coalora.models import files
 from pipeline.environment import coalora_home
+from pipeline.settings.sections import BenchmarkSettings
 
 # A file written within one tick of its file system's clock after it was hashed looks the same as before.
 _SETTLED_NS = 2_000_000_000
+
+
+def input_files(settings: BenchmarkSettings) -> list[Path]:
+    """The local files that the benchmark is read from."""
+    if settings.files is None:
+        return []
+    files = settings.files
+    return [Path(p) for p in (files.train, files.validation, files.search) if p is not None]
 
 
 def files_digest(paths: Sequence[Path]) -> str:

@@ -117,12 +117,12 @@ def stage_key(stage: str, function: Callable[..., Any], inputs: Mapping[str, Any
         TypeError: an input is of another type; names the argument.
     """
     canonical = {name: _canonical(value, name) for name, value in inputs.items()}
-    added = sorted({module for text in _strings(canonical) for module in added_modules(text)})
+    added = sorted({module for text in strings(canonical) for module in added_modules(text)})
     material = {
         "stage": stage,
         "source": source if source is not None else function_source_digest(function),
         "added": {module: source_digest(module, (*PACKAGES, module.split(".")[0])) for module in added},
-        "versions": {name: _version(name) for name in VERSIONED},
+        "versions": versions(),
         "inputs": canonical,
     }
     return f"{stage}-{digest(material)}"
@@ -175,13 +175,13 @@ def _canonical(value: Any, where: str) -> Any:
     )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """Strings among the values of canonical inputs."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 def _start(module: str | Path) -> tuple[Path, str, Path]:
@@ -254,6 +254,11 @@ def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.Asyn
     value = first.value if isinstance(first, ast.Expr) else None
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
         node.body = node.body[1:]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide numbers."""
+    return {name: _version(name) for name in VERSIONED}
 
 
 @lru_cache(maxsize=64)  # the metadata of a package is a file that is read and parsed whole

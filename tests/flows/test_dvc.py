@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.flows.checkout import Checkout, computed
+from flows.graph import PARTS
+from tests.flows.checkout import Checkout, computed, reused
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,8 @@ def test_repro_after_the_flow_computes_nothing(finished: tuple[Checkout, str]) -
     checkout, _ = finished
     output = checkout.repro()
     assert computed(output) == []
+    assert output.count(": known, with everything") == len(PARTS)  # and no stage was asked
+    assert reused(output) == []
     by_repro = (checkout.root / "outputs" / "report" / "metrics.json").read_bytes()
     assert by_repro == (checkout.latest / "report" / "metrics.json").read_bytes()
 

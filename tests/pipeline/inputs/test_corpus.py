@@ -11,7 +11,8 @@ import pytest
 
 from coalora.data.classification import Examples
 from coalora.errors import CoaloraError
-from pipeline.inputs.corpus import documents, examples, input_files
+from pipeline.inputs.corpus import documents, examples
+from pipeline.inputs.fingerprint import input_files
 from pipeline.settings.sections import BenchmarkSettings
 
 Rows = list[dict[str, Any]]
