@@ -13,7 +13,7 @@ from pipeline.store.store import Artifact, Scalar, current_store
 
 @stage("report")
 def make_report(*, result: Artifact) -> Artifact:
-    """`report.html`, `front.png`, `table.md`, `result.json`, `metrics.json`, `front.csv` and `curves.csv`."""
+    """`report.html`, `front.png`, `curves.png`, `table.md`, `result.json`, `metrics.json` and two csv tables."""
     content = read_json(current_store().path(result) / RESULT)
     checked = as_result(content)
 

@@ -1,4 +1,4 @@
-"""Numbers of a result as files that DVC compares and plots: `metrics.json`, `front.csv` and `curves.csv`."""
+"""Numbers of a result as files: what DVC compares (`metrics.json`), and tables (`front.csv`, `curves.csv`)."""
 
 import csv
 from collections.abc import Sequence
@@ -30,26 +30,14 @@ def write_numbers(result: dict[str, Any], folder: Path) -> None:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers that are compared between runs: hypervolumes, and by budget and method metrics, loss and gap.
+    """The few numbers that `dvc exp show` gives a column each: hypervolumes, and CoA-LoRA's metric at each budget.
 
-    The gap is what is missing to the full-precision base with the Shared-LoRA adapter, in the metric's unit: positive
-    is worse, whichever way the metric goes.
+    All others are in `result.json`.
     """
     metric = result["benchmark"]["metric"]
-    sign = 1 if result["benchmark"]["higher_is_better"] else -1
-    ceiling = result["full_precision"]["metric"]
     return {
         "hypervolume": result["hypervolume"]["values"],
-        "budgets": {
-            f"{row['budget']:g}": {
-                "average_bits": row["average_bits"],
-                **row["metrics"],
-                metric: row["metric"],
-                "loss": row["loss"],
-                "gap": {method: sign * (ceiling - value) for method, value in row["metric"].items()},
-            }
-            for row in result["budgets"]
-        },
+        metric: {f"{row['budget']:g}": row["metric"]["coa"] for row in result["budgets"]},
         **({"harness": {f"{row['budget']:g}": row["tasks"] for row in result["harness"]}} if result["harness"] else {}),
     }
 

@@ -1,4 +1,4 @@
-"""The report of a run as files: one picture for a README, one self-contained HTML page.
+"""The report of a run as files: two pictures, for a README and for DVC, and one self-contained HTML page.
 
 The page carries its pictures as inline SVG whose colours are CSS variables, so it follows the reader's light
 or dark mode; a content security policy forbids it to load anything. Same result, same bytes: no dates, fixed
@@ -24,10 +24,11 @@ FILTERS = {"number": number, "signed": signed, "bytes": human_bytes, "count": hu
 
 
 def write_report(result: Result, folder: Path) -> None:
-    """Write `front.png` (150 dpi) and `report.html` into a folder, which is made if it is missing."""
+    """Write `front.png`, `curves.png` (150 dpi) and `report.html` into a folder, which is made if it is missing."""
     html = render_page(result)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "front.png").write_bytes(figure_png(front_figure(result), dpi=150, pad_inches=0.15))
+    for name, figure in (("front", front_figure(result)), ("curves", curves_figure(result))):
+        (folder / f"{name}.png").write_bytes(figure_png(figure, dpi=150, pad_inches=0.15))
     (folder / "report.html").write_text(html, encoding="utf-8")
 
 

@@ -47,7 +47,7 @@ def test_metrics_agree_with_the_result(finished: tuple[Checkout, str]) -> None:
     assert metrics["hypervolume"] == result["hypervolume"]["values"]
     for row in result["budgets"]:
         assert row["average_bits"] <= row["budget"] + 1e-9
-        assert metrics["budgets"][f"{row['budget']:g}"]["loss"] == row["loss"]
+        assert metrics["bits_per_byte"][f"{row['budget']:g}"] == row["metric"]["coa"]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

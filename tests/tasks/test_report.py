@@ -22,26 +22,11 @@ def result(run: TinyRun) -> dict[str, Any]:
 
 def test_the_headline_is_the_results_own_numbers(result: dict[str, Any]) -> None:
     numbers = headline(result)
-    assert numbers["hypervolume"] == result["hypervolume"]["values"]
-    assert list(numbers["budgets"]) == ["2.5", "3"]
     metric = result["benchmark"]["metric"]
-    assert set(numbers["budgets"]["3"]) == {"average_bits", "loss", metric, "perplexity", "gap"}
-    assert numbers["budgets"]["3"]["perplexity"] == result["budgets"][1]["metrics"]["perplexity"]
-    assert numbers["budgets"]["3"]["loss"] == result["budgets"][1]["loss"]
-    assert numbers["budgets"]["3"][metric] == result["budgets"][1]["metric"]
-
-
-@pytest.mark.parametrize(("higher_is_better", "gaps"), [(True, [0.25, -0.25]), (False, [-0.25, 0.25])])
-def test_a_positive_gap_is_worse_whichever_way_the_metric_goes(
-    result: dict[str, Any], higher_is_better: bool, gaps: list[float]
-) -> None:
-    made = {
-        **result,
-        "benchmark": {**result["benchmark"], "higher_is_better": higher_is_better},
-        "full_precision": {**result["full_precision"], "metric": 1.0},
-        "budgets": [{**result["budgets"][0], "metric": {"shared": 0.75, "coa": 1.25}}],
+    assert numbers == {
+        "hypervolume": result["hypervolume"]["values"],
+        metric: {"2.5": result["budgets"][0]["metric"]["coa"], "3": result["budgets"][1]["metric"]["coa"]},
     }
-    assert headline(made)["budgets"]["2.5"]["gap"] == {"shared": gaps[0], "coa": gaps[1]}
 
 
 def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str, Any]) -> None:
@@ -58,4 +43,5 @@ def test_the_reports_files_hold_the_same_numbers(run: TinyRun, result: dict[str,
         assert float(row[result["benchmark"]["metric"]]) == member["metric"][row["method"]]
     curves = list(csv.DictReader(io.StringIO((folder / "curves.csv").read_text())))
     assert [float(r["loss"]) for r in curves if r["method"] == "coa"] == [r["loss"] for r in result["curves"]["coa"]]
-    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("front.png", "curves.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")

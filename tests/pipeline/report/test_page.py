@@ -31,7 +31,7 @@ def test_same_result_gives_the_same_bytes(small_result: dict[str, Any], tmp_path
     first, second = tmp_path / "a" / "b", tmp_path / "c"
     for folder in (first, second):
         write_report(as_result(small_result), folder)
-    assert sorted(path.name for path in second.iterdir()) == ["front.png", "report.html"]
+    assert sorted(path.name for path in second.iterdir()) == ["curves.png", "front.png", "report.html"]
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
     assert (first / "front.png").read_bytes().startswith(b"\x89PNG")
