@@ -105,6 +105,8 @@ def choose(
     """
     check_limit(bits, size, latency, table, configuration)
     if configuration is not None:
+        if not Path(configuration).is_file():
+            raise CoaloraError(f"{configuration} does not exist", remedy="Name a configuration.json of an export")
         return bundle, None, configuration_of(read_json(Path(configuration)), bundle.tables)
     kind: CostKind = "average_bits" if bits is not None else "file_bytes" if size is not None else "latency"
     counted = bundle.counting(kind, table=table, adapter_dtype=adapter_dtype)

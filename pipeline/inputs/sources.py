@@ -92,12 +92,15 @@ def open_registered(address: str) -> Source:
                 f"{address} is no address of a registered version",
                 remedy="Write models:/NAME@champion or models:/NAME/3",
             )
-        folder = _downloads(f"{scrub_text(uri)} {version.name} {version.version} {version.model_id}")
+        folder = _downloads(f"{scrub_text(uri)} {version.name} {version.version} {version.run_id}")
         if not (folder / HEADER).is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                source = f"models:/{version.model_id}/artifacts/bundle"
-                got = Path(download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=uri))
+                place = client.get_model_version_download_uri(version.name, version.version)
+                if place.startswith("models:/"):  # a server's; a database names the folder
+                    place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
+                bundle = f"{place.rstrip('/')}/artifacts/bundle"
+                got = Path(download_artifacts(artifact_uri=bundle, dst_path=scratch, tracking_uri=uri))
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(got, folder)
     except MlflowException as error:

@@ -828,6 +828,35 @@ def test_a_record_of_a_run_with_other_types_is_refused(run: TinyRun, tmp_path: P
 # ------------------------------------------------------------------------------------------------------------ commands
 # Words of a command line; RUN, HOME, TEXT, HERE and SET stand for a run folder, its store, a text, a folder and a file.
 COMMANDS = """
+adapt RUN --out HERE/a
+adapt RUN --bits 3 --size 1MB --out HERE/a
+adapt RUN --bits 3 --table TEXT --out HERE/a
+adapt RUN --size 1 --out HERE/a
+adapt RUN --size 1B --out HERE/a
+adapt RUN --size 1PB --out HERE/a
+adapt RUN --size 3ms --out HERE/a
+adapt RUN --size '' --out HERE/a
+adapt RUN --latency 3ms --out HERE/a
+adapt RUN --latency 3ms --table TEXT --out HERE/a
+adapt RUN --latency 3ms --table HERE/none --out HERE/a
+adapt RUN --configuration HERE/none --out HERE/a
+adapt RUN --configuration TEXT --out HERE/a
+adapt RUN --configuration RUN/run.json --out HERE/a
+adapt RUN --bits 3 --to none --out HERE/a
+adapt RUN --bits 3 --to peft os:system --out HERE/a
+adapt RUN --bits 3 --model HERE/none --out HERE/a
+adapt RUN --bits 3 --model HERE --out HERE/a
+adapt RUN --bits 3 --evaluate HERE/none --out HERE/a
+adapt RUN --bits 3 --evaluate HERE --out HERE/a
+adapt s3://none --bits 3 --out HERE/a
+adapt s3://bucket/../runs/a/b --bits 3 --out HERE/a
+adapt models:/none --bits 3 --out HERE/a
+adapt gs://bucket/runs/a/b --bits 3 --out HERE/a
+compare RUN TEXT
+compare RUN HERE/none
+compare RUN RUN/bundle
+push RUN me/name
+push HERE/none me/name
 adapt RUN --bits 1 --out HERE/a
 adapt RUN --bits 9 --out HERE/a
 adapt RUN --bits 100 --out HERE/a

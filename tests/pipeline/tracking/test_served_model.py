@@ -57,6 +57,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             env=os.environ | keys | {
                 "MLFLOW_TRACKING_URI": tracker.tracking_uri, "AWS_ENDPOINT_URL": endpoint,
                 "COALORA_ADAPTERS": "s3://adapters/served", "OMP_NUM_THREADS": "1",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # MLflow calls uvicorn by its name
             },
             start_new_session=True,
         )  # fmt: skip
