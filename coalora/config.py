@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from coalora.recipes import (
     AdapterRecipe,
     CalibrationRecipe,
+    Goal,
     InitialSetRecipe,
     RuntimeRecipe,
     SearchRecipe,
@@ -45,6 +46,13 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
         True
     """
 
+    goal: Goal = hyper(
+        "fine-tune",
+        "Goal",
+        "recover: be the base model again at any bits, by distilling from it, whatever the text; reported by KL "
+        "divergence and agreement. fine-tune: learn a task at any bits; reported by its metric. Decides objective, "
+        "teacher, what the search minimises and what is reported, where these are left open.",
+    )
     choices: "ChoiceSpace" = hyper(
         _one_for_each_width,
         "Choices",

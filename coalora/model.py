@@ -23,7 +23,8 @@ from coalora.data.benchmark import Split
 from coalora.data.build import example_split, text_split
 from coalora.data.classification import check_classes, to_examples
 from coalora.errors import CoaloraError
-from coalora.evaluate.losses import LossMeter, Score, score
+from coalora.evaluate.losses import LossMeter, Score, measure_configurations
+from coalora.evaluate.reference import Reference
 from coalora.export.bundle import Bundle
 from coalora.export.formats import ExportSource, write_export
 from coalora.method.initial import initial_set
@@ -33,7 +34,7 @@ from coalora.models.files import model_digest, model_folder
 from coalora.models.loading import load_config, load_model, load_tokenizer, resolved
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
-from coalora.recipes import Task
+from coalora.recipes import Task, check_goal
 from coalora.train.loop import ASIDE
 
 T = TypeVar("T")
@@ -115,6 +116,7 @@ class CoaLoraModel:
             CoaloraError: the model cannot be found, is none for the task, or has no known target layers.
         """
         config = config or CoaLoraConfig()
+        check_goal(config.goal, task)
         folder = model_folder(name_or_path, revision)
         runtime = resolved(config)
         device = torch.device(runtime.device)
@@ -225,7 +227,8 @@ class CoaLoraModel:
         """
         config, tables = self.config, self.tables
         recipe = config.search if rounds is None else replace(config.search, rounds=rounds)
-        training = config.training
+        training = config.training.resolved(config.goal)
+        reference = Reference() if config.goal == "recover" else None
         if steps is not None:
             share = max(1, steps // (recipe.rounds + 3))
             training = replace(training, initial_steps=steps - recipe.rounds * share, round_steps=share)
@@ -242,10 +245,11 @@ class CoaLoraModel:
             training=training,
             search=recipe,
             seed=config.seed,
+            reference=reference,
             progress=progress,
             checkpoint_dir=checkpoint_dir,
         )
-        meter = LossMeter(self._adapted, data, recipe.batch_size, progress)
+        meter = LossMeter(self._adapted, data, recipe.batch_size, progress, reference=reference)
         final, selected = select_budgets(meter, self.fitted.members, tables, budgets)
         self.fitted.members = final.merge(selected).distinct().sorted(tables)
         return self.fitted
@@ -289,8 +293,19 @@ class CoaLoraModel:
         return self.adapted.peft_model.generate(*args, **options)
 
     def evaluate(self, data: Data, *, batch_size: int | None = None) -> Score:
-        """Loss and metrics at the configuration that the model holds."""
-        return score(self.adapted, self.split(data), batch_size=batch_size or self.config.search.batch_size)
+        """Loss and metrics at the configuration that the model holds.
+
+        Of a language model also its KL divergence from the base in full precision, and their top-1 agreement.
+        """
+        held = self.adapted.base.configuration.copy()
+        (found,) = measure_configurations(
+            self.adapted,
+            self.split(data),
+            held[None],
+            batch_size=batch_size or self.config.search.batch_size,
+            reference=Reference(),
+        )
+        return found
 
     def bundle(self) -> Bundle:
         """Everything that answers a budget, without the base model."""

@@ -23,6 +23,7 @@ Task = Literal["classification", "language-modeling"]
 Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
 Rounding = Literal["absmax", "searched", "feedback"]
 Tie = Literal["none", "fused"]
+Goal = Literal["recover", "fine-tune"]
 Teacher = Literal["auto", "base", "adapted"]
 MasterMode = Literal["device", "cpu", "mmap"]
 WeightMode = Literal["dequantized", "packed"]
@@ -252,8 +253,12 @@ class AdapterRecipe(Recipe):
 class Objective(Recipe):
     """Loss of a training step: (1 - distillation) * task loss + distillation * (KL + hidden * hidden-state error)."""
 
-    distillation: float = hyper(
-        0.0, "Share of distillation", "0 is the task's loss alone, 1 distillation alone.", ge=0, le=1
+    distillation: float | None = hyper(
+        None,
+        "Share of distillation",
+        "0 is the task's loss alone, 1 distillation alone; by default 0 to fine-tune and 1 to recover.",
+        ge=0,
+        le=1,
     )
     temperature: float = hyper(1.0, "Temperature", "Softens the outputs that are compared.", gt=0, le=1000)
     hidden: float = hyper(
@@ -266,9 +271,16 @@ class Objective(Recipe):
     teacher: Teacher = hyper(
         "auto",
         "Teacher",
-        "base: without adapter; adapted: with the adapter as it is now; auto: base for language models, adapted for "
-        "classifiers, whose base has no trained head.",
+        "base: without adapter; adapted: with the adapter as it is now, which has learnt the task; auto: adapted to "
+        "fine-tune, base to recover.",
     )
+
+    def resolved(self, goal: Goal = "fine-tune") -> "Objective":
+        """The same with what was left open as the goal wants it."""
+        recover = goal == "recover"
+        distillation = float(recover) if self.distillation is None else self.distillation
+        teacher = ("base" if recover else "adapted") if self.teacher == "auto" else self.teacher
+        return replace(self, distillation=distillation, teacher=teacher)
 
 
 @dataclass(frozen=True)
@@ -301,6 +313,16 @@ class TrainingRecipe(Recipe):
         "Gradient checkpointing",
         "Compute activations again in the backward pass: less memory, a third more time.",
     )
+
+    def resolved(self, goal: Goal = "fine-tune") -> "TrainingRecipe":
+        """The same with what was left open as the goal wants it.
+
+        Example:
+            >>> from coalora import TrainingRecipe
+            >>> TrainingRecipe().resolved("recover").objective.teacher
+            'base'
+        """
+        return replace(self, objective=self.objective.resolved(goal))
 
     def total_steps(self, rounds: int) -> int:
         """Length of the learning-rate schedule: it does not start again with every round."""
@@ -401,6 +423,18 @@ class PretrainRecipe(Recipe):
     steps: int = hyper(600, "Training steps", "Batches that it sees.", ge=1, le=10_000_000)
     batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1, le=65_536)
     lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0, le=10)
+
+
+def check_goal(goal: Goal, task: Task) -> None:
+    """Refuse to recover a classifier: the base has no trained head, and so nothing to be again.
+
+    Raises:
+        CoaloraError: it is asked for.
+    """
+    if goal == "recover" and task != "language-modeling":
+        raise CoaloraError(
+            f"The goal is to recover, and a base for {task} has no trained head yet", remedy="Set goal to fine-tune"
+        )
 
 
 def _strategies() -> Any:

@@ -214,6 +214,7 @@ class Graph:
                         # Each round stands for itself: asking for more of them keeps those that are done.
                         search=replace(s.search, rounds=0),
                         round_index=round_index,
+                        goal=s.goal,
                     )
                 )
             if self.watcher is not None:
@@ -237,7 +238,7 @@ class Graph:
             configurations=configurations,
             previous=before[-1] if before else None,
             method=method,
-            training=s.training,
+            training=s.training.resolved(s.goal),
             rounds=s.search.rounds,
             round_index=len(before),
         )
@@ -256,6 +257,7 @@ class Graph:
             state=trained.states["coa"][-1],
             batch_size=s.search.batch_size,
             budgets=s.evaluation.budgets,
+            goal=s.goal,
         )
 
     @cached_property
@@ -279,6 +281,8 @@ class Graph:
         _ = self.bundle
         continued = self._continued(state, selection)
         asked = {"model": self.model, "selection": selection, "batch_size": s.evaluation.batch_size}
+        ceiling = self._ceiling()
+        beside = {"reference": ceiling if s.own_reference else None}
         bounds = shard_bounds(selection, s.evaluation.shard_size)
         scores = {}
         try:
@@ -286,7 +290,7 @@ class Graph:
                 if pool is not None or s.evaluation.workers > 1:
                     release_models()  # of this thread: workers load their own
                 for method, states in trained.states.items():
-                    adapted = {**asked, "state": states[-1], "method": method}
+                    adapted = {**asked, **beside, "state": states[-1], "method": method}
                     calls = [{**adapted, "start": start, "stop": stop} for start, stop in bounds]
                     shards = run.run_many(evaluate_shard, calls, workers=s.evaluation.workers, pool=pool)
                     scores[method] = run.run(
@@ -297,8 +301,7 @@ class Graph:
                         shards=shards,
                     )
                 harness = self._harness({**asked, "state": state, "method": "coa"}, pool)
-                references = {m: self._reference(m, asked, pool) for m in s.baselines.per_budget}
-                ceiling = self._ceiling()
+                references = {m: self._reference(m, {**asked, **beside}, pool) for m in s.baselines.per_budget}
         finally:
             release_models()
         return Evaluated(selection, scores, references, harness, continued, ceiling)
@@ -321,14 +324,15 @@ class Graph:
     def _ceiling(self) -> Artifact | None:
         """The base in full precision with an adapter of its own."""
         s = self.run.settings
-        if s.baselines.ceiling == "shared":
+        if s.ceiling != "own":
             return None
         return self.run.run(
             train_ceiling,
             model=self.model,
-            training=s.training,
+            training=s.training.resolved(s.goal),
             steps=s.training.total_steps(s.search.rounds),
             batch_size=s.evaluation.batch_size,
+            own=s.own_reference,
         )
 
     def _harness(self, common: dict[str, Any], pool: Pool | None) -> list[Artifact]:
@@ -350,7 +354,7 @@ class Graph:
         """Adapters trained for one budget alone, each in a process of its own where there are several."""
         s = self.run.settings
         steps = s.baselines.per_budget_steps or s.training.initial_steps + s.search.rounds * s.training.round_steps
-        common = {**common, "method": method, "training": s.training, "steps": steps}
+        common = {**common, "method": method, "training": s.training.resolved(s.goal), "steps": steps}
         calls = [{**common, "index": index} for index in range(len(s.evaluation.budgets))]
         return self.run.run_each(train_reference, calls, pool)
 

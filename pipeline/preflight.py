@@ -260,7 +260,7 @@ def _check_adapter(settings: Settings, layers: list[TargetLayer]) -> None:
 
 
 def _check_objective(settings: Settings) -> None:
-    objective = settings.training.objective
+    objective = settings.training.resolved(settings.goal).objective
     if objective.distillation and objective.teacher == "base" and settings.benchmark.task == "classification":
         raise CoaloraError(
             "training.objective.teacher base cannot teach a classifier: the base's head is not trained",

@@ -8,8 +8,9 @@ A configuration's scores do not depend on what was measured before it: any cut g
 import numpy as np
 
 from coalora.calibrate.tables import CalibrationTables
-from coalora.evaluate.losses import Score, measure_configurations, score
-from pipeline.inputs.adapted import ModelInputs
+from coalora.evaluate.losses import measure_configurations
+from coalora.models.switching.quantized import FULL_PRECISION
+from pipeline.inputs.adapted import ModelInputs, reference_of
 from pipeline.inputs.loaders import load_selected, load_set
 from pipeline.progress import Progress
 from pipeline.stages.runner import stage
@@ -36,20 +37,38 @@ def distinct_configurations(selection: Artifact, measured: CalibrationTables) ->
 
 @stage("evaluate-shard", tags=("gpu",))
 def evaluate_shard(
-    *, model: ModelInputs, selection: Artifact, state: Artifact, method: str, batch_size: int, start: int, stop: int
+    *,
+    model: ModelInputs,
+    selection: Artifact,
+    state: Artifact,
+    method: str,
+    batch_size: int,
+    start: int,
+    stop: int,
+    reference: Artifact | None = None,
 ) -> Artifact:
     """`shard.json`: scores of the distinct configurations `start` to `stop` of a selection.
 
-    The first shard measures the base in full precision as well.
+    The first shard measures full precision as well.
+
+    Args:
+        reference: state of an adapter in full precision, with which KL divergence and agreement of a language model are
+            measured; None: with the base alone.
     """
     rows = distinct_configurations(selection, model.measured)[0][start:stop]
-    split = model.data.validation
-    full: Score | None = None
+    asked = np.concatenate([rows, np.full((int(start == 0), rows.shape[1]), FULL_PRECISION)])
     with model.adapted(method, state) as adapted:
         label = f"evaluating {method}, configurations {start + 1} to {stop} of {selection.meta['n_distinct']}"
-        scores = measure_configurations(adapted, split, rows, batch_size=batch_size, progress=Progress(label))
-        if start == 0:
-            adapted.full_precision()
-            full = score(adapted, split, batch_size=batch_size)
-    content = {"start": start, "scores": [vars(s) for s in scores], "full_precision": full and vars(full)}
+        label += " and full precision" if start == 0 else ""
+        found = measure_configurations(
+            adapted,
+            model.data.validation,
+            asked,
+            batch_size=batch_size,
+            reference=reference_of(model, reference),
+            progress=Progress(label),
+        )
+    scores = [vars(one) for one in found]
+    full = scores.pop() if start == 0 else None
+    content = {"start": start, "scores": scores, "full_precision": full}
     return current_store().put_json("scores-shard", {SHARD: content}, {"n_configurations": len(rows)})

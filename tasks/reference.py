@@ -9,7 +9,7 @@ from coalora.adapt.methods import METHODS
 from coalora.evaluate.losses import measure_configurations
 from coalora.recipes import TrainingRecipe
 from coalora.train.loop import train
-from pipeline.inputs.adapted import ModelInputs
+from pipeline.inputs.adapted import ModelInputs, reference_of
 from pipeline.inputs.loaders import load_selected
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import place, tell
@@ -29,8 +29,9 @@ def train_reference(
     training: TrainingRecipe,
     steps: int,
     batch_size: int,
+    reference: Artifact | None = None,
 ) -> Artifact:
-    """`score.json`: validation loss and metric of the adapter for budget number `index` of the selection."""
+    """`score.json`: validation loss and metrics of the adapter for budget number `index` of the selection."""
     configuration = load_selected(selection, model.measured)[index : index + 1]
     bits = model.measured.average_bits(configuration)
     scratch = place()
@@ -49,6 +50,12 @@ def train_reference(
             progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
             checkpoints=None if scratch is None else scratch.checkpoints(tell),
         )
-        (found,) = measure_configurations(adapted, model.data.validation, configuration, batch_size=batch_size)
-    score = {"loss": found.loss, "metric": found.metric}
-    return current_store().put_json("reference", {REFERENCE_SCORE: {"method": method, "steps": steps, **score}}, score)
+        (found,) = measure_configurations(
+            adapted,
+            model.data.validation,
+            configuration,
+            batch_size=batch_size,
+            reference=reference_of(model, reference),
+        )
+    content = {"method": method, "steps": steps, **vars(found)}
+    return current_store().put_json("reference", {REFERENCE_SCORE: content}, {"loss": found.loss})

@@ -3,8 +3,8 @@
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json
 from coalora.method import search as method
-from coalora.recipes import SearchRecipe
-from pipeline.inputs.adapted import ModelInputs
+from coalora.recipes import Goal, SearchRecipe
+from pipeline.inputs.adapted import ModelInputs, searched_against
 from pipeline.inputs.loaders import ROUND, SET, load_set
 from pipeline.progress import Progress
 from pipeline.stages.checkpoints import Memo
@@ -14,9 +14,12 @@ from pipeline.store.store import Artifact, current_store
 
 @stage("search", tags=("gpu",))
 def search_round(
-    *, model: ModelInputs, configurations: Artifact, state: Artifact, search: SearchRecipe, round_index: int
+    *, model: ModelInputs, configurations: Artifact, state: Artifact, search: SearchRecipe, round_index: int, goal: Goal
 ) -> Artifact:
-    """The set of the next round: members measured anew, candidates proposed, measured and merged, segments filtered."""
+    """The set of the next round: members measured anew, candidates proposed, measured and merged, segments filtered.
+
+    To recover, losses are KL divergences from the base; to fine-tune, the task's.
+    """
     measured = model.measured
     before = current_store().path(configurations) / ROUND
     label = f"search, round {round_index}"
@@ -26,7 +29,7 @@ def search_round(
 
     with model.adapted("coa", state) as adapted:
         kept, record = method.search_round(
-            LossMeter(adapted, model.data.search, search.batch_size, progress, memo=Memo),
+            LossMeter(adapted, model.data.search, search.batch_size, progress, Memo, searched_against(goal)),
             load_set(configurations, measured),
             measured,
             search,

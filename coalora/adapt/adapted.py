@@ -6,11 +6,13 @@ terms for low bit-widths and the closed-form compensation of each choice beside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -213,6 +215,16 @@ class AdaptedModel:
         """Recompute U of the configuration held now, after theta has changed; frees what its gradient needed."""
         if not (self.base.configuration == FULL_PRECISION).all():
             self.switch(self.base.configuration)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[PeftModel]:
+        """Within: the base in full precision without adapter, in eval mode. The base stays in full precision."""
+        self.full_precision()
+        self.peft_model.eval()
+        with self.peft_model.disable_adapter():
+            yield self.peft_model
+        if not METHODS[self.method].has_lora:
+            self._drop_lora()
 
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import IGNORED, Split
 from coalora.errors import CoaloraError
-from coalora.evaluate.metrics import Kind, Outcome, metrics_of
+from coalora.evaluate.metrics import KL, Kind, Outcome, metrics_of
+from coalora.evaluate.reference import Reference, divergence
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Score:
     Example:
         >>> model.switch(budget=3.5)
         >>> sorted(model.evaluate(search_texts).metrics)
-        ['bits_per_byte', 'perplexity']
+        ['bits_per_byte', 'kl_divergence', 'perplexity', 'top1_agreement']
     """
 
     loss: float
@@ -36,46 +37,118 @@ class Score:
         return next(iter(self.metrics.values()))
 
 
-@torch.no_grad()
-def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
-    """Score the model as it is now.
+class _Tally:
+    """Sums over batches of what a configuration scores.
 
     Sums and predictions stay on the device until the last batch: no batch waits for the one before it.
+    """
+
+    def __init__(self, adapted: AdaptedModel, split: Split) -> None:
+        self._adapted, self._split = adapted, split
+        self._total = torch.zeros((), dtype=torch.float64, device=adapted.device)
+        self._count = torch.zeros((), dtype=torch.int64, device=adapted.device)
+        self._predictions: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._n_classes = 0
+        self._from_reference: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def add(self, batch: dict[str, Tensor], reference: Tensor | None) -> None:
+        """Score a batch with the model as it is now, beside a reference's logits where there are any."""
+        self._adapted.peft_model.eval()
+        labels = batch["labels"]
+        logits = self._adapted.peft_model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        if self._split.labels is None:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            self._total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            self._count += (labels != IGNORED).sum()
+            if reference is not None:
+                nats, same = divergence(logits, reference[:, :-1].flatten(0, 1), labels != IGNORED)
+                before = self._from_reference or (0.0, 0.0)
+                self._from_reference = before[0] + nats, before[1] + same
+            return
+        self._n_classes = logits.shape[-1]
+        if self._split.labels.is_floating_point():
+            found = logits.squeeze(-1)
+            self._total += F.mse_loss(found, labels, reduction="sum")
+        else:
+            found = logits.argmax(-1)
+            self._total += F.cross_entropy(logits, labels, reduction="sum")
+        self._count += len(labels)
+        self._predictions.append(found)
+        self._labels.append(labels)
+
+    def score(self) -> Score:
+        """Loss and metrics of the batches so far.
+
+        Raises:
+            CoaloraError: text of single tokens, of which none is predicted.
+        """
+        n = int(self._count)
+        if n == 0:
+            raise CoaloraError(
+                f"None of the {len(self._split)} examples has a second token to predict", remedy="Give longer texts"
+            )
+        beside = {}
+        if self._from_reference is not None:
+            nats, same = map(float, self._from_reference)
+            beside = {"kl": nats / n, "agreement": same / n}
+        outcome = Outcome(
+            float(self._total) / n,
+            _array(self._predictions),
+            _array(self._labels),
+            bytes_per_token=self._split.bytes_per_token,
+            **beside,
+        )
+        known = metrics_of(_kind(self._split), self._n_classes, reference=self._from_reference is not None)
+        return Score(outcome.loss, {m.name: m.compute(outcome) for m in known})
+
+
+def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
+    """Score the model as it is now.
 
     Raises:
         CoaloraError: text of single tokens, of which none is predicted.
     """
-    adapted.peft_model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=adapted.device)
-    count = torch.zeros((), dtype=torch.int64, device=adapted.device)
-    predictions: list[Tensor] = []
-    references: list[Tensor] = []
-    n_classes = 0
+    tally = _Tally(adapted, split)
     for batch in split.batches(batch_size, adapted.device):
-        labels = batch.pop("labels")
-        logits = adapted.peft_model(**batch).logits.float()
-        if split.labels is None:
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-            count += (labels != IGNORED).sum()
-            continue
-        n_classes = logits.shape[-1]
-        if split.labels.is_floating_point():
-            found = logits.squeeze(-1)
-            total += F.mse_loss(found, labels, reduction="sum")
+        tally.add(batch, None)
+    return tally.score()
+
+
+def scores(
+    adapted: AdaptedModel,
+    split: Split,
+    configurations: np.ndarray,
+    *,
+    batch_size: int,
+    reference: Reference | None = None,
+) -> Iterator[Score]:
+    """Scores of configurations (n, N) on one and the same split, one by one: paired by construction.
+
+    A score depends on its own configuration alone, bit for bit, and not on those before it. A reference computes each
+    batch once for all of them; where its logits take much memory, configurations are switched to several times.
+
+    Args:
+        reference: what KL divergence and agreement of a language model are measured against; None leaves them out, as
+            classes do.
+    """
+    batches, done, n_batches = split.batches(batch_size, adapted.device), 0, -(-len(split) // batch_size)
+    tallies = [_Tally(adapted, split) for _ in configurations]
+    while tallies and done < n_batches:
+        if reference is None or split.labels is not None:
+            group: list[tuple[dict[str, Tensor], Tensor | None]] = [(batch, None) for batch in batches]
         else:
-            found = logits.argmax(-1)
-            total += F.cross_entropy(logits, labels, reduction="sum")
-        count += len(labels)
-        predictions.append(found)
-        references.append(labels)
-    n = int(count)
-    if n == 0:
-        raise CoaloraError(
-            f"None of the {len(split)} examples has a second token to predict", remedy="Give longer texts"
-        )
-    outcome = Outcome(float(total) / n, _array(predictions), _array(references), bytes_per_token=split.bytes_per_token)
-    return Score(outcome.loss, {m.name: m.compute(outcome) for m in metrics_of(_kind(split), n_classes)})
+            with torch.no_grad():
+                group = reference.with_logits(adapted, batches)
+        done += len(group)
+        for tally, configuration in zip(tallies, configurations, strict=True):
+            with torch.no_grad():
+                adapted.switch(configuration)
+            for batch, wanted in group:
+                tally.add(batch, wanted)
+            if done == n_batches:
+                yield tally.score()
 
 
 def measure_configurations(
@@ -84,20 +157,16 @@ def measure_configurations(
     configurations: np.ndarray,
     *,
     batch_size: int,
+    reference: Reference | None = None,
     progress: Callable[..., None] | None = None,
 ) -> list[Score]:
-    """Scores of configurations (n, N) on one and the same split: paired by construction.
-
-    A score depends on its own configuration alone, bit for bit, and not on those before it.
-    """
-    scores = []
-    for i, configuration in enumerate(configurations):
-        with torch.no_grad():
-            adapted.switch(configuration)
-        scores.append(score(adapted, split, batch_size=batch_size))
+    """All of `scores`; `progress` listens to (done, total, loss=...)."""
+    found = []
+    for one in scores(adapted, split, configurations, batch_size=batch_size, reference=reference):
+        found.append(one)
         if progress:
-            progress(i + 1, len(configurations), loss=scores[-1].loss)
-    return scores
+            progress(len(found), len(configurations), loss=one.loss)
+    return found
 
 
 class Memo(Protocol):
@@ -121,6 +190,7 @@ class LossMeter:
         split: the examples.
         progress: makes a listener (done, total, loss=...) for what is measured.
         memo: makes the memory (what, number of losses) of a loop.
+        reference: its KL divergence is what is measured, in place of the task's loss, where one is given.
 
     Example:
         >>> from coalora import LossMeter
@@ -134,15 +204,16 @@ class LossMeter:
     batch_size: int
     progress: Callable[[str], Callable[..., None]] | None = None
     memo: Callable[[str, int], Memo] | None = None
+    reference: Reference | None = None
 
     def __call__(self, configurations: np.ndarray, what: str) -> np.ndarray:
         told = self.progress(what) if self.progress else None
         memo = self.memo(what, len(configurations)) if self.memo else None
         losses = list(memo.values) if memo else []
         try:
-            for row in configurations[len(losses) :]:
-                (found,) = measure_configurations(self.adapted, self.split, row[None], batch_size=self.batch_size)
-                losses.append(found.loss)
+            left = configurations[len(losses) :]
+            for found in scores(self.adapted, self.split, left, batch_size=self.batch_size, reference=self.reference):
+                losses.append(found.loss if self.reference is None else found.metrics[KL])
                 if memo:
                     memo.add(losses[-1])
                 if told:

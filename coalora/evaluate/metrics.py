@@ -1,4 +1,5 @@
-"""Metrics by name: those of GLUE (arXiv 1804.07461) for classes and values, perplexity and bits per byte for text.
+"""Metrics by name: those of GLUE (arXiv 1804.07461) for classes and values; perplexity and bits per byte for text, and
+KL divergence from a full-precision reference with the share of tokens that both find most likely.
 
 What is undefined has a value all the same, because a report holds finite numbers only: F1 without a positive example
 or prediction, Matthews' correlation of a constant and Pearson's or Spearman's of a constant are 0, as a guess is worth
@@ -18,9 +19,10 @@ import numpy as np
 from coalora.errors import CoaloraError
 
 if TYPE_CHECKING:
-    from coalora.recipes import Task
+    from coalora.recipes import Goal, Task
 
 Kind = Literal["classes", "values", "text"]
+KL, AGREEMENT = "kl_divergence", "top1_agreement"
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,28 @@ class Outcome:
         loss: mean loss (cross-entropy in nats an example or a token; squared error for values).
         predictions, labels: (n,) classes or values; empty for text.
         bytes_per_token: UTF-8 bytes that a token of text stands for.
+        kl, agreement: of text beside a full-precision reference (`coalora.evaluate.reference`).
     """
 
     loss: float
     predictions: np.ndarray
     labels: np.ndarray
     bytes_per_token: float = 1.0
+    kl: float = 0.0
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A named number of an `Outcome`; `binary`: for two classes only, of which 1 is the positive one."""
+    """A named number of an `Outcome`; `binary`: for two classes only, of which 1 is the positive one; `beside`: where a
+    reference was measured beside it."""
 
     name: str
     kind: Kind
     higher_is_better: bool
     compute: Callable[[Outcome], float]
     binary: bool = False
+    beside: bool = False
 
 
 def perplexity(loss: float) -> float:
@@ -92,6 +99,8 @@ METRICS = {
         Metric("spearman", "values", True, lambda outcome: _correlation(outcome, "spearmanr")),
         Metric("bits_per_byte", "text", False, lambda o: o.loss / math.log(2) / o.bytes_per_token),
         Metric("perplexity", "text", False, lambda outcome: perplexity(outcome.loss)),
+        Metric(KL, "text", False, lambda outcome: outcome.kl, beside=True),
+        Metric(AGREEMENT, "text", True, lambda outcome: outcome.agreement, beside=True),
     )
 }
 
@@ -103,9 +112,10 @@ def kind_of(task: Task, num_labels: int | None) -> Kind:
     return "values" if num_labels == 1 else "classes"
 
 
-def metrics_of(kind: Kind, num_labels: int | None) -> list[Metric]:
-    """The metrics that apply, the default first."""
-    return [m for m in METRICS.values() if m.kind == kind and (num_labels == 2 or not m.binary)]
+def metrics_of(kind: Kind, num_labels: int | None, *, reference: bool = True) -> list[Metric]:
+    """The metrics that apply, the default first; `reference`: whether one was measured beside the model."""
+    known = [m for m in METRICS.values() if m.kind == kind and (num_labels == 2 or not m.binary)]
+    return [m for m in known if reference or not m.beside]
 
 
 def get_metric(name: str | None, kind: Kind, num_labels: int | None) -> Metric:
@@ -127,14 +137,20 @@ def get_metric(name: str | None, kind: Kind, num_labels: int | None) -> Metric:
 
 
 def reported_metrics(
-    task: Task, num_labels: int | None, headline: str | None = None, further: Sequence[str] | None = None
+    task: Task,
+    num_labels: int | None,
+    headline: str | None = None,
+    further: Sequence[str] | None = None,
+    *,
+    goal: Goal = "fine-tune",
 ) -> list[Metric]:
-    """The metrics of a report, the headline first; None is the default headline, and all that apply.
+    """The metrics of a report, the headline first; None is the default headline (to recover, KL divergence), and all
+    that apply.
 
     Raises:
         CoaloraError: as `get_metric` does.
     """
     kind = kind_of(task, num_labels)
-    first = get_metric(headline, kind, num_labels)
+    first = get_metric(headline or (KL if goal == "recover" else None), kind, num_labels)
     others = metrics_of(kind, num_labels) if further is None else [get_metric(n, kind, num_labels) for n in further]
     return list({metric.name: metric for metric in [first, *others]}.values())

@@ -17,6 +17,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
 from coalora.evaluate.losses import LossMeter
+from coalora.evaluate.reference import Reference
 from coalora.files import digest
 from coalora.method.search import search_round
 from coalora.recipes import SearchRecipe, TrainingRecipe
@@ -55,6 +56,7 @@ def fit(
     training: TrainingRecipe,
     search: SearchRecipe,
     seed: int,
+    reference: Reference | None = None,
     progress: Callable[[str], Callable[..., None]] | None = None,
     checkpoint_dir: Path | str | None = None,
 ) -> Fitted:
@@ -63,6 +65,7 @@ def fit(
     Args:
         members: the set of round 0, such as `initial_set` makes it.
         search_split: examples that guide the search; nothing is trained on them.
+        reference: whose KL divergence the search minimises in place of the task's loss.
         progress: makes a listener (done, total, **values) for what is named.
         checkpoint_dir: folder from which the same call, if it broke off, goes on with the same numbers bit for bit;
             training is not done again, searches are. What another call wrote there is left alone.
@@ -91,6 +94,7 @@ def fit(
                     search_split,
                     search.batch_size,
                     (lambda what, of=label: progress(f"search, {of}, {what} measured")) if progress else None,  # type: ignore[misc]
+                    reference=reference,
                 ),
                 fitted.members,
                 tables,

@@ -151,6 +151,7 @@ def train(
             if stop:
                 raise Stopped(f"stopped at step {done}")
 
+    recipe = recipe.resolved()
     if graph and recipe.gradient_checkpointing:
         raise CoaloraError("A CUDA graph was asked for with gradient checkpointing", remedy="Turn one of them off")
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)

@@ -4,11 +4,10 @@ Distillation (Hinton et al. 2015, arXiv 1503.02531): tau^2 KL(teacher || student
 examples or predicted tokens; optionally the mean squared difference of the hidden states of every block, relative to
 the teacher's own mean square. Two teachers:
 
-`base`    the full-precision base without adapter: what quantization took away, and no more. For language models.
+`base`    the full-precision base without adapter: what quantization took away, and no more. To recover.
 `adapted` the full-precision base with the shared adapter as it is now, without gradient (the in-place distillation of
-          slimmable networks, Yu and Huang 2019, arXiv 1903.05134): it learns the task as training goes on. Also for
-          classifiers, whose base has no trained head.
-`auto`    `base` for language models, `adapted` for classifiers.
+          slimmable networks, Yu and Huang 2019, arXiv 1903.05134): it learns the task as training goes on. To
+          fine-tune, and for classifiers, whose base has no trained head.
 """
 
 from __future__ import annotations
@@ -34,7 +33,11 @@ class TeacherOutput:
 
 
 def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Objective) -> TeacherOutput | None:
-    """The teacher's outputs for a batch; None where nothing is distilled. Leaves the base in full precision."""
+    """The teacher's outputs for a batch; None where nothing is distilled. Leaves the base in full precision.
+
+    What the objective leaves open is as to fine-tune.
+    """
+    objective = objective.resolved()
     if objective.distillation == 0:
         return None
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -42,8 +45,8 @@ def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Obje
     adapted.full_precision()
     adapted.peft_model.eval()
     try:
-        alone = objective.teacher == "base" or (objective.teacher == "auto" and adapted.is_language_model)
-        with torch.no_grad(), adapted.peft_model.disable_adapter() if alone else nullcontext():
+        alone = adapted.peft_model.disable_adapter() if objective.teacher == "base" else nullcontext()
+        with torch.no_grad(), alone:
             out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
     finally:
         adapted.peft_model.train(training)
@@ -58,7 +61,7 @@ def step_loss(
     out = adapted.peft_model(**batch, output_hidden_states=hidden)
     if teacher is None:
         return out.loss, out.loss.detach()
-    weight, tau = objective.distillation, objective.temperature
+    weight, tau = objective.distillation or 0.0, objective.temperature
     student, target = out.logits, teacher.logits
     counted = torch.ones_like(student[..., 0])
     if adapted.is_language_model:

@@ -26,8 +26,9 @@ from torch import Tensor
 from coalora.adapt.adapted import AdaptedModel
 from coalora.calibrate.tables import CalibrationTables
 from coalora.data.benchmark import Benchmark
+from coalora.evaluate.reference import Reference
 from coalora.files import digest, read_tensors
-from coalora.recipes import AdapterRecipe
+from coalora.recipes import AdapterRecipe, Goal
 from coalora.train.loop import ASIDE, TrainingState
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics, load_tables
 from pipeline.settings.sections import RuntimeSettings
@@ -46,6 +47,20 @@ def load_state(artifact: Artifact) -> TrainingState:
 def parameters(artifact: Artifact) -> dict[str, Tensor]:
     """The trained parameters of a state, without the optimizer's moments."""
     return {k: v for k, v in load_state(artifact).tensors.items() if not k.startswith(ASIDE)}
+
+
+def reference_of(model: "ModelInputs", ceiling: Artifact | None) -> Reference:
+    """What KL divergence and agreement are measured against: the base, or with the adapter of stage `ceiling`."""
+    if ceiling is None:
+        return Reference()
+    own = {k: v.to(model.runtime.device) for k, v in parameters(ceiling).items()}
+    sides = [[own[f"lora.{layer.name}.lora_{side}.weight"] for side in "AB"] for layer in model.measured.layers]
+    return Reference([(A, B) for A, B in sides], model.adapter.scale)
+
+
+def searched_against(goal: Goal) -> Reference | None:
+    """The base, whose KL divergence the search minimises to recover; None: it minimises the task's loss."""
+    return Reference() if goal == "recover" else None
 
 
 @dataclass(frozen=True)

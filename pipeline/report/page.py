@@ -11,13 +11,14 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from coalora.evaluate.metrics import AGREEMENT
 from pipeline.report.curves import curves_figure
 from pipeline.report.front import front_figure
 from pipeline.report.heatmap import heatmap_figure
 from pipeline.report.rounds import rounds_figure
-from pipeline.report.schema import Budget, Result
+from pipeline.report.schema import Budget, Result, metric_words
 from pipeline.report.style import PALETTE, arm_key, bits_color, figure_png, themed_svg
-from pipeline.report.table import best_arms, best_of, other_cost, used_less
+from pipeline.report.table import beside_cell, beside_words, best_arms, best_of, other_cost, used_less
 from pipeline.words import human_bytes, human_count, human_seconds, number, signed
 
 FILTERS = {"number": number, "signed": signed, "bytes": human_bytes, "count": human_count, "duration": human_seconds}
@@ -63,6 +64,9 @@ def render_page(result: Result) -> str:
         bars=[_bits_bar(row) for row in rows],
         legend=[(f"{bits:g}", bits_color(bits)) for bits in sorted({b for row in rows for b in row.n_layers_by_bits})],
         used_less=used_less(result),
+        beside=[(name, metric_words(name), "↑" if name == AGREEMENT else "↓") for name in result.beside],
+        beside_cell=beside_cell,
+        beside_words=beside_words(result),
         best_volume=best_arms(result.hypervolume.values, higher_is_better=True),
         stages=[(stage, spent, 100 * spent / longest) for stage, spent in result.seconds.items()],
         settings=json.dumps(result.settings, indent=2, ensure_ascii=False),

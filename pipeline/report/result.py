@@ -14,10 +14,17 @@ from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Benchmark
 from coalora.evaluate.compare import compare, guess_loss, normalization
 from coalora.evaluate.metrics import reported_metrics
+from coalora.recipes import Goal
 from pipeline.report.schema import Cost, Round, Step, as_result
 from pipeline.settings.sections import Settings
 from pipeline.store.artifacts import Artifact
 
+_CEILINGS = {
+    "base": "without an adapter",
+    "shared": "with the Shared-LoRA adapter",
+    "own": "with an adapter of its own, trained there for as many steps",
+}
+_REFERENCES = {False: "the base in full precision", True: "full precision with its own adapter"}
 _OF_AN_EXPORT = ("digest", "adapter_bytes", "base_bytes")
 
 
@@ -37,7 +44,7 @@ class RunMeasures:
     curves: Mapping[str, Sequence[Mapping[str, Any]]]  # method -> its training history
     harness: Sequence[Mapping[str, Any]]  # scores of tasks for each asked budget, where they are asked for
     continued: Sequence[Mapping[str, Any]]  # prompts and what follows them, where they are asked for
-    ceiling: Mapping[str, Any] | None  # scores of an own adapter in full precision; None: Shared-LoRA's is taken
+    ceiling: Mapping[str, Any] | None  # scores of an own adapter in full precision; None: those of an arm are taken
     exports: Sequence[Mapping[str, Any]]  # facts of each asked budget's export
     seconds: Iterable[tuple[str, float]]  # (stage, seconds) of every artifact
 
@@ -60,9 +67,10 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
         guess_loss=guess_loss(data.validation, data.num_labels or run.model["vocab_size"]),
     )
     asked, budgets = settings.benchmark, settings.evaluation.budgets
-    reported = reported_metrics(data.task, data.num_labels, asked.metric, asked.metrics)
+    reported = reported_metrics(data.task, data.num_labels, asked.metric, asked.metrics, goal=settings.goal)
     headline = reported[0]
-    ceiling = measures["shared"]["full_precision"] if run.ceiling is None else run.ceiling
+    arm = "none" if settings.ceiling == "base" else "shared"
+    ceiling = measures[arm]["full_precision"] if run.ceiling is None else run.ceiling
     content: dict[str, Any] = {
         "pipeline": pipeline,
         "benchmark": {
@@ -71,6 +79,8 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "metric": headline.name,
             "higher_is_better": headline.higher_is_better,
             "n_validation": len(data.validation),
+            "goal": settings.goal,
+            "reference": None if data.task != "language-modeling" else _REFERENCES[settings.own_reference],
         },
         "model": {
             "name": run.model["name"],
@@ -86,6 +96,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             "metric": ceiling["metrics"][headline.name],
             "metrics": {m.name: ceiling["metrics"][m.name] for m in reported},
             "bits": 16.0 if settings.runtime.dtype == "bfloat16" else 32.0,
+            "with_adapter": settings.ceiling != "base",
         },
         "arms": {method: {"label": _label(method, data.task), "n_steps": run.n_steps[method]} for method in measures},
         "references": {
@@ -93,7 +104,8 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
         },
         "budgets": [
             _budget(budget, configuration, export, i, measured, measures, [m.name for m in reported])
-            | {f"reference_{part}": {m: rows[i][part] for m, rows in alone.items()} for part in ("metric", "loss")}
+            | {"reference_metric": {m: rows[i]["metrics"][headline.name] for m, rows in alone.items()}}
+            | {"reference_loss": {m: rows[i]["loss"] for m, rows in alone.items()}}
             for i, (budget, configuration, export) in enumerate(zip(budgets, run.chosen, run.exports, strict=True))
         ],
         "members": [
@@ -129,7 +141,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             | {key: e[key] for key in _OF_AN_EXPORT}
             for b, e in zip(budgets, run.exports, strict=True)
         ],
-        "notes": _notes(data.task, list(measures), own_ceiling=run.ceiling is not None),
+        "notes": _notes(data.task, list(measures), ceiling=settings.ceiling, goal=settings.goal),
     }
     return as_result(content).model_dump(mode="json")
 
@@ -177,15 +189,16 @@ def _by_stage(seconds: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in total.items()}
 
 
-def _notes(task: str, methods: Sequence[str], *, own_ceiling: bool) -> list[str]:
-    ceiling = "an adapter of its own, trained there for as many steps" if own_ceiling else "the Shared-LoRA adapter"
+def _notes(task: str, methods: Sequence[str], *, ceiling: str, goal: Goal) -> list[str]:
     notes = [
         "All methods are measured on the same configurations"
         + ("; CoA-LoRA and Shared-LoRA took the same number of steps on the same configurations and examples in the "
            "same order." if "shared" in methods else "."),
         "Configurations were chosen on the search split; validation examples were only measured.",
-        f"Full precision: the unquantized base with {ceiling}.",
+        f"Full precision: the unquantized base {_CEILINGS[ceiling]}.",
     ]  # fmt: skip
+    if goal == "recover":
+        notes.append("Training distilled from the base, and the search minimised the KL divergence from it.")
     if task == "classification":
         notes.append(
             "Head only: no LoRA; the classification head alone was trained on the quantized base, with the same steps."

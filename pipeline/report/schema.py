@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from coalora.adapt.methods import METHODS
 from coalora.calibrate.costs import UNITS, CostKind
 from coalora.errors import CoaloraError
+from coalora.evaluate.metrics import AGREEMENT, KL
+from coalora.recipes import Goal
 
 Count = Annotated[int, Field(ge=0)]
 Bits = Annotated[float, Field(gt=0)]
@@ -32,6 +34,8 @@ class Benchmark(_Part):
     metric: str
     higher_is_better: bool
     n_validation: Count
+    goal: Goal = "fine-tune"
+    reference: str | None = None  # what KL divergence and agreement of a language model are measured against
 
 
 class Model(_Part):
@@ -77,6 +81,7 @@ class FullPrecision(_Part):
     metrics: dict[str, float] = {}  # by name, the headline among them
     loss: float
     bits: Bits
+    with_adapter: bool = True
 
 
 class Arm(_Part):
@@ -266,7 +271,18 @@ class Result(_Part):
     @property
     def metric_name(self) -> str:
         """The metric in words, for example "bits per byte"."""
-        return self.benchmark.metric.replace("_", " ")
+        return metric_words(self.benchmark.metric)
+
+    @property
+    def beside(self) -> list[str]:
+        """Metrics that tables show beside the headline: how near the full-precision reference is, and bits per byte
+        where the headline says that itself."""
+        known = [name for name in (KL, AGREEMENT, "bits_per_byte") if name in self.budgets[0].metrics]
+        return [name for name in known if name != self.benchmark.metric][:2]
+
+    def bits_of_all(self, n_bytes: int) -> float:
+        """Bits a weight of everything: a size over all numbers of the model."""
+        return 8 * n_bytes / self.model.n_parameters
 
     @property
     def loss_unit(self) -> str:
@@ -277,6 +293,11 @@ class Result(_Part):
     def arrow(self) -> str:
         """The direction in which the metric improves."""
         return "↑" if self.benchmark.higher_is_better else "↓"
+
+
+def metric_words(name: str) -> str:
+    """A metric in words, for example "bits per byte"."""
+    return {KL: "KL divergence", AGREEMENT: "top-1 agreement"}.get(name, name.replace("_", " "))
 
 
 def loss_unit(task: str, *, squared: bool) -> str:

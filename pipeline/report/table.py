@@ -6,7 +6,8 @@ of them are marked.
 
 from collections.abc import Mapping
 
-from pipeline.report.schema import Budget, Result
+from coalora.evaluate.metrics import AGREEMENT
+from pipeline.report.schema import Budget, Result, metric_words
 from pipeline.words import DECIMALS, human_bytes, number
 
 
@@ -33,6 +34,17 @@ def first_cells(result: Result, budget: Budget) -> list[str]:
     cost = [result.cost.number(budget.at) for _ in other_cost(result)]
     size = [human_bytes(budget.total_bytes), result.share(budget.total_bytes)]
     return [result.cost.number(budget.budget), *cost, f"{budget.average_bits:.2f}", *size]
+
+
+def beside_cell(name: str, value: float) -> str:
+    """A number of a metric beside the headline; agreement in percent."""
+    return f"{100 * value:.1f}%" if name == AGREEMENT else number(value)
+
+
+def beside_words(result: Result) -> str:
+    """What the metrics beside the headline are, with the direction in which each improves, and their reference."""
+    words = " and ".join(f"{metric_words(name)} {'↑' if name == AGREEMENT else '↓'}" for name in result.beside)
+    return f"{words}; reference: {result.benchmark.reference}"
 
 
 def used_less(result: Result) -> list[str]:
@@ -62,7 +74,22 @@ def markdown_table(result: Result) -> str:
         f"Original: {human_bytes(result.model.original_bytes)} at 16 bits."
     )
     full += "".join(f" {words}." for words in used_less(result))
-    return "\n".join([*lines, "", f"{full} Hypervolume ↑: {', '.join(shown)}.", ""])
+    lines += ["", f"{full} Hypervolume ↑: {', '.join(shown)}.", ""]
+    return "\n".join([*lines, *_beside(result, dict(zip(names, arms, strict=True))), ""])
+
+
+def _beside(result: Result, arms: Mapping[str, str]) -> list[str]:
+    """The table of metrics beside the headline, and of bits a weight of everything."""
+    told = [(name, arm) for arm in arms for name in result.beside]
+    columns = [f"{arms[arm]}, {metric_words(name)} {'↑' if name == AGREEMENT else '↓'}" for name, arm in told]
+    head = ["budget", "bits a weight of everything", *columns]
+    lines = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
+    for budget in result.budgets_in_order:
+        cells = [beside_cell(name, budget.metrics[name][arm]) for name, arm in told]
+        bits = f"{result.bits_of_all(budget.total_bytes):.2f}"
+        lines.append("| " + " | ".join([result.cost.number(budget.budget), bits, *cells]) + " |")
+    words = f" {beside_words(result)[:1].upper()}{beside_words(result)[1:]}." if result.beside else ""
+    return [*lines, "", f"Everything: base and adapter, all tensors.{words}"]
 
 
 def _bold(text: str, bold: bool) -> str:

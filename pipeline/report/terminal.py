@@ -8,7 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.report.schema import Result
-from pipeline.report.table import best_arms, best_of, first_cells, other_cost, used_less
+from pipeline.report.table import (
+    beside_cell,
+    beside_words,
+    best_arms,
+    best_of,
+    first_cells,
+    other_cost,
+    used_less,
+)
 from pipeline.words import human_bytes, human_count, human_seconds, number, signed
 
 
@@ -40,6 +48,8 @@ def print_result(result: Result, console: Console, folder: Path | None = None) -
     better = "higher" if benchmark.higher_is_better else "lower"
     words = f"{result.metric_name} {result.arrow} ({better} is better); * best of its row at the decimals shown"
     console.print(Text(f"{words}, ties too", style="dim"))
+    if result.beside:
+        _print_beside(result, console)
     _line(console, "full precision", f"{number(result.full_precision.metric)} at {result.full_precision.bits:g} bits")
     _line(console, "original", f"{human_bytes(model.original_bytes)} at 16 bits a number, all tensors")
     for sentence in used_less(result):
@@ -64,12 +74,29 @@ def print_result(result: Result, console: Console, folder: Path | None = None) -
     for note in result.notes:
         _line(console, "note", note)
     for export in sorted(result.exports, key=lambda at: at.budget):
-        size = human_bytes(export.base_bytes + export.adapter_bytes)
+        nbytes = export.base_bytes + export.adapter_bytes
+        size = f"{human_bytes(nbytes)}, {result.bits_of_all(nbytes):.2f} bits a weight of everything"
         place = export.folder if folder is None else str(folder.parent / export.folder)
         _line(console, f"export at {result.cost.number(export.budget)}", f"{place}   ({size})")
     if folder is not None:
         _line(console, "report", str(folder / "report.html"))
         _line(console, "picture", str(folder / "front.png"))
+
+
+def _print_beside(result: Result, console: Console) -> None:
+    """A second table, of the metrics beside the headline: both of an arm in a cell."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    labels = [result.arms[name].label.replace(" ", "\n").replace("-", "-\n") for name in result.arm_names]
+    for head in ("budget", *labels):
+        table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
+    for budget in result.budgets_in_order:
+        cells = [
+            "  ".join(beside_cell(metric, budget.metrics[metric][arm]) for metric in result.beside)
+            for arm in result.arm_names
+        ]
+        table.add_row(result.cost.number(budget.budget), *cells)
+    console.print(table)
+    console.print(Text(beside_words(result), style="dim"))
 
 
 def _mark(value: float, best: bool) -> Text:

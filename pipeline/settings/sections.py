@@ -33,6 +33,7 @@ from coalora.quant.registry import SCHEMES
 from coalora.recipes import (
     AdapterRecipe,
     CalibrationRecipe,
+    Goal,
     InitialSetRecipe,
     PretrainRecipe,
     RuntimeRecipe,
@@ -40,6 +41,7 @@ from coalora.recipes import (
     Task,
     Tie,
     TrainingRecipe,
+    check_goal,
     described,
     hyper,
     listed,
@@ -319,10 +321,11 @@ class BaselineSettings(Section):
     per_budget_steps: int | None = setting(
         None, "Steps for each budget", "By default as the whole training.", ge=1, le=10_000_000
     )
-    ceiling: Literal["shared", "own"] = setting(
-        "shared",
+    ceiling: Literal["base", "shared", "own"] | None = setting(
+        None,
         "Adapter in full precision",
-        "What full precision is measured with: Shared-LoRA's adapter, or its own, trained there for as many steps.",
+        "What full precision is measured with: nothing (base), Shared-LoRA's adapter, or its own, trained there for as "
+        "many steps; by default base to recover, shared to fine-tune.",
     )
 
     @field_validator("methods", "per_budget")
@@ -337,14 +340,9 @@ class BaselineSettings(Section):
         return methods
 
     @model_validator(mode="after")
-    def _ceiling_is_there(self) -> Self:
+    def _each_once(self) -> Self:
         if len(set(self.methods)) < len(self.methods):
             raise ValueError("a method stands twice in baselines.methods: give each once")
-        if self.ceiling == "shared" and "shared" not in self.methods:
-            raise ValueError(
-                "full precision is measured with Shared-LoRA's adapter: add shared to baselines.methods, or set "
-                "baselines.ceiling to own"
-            )
         return self
 
 
@@ -615,6 +613,7 @@ class Settings(Section):
 
     model: ModelSettings = setting(_REQUIRED, "Model", "Base model.")
     benchmark: BenchmarkSettings = setting(_REQUIRED, "Benchmark", "Data and metric.")
+    goal: Goal = _of_the_config("goal")
     target_modules: list[str] | Literal["all-linear"] | None = _of_the_config("target_modules")
     calibration: CalibrationRecipe = setting(CalibrationRecipe(), "Calibration", "Measurement of the layers.")
     choices: ChoiceSettings = setting(ChoiceSettings(), "Choices", "Choice space.")
@@ -639,7 +638,8 @@ class Settings(Section):
         """Budgets that name their unit, as numbers; what is no text is left to its own field."""
         cost = data.get("cost") if isinstance(data, Mapping) else None
         kind = cost.get("kind", "average_bits") if isinstance(cost, Mapping) else getattr(cost, "kind", cost)
-        if not isinstance(data, Mapping) or str(kind := kind or "average_bits") not in UNITS:
+        kind = next((known for known in UNITS if known == (kind or "average_bits")), None)
+        if kind is None or not isinstance(data, Mapping):
             return data
         wrong: list[InitErrorDetails] = []
 
@@ -659,6 +659,31 @@ class Settings(Section):
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
         return changed
+
+    @model_validator(mode="after")
+    def _goal_can_be_met(self) -> Self:
+        check_goal(self.goal, self.benchmark.task)
+        needed = {"base": "none", "shared": "shared"}.get(self.ceiling)
+        if self.ceiling == "base" and self.benchmark.task != "language-modeling":
+            raise ValueError("a classifier's base has no trained head: set baselines.ceiling to own or shared")
+        if needed is not None and needed not in self.baselines.methods:
+            what = {"none": "without an adapter", "shared": "with Shared-LoRA's adapter"}[needed]
+            raise ValueError(
+                f"full precision is measured {what}: add {needed} to baselines.methods, or set baselines.ceiling to own"
+            )
+        return self
+
+    @property
+    def ceiling(self) -> Literal["base", "shared", "own"]:
+        """What full precision is measured with, decided."""
+        return self.baselines.ceiling or ("base" if self.goal == "recover" else "shared")
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether KL divergence and agreement are those with full precision as it has learnt the task, or else with the
+        base."""
+        language = self.benchmark.task == "language-modeling"
+        return language and self.goal == "fine-tune" and self.ceiling == "own"
 
     @field_validator("search")
     @classmethod

@@ -192,7 +192,8 @@ def log_result(run: TrackedRun, tables: Artifact, report: Artifact) -> None:
         summary = {f"hypervolume/{method}": result["hypervolume"]["values"][method]}
         for row in result["budgets"]:
             at = budget_name(row["budget"], result["cost"]["kind"])
-            summary[f"{metric}/{at}/{method}"] = row["metric"][method]
+            for name, values in {**row["metrics"], metric: row["metric"]}.items():
+                summary[f"{name}/{at}/{method}"] = values[method]
             summary[f"loss/{at}/{method}"] = row["loss"][method]
         run.log_metrics(summary)
     run.log_metrics({f"seconds/{name.replace(' ', '-')}": s for name, s in result["seconds"].items()})

@@ -13,7 +13,8 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 import pipeline.inputs.adapted
 import tasks.evaluate_shard
 from coalora.errors import CoaloraError
-from coalora.evaluate.losses import score
+from coalora.evaluate.losses import measure_configurations, score
+from coalora.evaluate.reference import Reference
 from coalora.files import read_json
 from flows.graph import Evaluated, Graph
 from flows.run import Run
@@ -66,12 +67,18 @@ def test_scores_are_those_of_each_configuration_alone(run: TinyRun) -> None:
     }
     for part, configurations in rows.items():
         for i in reversed(range(len(configurations))):
-            adapted.switch(configurations[i])
-            alone = score(adapted, data.validation, batch_size=run.settings.evaluation.batch_size)
-            assert found[part]["loss"][i] == alone.loss
+            (alone,) = measure_configurations(
+                adapted, data.validation, configurations[i : i + 1],
+                batch_size=run.settings.evaluation.batch_size, reference=Reference(),
+            )  # fmt: skip
+            plain = score(adapted, data.validation, batch_size=run.settings.evaluation.batch_size)
+            assert {name: alone.metrics[name] for name in plain.metrics} == plain.metrics
+            assert found[part]["loss"][i] == alone.loss == plain.loss
             assert {name: values[i] for name, values in found[part]["metrics"].items()} == alone.metrics
     adapted.full_precision()
-    assert found["full_precision"] == vars(score(adapted, data.validation, batch_size=8))
+    plain = score(adapted, data.validation, batch_size=8)
+    assert found["full_precision"]["loss"] == plain.loss
+    assert found["full_precision"]["metrics"]["kl_divergence"] > 0  # of the shared adapter, from the base
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -83,11 +90,11 @@ def test_an_evaluation_that_broke_off_goes_on_with_what_is_missing(
     original = tasks.evaluate_shard.measure_configurations
     measured: list[str] = []
 
-    def measure(adapted: Any, split: Any, rows: np.ndarray, *, batch_size: int, progress: Any) -> Any:
+    def measure(adapted: Any, split: Any, rows: np.ndarray, *, progress: Any, **options: Any) -> Any:
         measured.append(progress.label)
         if "shared, configurations 3 " in progress.label and measured.count(progress.label) == 1:
             raise RuntimeError("out of memory")
-        return original(adapted, split, rows, batch_size=batch_size, progress=progress)
+        return original(adapted, split, rows, progress=progress, **options)
 
     monkeypatch.setattr(tasks.evaluate_shard, "measure_configurations", measure)
     first = DirectRunner()
@@ -123,7 +130,7 @@ def test_progress_tells_every_configuration_of_the_whole(run: TinyRun, caplog: p
     n = run.evaluated.selection.meta["n_distinct"]
     with caplog.at_level("INFO", logger="coalora"):
         evaluate(run, DirectRunner(), shard_size=2)
-    assert f"evaluating coa, configurations 1 to 2 of {n}: 1/2, loss" in caplog.text
+    assert f"evaluating coa, configurations 1 to 2 of {n} and full precision: 1/3, loss" in caplog.text
     assert f"evaluating coa, configurations 3 to 4 of {n}: 2/2, loss" in caplog.text
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from coalora.configurations import ConfigurationSet
+from coalora.evaluate.losses import measure_configurations
 from coalora.evaluate.losses import score as measure
 from coalora.models.switching.quantized import FULL_PRECISION
 from coalora.quant.space import ChoiceSpace
 from coalora.train.loop import train
+from pipeline.inputs.adapted import reference_of
 from pipeline.inputs.loaders import load_benchmark, load_selected, load_set, load_tables
 from pipeline.store.store import default_store
 from tasks.ceiling import CEILING, train_ceiling
@@ -120,7 +122,7 @@ def test_each_budget_shows_what_an_adapter_for_it_alone_reaches(run: TinyRun, re
         scores = [json.loads((store.path(artifact) / "score.json").read_text()) for artifact in made]
         for row, score in zip(result["budgets"], scores, strict=True):
             assert row["reference_loss"][method] == score["loss"]
-            assert row["reference_metric"][method] == score["metric"]
+            assert row["reference_metric"][method] == score["metrics"]["bits_per_byte"]
     # Two steps from different starts: the same numbers would mean that the start is not used.
     assert result["budgets"][0]["reference_loss"]["qlora"] != result["budgets"][0]["reference_loss"]["lq-lora"]
 
@@ -195,7 +197,7 @@ def test_prompts_go_on_as_the_model_of_their_budget_does(run: TinyRun, result: d
 def test_an_adapter_of_its_own_in_full_precision_gives_the_ceiling(run: TinyRun, result: dict[str, Any]) -> None:
     with at_home(run.home):
         training = replace(run.settings.training, initial_steps=3)
-        made = train_ceiling.task.fn(model=run.model, training=training, steps=3, batch_size=4)
+        made = train_ceiling.task.fn(model=run.model, training=training, steps=3, batch_size=4, own=True)
         score = json.loads((default_store().path(made) / CEILING).read_text())
         adapted = run.model.build("shared")
         full = np.full((1, result["model"]["n_layers"]), FULL_PRECISION)
@@ -205,5 +207,12 @@ def test_an_adapter_of_its_own_in_full_precision_gives_the_ceiling(run: TinyRun,
         )  # fmt: skip
         adapted.full_precision()
         own = measure(adapted, run.model.data.validation, batch_size=4)
+        # The reference is this very model: nothing between them but rounding.
+        assert score["metrics"].pop("kl_divergence") == pytest.approx(0, abs=1e-6)
+        assert score["metrics"].pop("top1_agreement") == 1
+        (again,) = measure_configurations(
+            adapted, run.model.data.validation, full, batch_size=4, reference=reference_of(run.model, made)
+        )
+    assert again.metrics["kl_divergence"] == pytest.approx(0, abs=1e-6)
     assert score == {"loss": own.loss, "metrics": own.metrics}
     assert score["loss"] != result["full_precision"]["loss"]

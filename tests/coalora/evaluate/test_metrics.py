@@ -78,8 +78,10 @@ def test_each_kind_has_its_metrics_the_default_first() -> None:
     assert names["classes", 2] == ["accuracy", "f1", "macro_f1", "matthews_correlation"]
     assert names["classes", 3] == ["accuracy", "macro_f1", "matthews_correlation"]
     assert names["values", 1] == ["pearson", "spearman"]
-    assert [m.name for m in metrics_of("text", None)] == ["bits_per_byte", "perplexity"]
-    assert [m.higher_is_better for m in METRICS.values() if m.kind == "text"] == [False, False]
+    assert [m.name for m in metrics_of("text", None, reference=False)] == ["bits_per_byte", "perplexity"]
+    beside = ["kl_divergence", "top1_agreement"]
+    assert [m.name for m in metrics_of("text", None)] == ["bits_per_byte", "perplexity", *beside]
+    assert [m.higher_is_better for m in METRICS.values() if m.kind == "text"] == [False, False, False, True]
     assert all(m.higher_is_better for m in METRICS.values() if m.kind != "text")
 
 

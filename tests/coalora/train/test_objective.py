@@ -27,7 +27,7 @@ def test_distillation_is_the_divergence_from_full_precision_over_predicted_token
     tiny_llama, make_adapted, batch, weight, temperature
 ) -> None:
     adapted, plain = make_adapted(tiny_llama(), perturb=0.05), tiny_llama()
-    objective = Objective(distillation=weight, temperature=temperature)
+    objective = Objective(distillation=weight, temperature=temperature, teacher="base")
     teacher = ask_teacher(adapted, batch, objective)
     adapted.switch(lowest(adapted))
     total, task = step_loss(adapted, batch, objective, teacher)
@@ -50,7 +50,7 @@ def test_the_base_teacher_has_no_adapter_and_the_adapted_teacher_has_the_one_of_
 ) -> None:
     adapted, plain = make_adapted(tiny_llama(), perturb=0.05), tiny_llama()
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    base = ask_teacher(adapted, batch, Objective(1.0)).logits
+    base = ask_teacher(adapted, batch, Objective(1.0, teacher="base")).logits
     torch.testing.assert_close(base, plain(**inputs).logits)
     own = ask_teacher(adapted, batch, Objective(1.0, teacher="adapted")).logits
     adapted.full_precision()
@@ -78,7 +78,7 @@ def test_hidden_states_add_their_error_relative_to_the_teacher(tiny_llama, make_
 
 def test_distillation_alone_brings_the_student_to_its_teacher(tiny_llama, make_adapted, batch) -> None:
     adapted = make_adapted(tiny_llama(), r=8)
-    objective = Objective(1.0)
+    objective = Objective().resolved("recover")
     optimizer = torch.optim.AdamW(adapted.named_parameters().values(), lr=1e-2)
     distances = []
     for _ in range(25):
@@ -103,6 +103,14 @@ def test_a_classifier_is_taught_by_its_adapted_self(tiny_bert_classifier, make_a
     wanted = torch.log_softmax(teacher.logits, -1)
     divergence = float((wanted.exp() * (wanted - own)).sum(-1).mean())
     assert float(total) == pytest.approx(0.5 * float(task) + 0.5 * divergence, rel=1e-4)
+
+
+def test_the_goal_decides_what_is_left_open() -> None:
+    assert Objective().resolved("recover") == Objective(1.0, teacher="base")
+    assert Objective().resolved("fine-tune") == Objective(0.0, teacher="adapted") == Objective().resolved()
+    own = Objective(0.3, teacher="adapted")
+    assert own.resolved("recover") == own
+    assert TrainingRecipe(objective=own, lr=0.1).resolved("recover") == TrainingRecipe(objective=own, lr=0.1)
 
 
 def test_without_distillation_no_teacher_is_asked(tiny_llama, make_adapted, batch) -> None:

@@ -149,16 +149,17 @@ def test_a_search_that_broke_off_measures_only_what_is_missing(run: TinyRun, mon
     inputs = {
         "model": run.model, "configurations": run.trained.sets[0], "state": run.trained.states["coa"][0],
         "search": replace(s.search, rounds=0), "round_index": 1,
+        "goal": s.goal,
     }  # fmt: skip
-    original, measured = coalora.evaluate.losses.measure_configurations, []
+    original, measured = coalora.evaluate.losses._Tally.score, []
 
-    def score(*arguments, **options):
+    def score(tally):
         measured.append(1)
         if len(measured) == 3:
             raise KeyboardInterrupt
-        return original(*arguments, **options)
+        return original(tally)
 
-    monkeypatch.setattr(coalora.evaluate.losses, "measure_configurations", score)
+    monkeypatch.setattr(coalora.evaluate.losses._Tally, "score", score)
     with pytest.raises(KeyboardInterrupt):
         search_round.task.fn(**inputs)
     again = search_round.task.fn(**inputs)

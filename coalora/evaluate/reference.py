@@ -1,0 +1,92 @@
+"""Full-precision model that quantized ones are held against: KL divergence and top-1 agreement.
+
+KL(p || q), nats a predicted token, p the reference's distribution and q the measured model's; top-1 agreement is the
+share of tokens where both find the same token most likely ("flips" are what is missing to 1; Dutta et al., NeurIPS
+2024, arXiv 2407.09141: accuracy can stay as it was while answers flip). Neither asks for the text to be good, and both
+are far less noisy than a loss, since the text's own surprise is in neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coalora.adapt.adapted import AdaptedModel
+
+_TOGETHER = 2**24  # logits in float32 at a time: 64 MB
+_HELD = 2**30  # bytes of reference logits that are kept for all configurations to be measured on
+
+
+def divergence(logits: Tensor, reference: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed KL(reference || logits), and the number of equal most likely tokens, both float64 scalars.
+
+    In pieces of some rows: beside the logits little memory is needed, however large the vocabulary.
+
+    Args:
+        logits, reference: (n, V).
+        counted: bool (n,), the rows that count.
+
+    Example:
+        >>> from coalora.evaluate.reference import divergence
+        >>> logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+        >>> [float(x) for x in divergence(logits, logits, torch.tensor([True, True]))]
+        [0.0, 2.0]
+    """
+    nats = torch.zeros((), dtype=torch.float64, device=logits.device)
+    same = torch.zeros((), dtype=torch.float64, device=logits.device)
+    rows = max(1, _TOGETHER // logits.shape[-1])
+    for own, wanted, counts in zip(logits.split(rows), reference.split(rows), counted.split(rows), strict=True):
+        p, q = wanted.float().log_softmax(-1), own.float().log_softmax(-1)
+        # A product instead of an index: indexing by a mask would wait for the device.
+        nats += (F.kl_div(q, p, reduction="none", log_target=True).sum(-1, dtype=torch.float64) * counts).sum()
+        same += ((own.argmax(-1) == wanted.argmax(-1)) & counts).sum()
+    return nats, same
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The base in full precision, alone or with a plain LoRA adapter of its own.
+
+    Attributes:
+        pairs: (A (r, in), B (out, r)) of every target layer; None: the base alone.
+        scale: s of y = W x + s B A x.
+    """
+
+    pairs: Sequence[tuple[Tensor, Tensor]] | None = None
+    scale: float = 1.0
+
+    @contextmanager
+    def held_by(self, adapted: AdaptedModel) -> Iterator[Any]:
+        """Within, `adapted` computes as the reference does; afterwards it is in full precision: switch it."""
+        with ExitStack() as stack:
+            model = stack.enter_context(adapted.base_alone())
+            for layer, (A, B) in zip(adapted.layers, self.pairs or (), strict=False):
+
+                def add(_: object, inputs: tuple[Tensor, ...], out: Tensor, A: Tensor = A, B: Tensor = B) -> Tensor:
+                    x = inputs[0]
+                    return out + self.scale * F.linear(F.linear(x, A.to(x)), B.to(x))
+
+                hook = model.get_base_model().get_submodule(layer.name).register_forward_hook(add)
+                stack.callback(hook.remove)
+            yield model
+
+    def with_logits(
+        self, adapted: AdaptedModel, batches: Iterator[dict[str, Tensor]]
+    ) -> list[tuple[dict[str, Tensor], Tensor | None]]:
+        """The next batches with the reference's logits (n, L, V): as many as `_HELD` bytes of logits, at least one."""
+        found: list[tuple[dict[str, Tensor], Tensor | None]] = []
+        nbytes = 0
+        with self.held_by(adapted) as model:
+            for batch in batches:
+                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+                found.append((batch, logits))
+                nbytes += logits.nbytes
+                if nbytes >= _HELD:
+                    break
+        return found
