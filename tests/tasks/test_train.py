@@ -49,7 +49,9 @@ def test_a_stage_that_loads_its_model_gives_the_bytes_of_one_that_finds_it_loade
     sets, states = run.trained.sets, run.trained.states["coa"]
     search = replace(s.search, rounds=0)
     release_models()
-    found = search_round.fn(model=run.model, configurations=sets[0], state=states[0], search=search, round_index=1)
+    found = search_round.fn(
+        model=run.model, configurations=sets[0], state=states[0], search=search, round_index=1, goal="fine-tune"
+    )
     assert found.digest == sets[1].digest
     release_models()
     trained = train_round.fn(
