@@ -140,6 +140,7 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
     {
         "peft": PeftFormat,
         "packed": PackedFormat,
+        "gguf": "coalora.export.gguf:GGUFFormat",
     },
 )
 

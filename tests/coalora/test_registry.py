@@ -101,11 +101,11 @@ def test_built_in_names_are_listed_without_torch_and_scipy() -> None:
     *names, heavy = done.stdout.splitlines()
     assert heavy == "False False"
     assert names == [
-        "nf,int,gptq,float",
+        "nf,int,gptq,gguf,float",
         "bert,roberta,llama,mistral,qwen2,qwen3,gpt2",
         "ehvi,random,frozen",
         "none,shared,paper,coa,qlora,lq-lora",
-        "peft,packed",
+        "peft,packed,gguf",
     ]
 
 

@@ -1,0 +1,150 @@
+"""Exports in GGUF run by llama.cpp (xllamacpp): log-probabilities of the model in memory, tokens of its tokenizer.
+
+Stated agreement, of log-probabilities over the whole vocabulary after each token of a text: of quantized types, for
+which llama.cpp rounds a layer's inputs to 8 bits, .03 on average and .25 at most; of F16 .003 and .02.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from coalora.quant.gguf.blocks import TYPES
+from tests.coalora.export.gguf_exports import (
+    SPACE,
+    TEXTS,
+    Made,
+    decoder,
+    export,
+    sentencepiece_tokenizer,
+    tokenizer_of,
+)
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: make test-engines")
+pytestmark = pytest.mark.engines
+
+F16 = len(SPACE) - 1
+ODD_TEXTS = (
+    "Hello world, it's 1234 + 56.7!",
+    "  two spaces\n\n\nand\tlines \r\n that end ",
+    "def f(x):\n    return x**2  # naïve café, 東京, 🙂",
+    "I'LL they've don't WE'D 3rd 100,000 <tool> <b>",
+    TEXTS[0][:1000],
+)
+
+
+class Engine:
+    """llama.cpp on one thread, with or without an adapter."""
+
+    def __init__(self, made: Made, *, adapter: bool = True) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(made.folder / "model.gguf")
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
+        params.warmup, params.verbosity = False, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        if adapter:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(made.folder / "adapter.gguf"), 1.0)]
+        self._server, self._size = xllamacpp.Server(params), made.base.config.vocab_size
+        self._printable = made.tokenizer.convert_tokens_to_ids("a")
+
+    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
+        """(n, vocabulary) after each of `ids`."""
+        return torch.stack([self._after(list(ids[: i + 1])) for i in range(len(ids))])
+
+    def _after(self, prompt: list[int]) -> Tensor:
+        # What is sampled must be text, or the engine waits for the rest of a character; probabilities are from before.
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": self._size, "logit_bias": [[self._printable, 1e4]]}
+        answer = self._server.handle_completions(asked)
+        content = (json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["logprobs"]["content"]
+        found = torch.full((self._size,), torch.nan)
+        for entry in content[0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def tokens(self, text: str) -> list[int]:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize",
+            json.dumps({"content": text, "add_special": True, "parse_special": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["tokens"]
+
+
+@pytest.fixture
+def ids() -> Callable[[Made, int], list[int]]:
+    return lambda made, n: made.tokenizer(TEXTS[1])["input_ids"][:n]
+
+
+def difference(engine: Engine, made: Made, ids: Sequence[int], *, adapter: bool = True) -> Tensor:
+    return (engine.log_probabilities(ids) - made.log_probabilities(ids, adapter=adapter)).abs()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_mixed_configuration_with_its_adapter_runs_as_in_memory(
+    kind: str, tmp_path: Path, ids: Callable[[Made, int], list[int]]
+) -> None:
+    made = export(tmp_path, decoder(kind), tokenizer_of("qwen2"))
+    text = ids(made, 48)
+    apart = difference(Engine(made), made, text)
+    assert float(apart.mean()) < 0.03
+    assert float(apart.max()) < 0.25
+    bare = difference(Engine(made, adapter=False), made, text, adapter=False)
+    assert float(bare.mean()) < 0.03
+    assert float((made.log_probabilities(text) - made.log_probabilities(text, adapter=False)).abs().mean()) > 0.2
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_is_decoded_as_it_was_trained_with(
+    name: str, tmp_path: Path, ids: Callable[[Made, int], list[int]]
+) -> None:
+    layers = len(export(tmp_path / "any", decoder("llama"), tokenizer_of("gpt2")).tables.layers)
+    C = np.full(layers, list(TYPES).index(name))
+    made = export(tmp_path / name, decoder("llama"), tokenizer_of("gpt2"), C)
+    apart = difference(Engine(made), made, ids(made, 16))
+    assert float(apart.mean()) < 0.03
+    assert float(apart.max()) < 0.25
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "default": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"), [*(("llama", rope) for rope in ROPES), ("qwen2", "yarn"), ("qwen3", "default")]
+)
+def test_scaled_positions_are_those_of_transformers(
+    kind: str, rope: str, tmp_path: Path, ids: Callable[[Made, int], list[int]]
+) -> None:
+    base = decoder(kind, rope_parameters={"rope_type": rope, "rope_theta": 5e5, **ROPES[rope]})
+    made = export(tmp_path, base, tokenizer_of("gpt2"), np.full(14, F16))
+    text = ids(made, 160)
+    apart = (Engine(made)._after(text) - made.log_probabilities(text)[-1]).abs()
+    assert float(apart.mean()) < 0.003
+    assert float(apart.max()) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama3", "qwen2", "tekken"])
+def test_a_byte_level_tokenizer_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    made = export(tmp_path, decoder("llama"), tokenizer_of(kind), np.full(14, F16))
+    engine = Engine(made)
+    for text in ODD_TEXTS:
+        assert engine.tokens(text) == made.tokenizer(text)["input_ids"], text
+
+
+def test_a_tokenizer_of_sentencepiece_gives_the_same_tokens(tmp_path: Path) -> None:
+    made = export(tmp_path, decoder("mistral"), sentencepiece_tokenizer(), np.full(14, F16))
+    engine = Engine(made)
+    for text in ODD_TEXTS:
+        assert engine.tokens(text) == made.tokenizer(text)["input_ids"], text
