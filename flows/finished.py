@@ -6,18 +6,20 @@ from typing import Any
 
 from coalora.calibrate.costs import parse_budget
 from coalora.errors import CoaloraError
+from coalora.evaluate.metrics import AGREEMENT, KL
 from coalora.evaluate.perplexity import windows
 from coalora.files import read_json, require_writable, write_json
 from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
 from pipeline.inputs.sources import read_run
+from pipeline.report.schema import metric_words
 from pipeline.settings.sections import RuntimeSettings, Settings
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact, default_store
 from tasks.score_text import TEXT_SCORE, score_budget
 
-COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", "tokens")
+COLUMNS = ("text", "budget", "average_bits", "perplexity", "bits_per_byte", KL, AGREEMENT, "tokens")
 
 
 def score_run(
@@ -28,7 +30,7 @@ def score_run(
     stride: int | None = None,
     json: Path | None = None,
 ) -> str:
-    """Perplexity of each text at each budget, as a table.
+    """Perplexity of each text at each budget, and how near the base in full precision is, as a table.
 
     Args:
         max_length: tokens a window; by default as the run's own benchmark: blocks that predict max_length tokens.
@@ -76,7 +78,7 @@ def score_run(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned columns."""
-    cells = [[name.replace("_", " ") for name in COLUMNS]]
+    cells = [[metric_words(name) for name in COLUMNS]]
     for row in rows:
         cells.append([f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

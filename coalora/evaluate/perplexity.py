@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coalora.data.benchmark import IGNORED
 from coalora.errors import CoaloraError
-from coalora.evaluate.metrics import perplexity
+from coalora.evaluate.metrics import AGREEMENT, KL, perplexity
+from coalora.evaluate.reference import divergence
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class TextScore:
         nats: total negative log-likelihood of the predicted tokens.
         tokens: predicted tokens: all but the first.
         nbytes: UTF-8 bytes that they stand for: the first token counts as the mean one.
+        kl: KL divergence from a reference (`coalora.evaluate.reference`), nats a predicted token.
+        agreement: share of predicted tokens where both find the same one most likely; None without a reference, as kl.
     """
 
     nats: float
     tokens: int
     nbytes: float
+    kl: float | None = None
+    agreement: float | None = None
 
     @property
     def loss(self) -> float:
@@ -55,6 +61,7 @@ class TextScore:
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
             "bytes": self.nbytes,
+            **({} if self.kl is None or self.agreement is None else {KL: self.kl, AGREEMENT: self.agreement}),
         }
 
 
@@ -88,9 +95,14 @@ def score_text(
     max_length: int,
     stride: int,
     batch_size: int,
+    reference: nn.Module | None = None,
     progress: Callable[..., None] | None = None,
 ) -> TextScore:
     """Score a text of `nbytes` bytes, given as tokens, with a model as it is now (in eval mode).
+
+    Args:
+        reference: a model of the same tokens on the same device, such as the base in full precision, whose KL
+            divergence and agreement are wanted.
 
     Raises:
         CoaloraError: as `windows` does.
@@ -98,17 +110,23 @@ def score_text(
     device = next(model.parameters()).device
     ids = torch.as_tensor(tokens, dtype=torch.int64)
     spans = windows(len(ids), max_length, stride)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, kl, same = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
     for start in range(0, len(spans), batch_size):
         batch = spans[start : start + batch_size]
         inputs, targets = (t.to(device) for t in _batch(ids, batch))
         # Causal: what pads a short row on its right changes nothing before it.
         logits = model(input_ids=inputs).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        rows, labels = logits.flatten(0, 1), targets.flatten()
+        total += F.cross_entropy(rows, labels, reduction="sum")
+        if reference is not None:
+            wanted = reference(input_ids=inputs).logits[:, :-1].flatten(0, 1)
+            nats, equal = divergence(rows, wanted, labels != IGNORED)
+            kl, same = kl + nats, same + equal
         if progress:
             progress(min(start + batch_size, len(spans)), len(spans))
     predicted = len(ids) - 1
-    return TextScore(float(total), predicted, nbytes * predicted / len(ids))
+    beside = {} if reference is None else {"kl": float(kl) / predicted, "agreement": float(same) / predicted}
+    return TextScore(float(total), predicted, nbytes * predicted / len(ids), **beside)
 
 
 def _batch(ids: Tensor, spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.cli import main
+from coalora.evaluate.perplexity import score_text
 from coalora.export.base import load_adapted
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel
@@ -62,8 +63,14 @@ def test_a_budgets_perplexity_is_that_of_its_export(
     content = json.loads((folder / "configuration.json").read_text())
     assert (row["budget"], row["digest"]) == (2.5, content["digest"])
     header, line = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert header.split() == ["text", "budget", "average", "bits", "perplexity", "bits", "per", "byte", "tokens"]
-    assert line.split()[-3] == f"{row['perplexity']:.4g}"
+    words = "text budget average bits perplexity bits per byte KL divergence top-1 agreement tokens"
+    assert " ".join(header.split()) == words
+    assert line.split()[-5] == f"{row['perplexity']:.4g}"
+    base = run.model.source.load(run.model.data, run.model.runtime, seed=0)
+    options = {"max_length": 20, "stride": 5, "batch_size": 3}
+    again = score_text(model, ids, len(PROSE.encode()), reference=base, **options)
+    assert (row["kl_divergence"], row["top1_agreement"]) == pytest.approx((again.kl, again.agreement))
+    assert row["kl_divergence"] > 0
 
 
 def test_a_command_that_broke_off_goes_on_with_the_budgets_that_are_missing(

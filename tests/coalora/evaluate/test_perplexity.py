@@ -48,6 +48,27 @@ def test_a_score_sums_what_each_window_says_of_its_tokens(tiny_models, max_lengt
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.nbytes, rel=1e-5)
 
 
+def test_a_reference_is_compared_on_every_predicted_token(tiny_llama) -> None:
+    """With overlap, so that most tokens of a window are predicted by the one before it."""
+    ids = torch.randint(1, 300, (21,), generator=torch.Generator().manual_seed(1)).tolist()
+    model, reference = tiny_llama(0), tiny_llama(1)
+    found = score_text(model, ids, 50, max_length=8, stride=4, batch_size=2, reference=reference)
+    nats, same = 0.0, 0
+    for position in range(1, 21):
+        begin = 0 if position < 8 else ((position - 8) // 4 + 1) * 4
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=torch.tensor([ids[begin:position]])).logits[0, -1].double().softmax(-1)
+                for m in (reference, model)
+            )
+        nats += float((p * (p.log() - q.log())).sum())
+        same += int(p.argmax() == q.argmax())
+    assert found.kl == pytest.approx(nats / 20, rel=1e-4)
+    assert found.agreement == same / 20
+    alone = score_text(model, ids, 50, max_length=8, stride=4, batch_size=2)
+    assert (alone.nats, alone.kl) == (found.nats, None)
+
+
 def test_windows_that_only_touch_are_a_benchmarks_blocks(tiny_llama, tiny_tokenizer, make_adapted) -> None:
     text = "the quick brown fox reads what the large one wrote, naïve or not. " * 4
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
