@@ -87,7 +87,7 @@ def score(
     stride: Annotated[int | None, typer.Option(help="Tokens from window to window; by default no overlap.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers to this file, too.")] = None,
 ) -> None:
-    """Measure a run on any text at any budgets: perplexity, distance from the base.
+    """Measure a run on any text, at any budgets.
 
     Each (text, budget) is kept in the store: asking again costs nothing.
     """

@@ -1,4 +1,4 @@
-"""Stage `score-text`: a finished run's model, adapted to a budget, on any text: perplexity, and distance from the base."""
+"""Stage `score-text`: a run's model, adapted to a budget, on any text: perplexity, and distance from the base."""
 
 from coalora.data.text import read_text
 from coalora.evaluate.perplexity import score_text
