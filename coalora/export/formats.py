@@ -140,6 +140,8 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
     {
         "peft": PeftFormat,
         "packed": PackedFormat,
+        "compressed-tensors": "coalora.export.compressed_tensors:CompressedTensorsFormat",
+        "mlx": "coalora.export.mlx:MlxFormat",
         "gguf": "coalora.export.gguf:GGUFFormat",
     },
 )

@@ -1,0 +1,102 @@
+"""Integers of scheme `int` as the files of other engines hold them.
+
+compressed-tensors and MLX store what the scheme packs, in other shapes: the codes of a row are one LSB-first bit stream
+in 32-bit words, and since groups (a multiple of 32) divide the rows, that is the scheme's own stream, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coalora.calibrate.tables import CalibrationTables
+from coalora.errors import CoaloraError
+from coalora.export.base import CONFIGURATION, inference_config, packed_layers
+from coalora.export.formats import ExportSource
+from coalora.files import file_digests, write_json, write_tensors
+from coalora.models.targets import TargetLayer, other_tensors
+from coalora.quant.integer.scheme import IntChoice
+from coalora.recipes import Task
+
+MODEL = "model.safetensors"
+Choices = Mapping[str, IntChoice]
+
+
+def check_integers(tables: CalibrationTables, task: Task, name: str) -> None:
+    """Look whether all choices of all layers are integers in groups that divide the rows of an `nn.Linear`.
+
+    Args:
+        name: of the format, for the error.
+
+    Raises:
+        CoaloraError: names the first layer that may take something else, and what to train with.
+    """
+    if task != "language-modeling":
+        raise CoaloraError(
+            f"Format {name} holds language models, and the task is {task}", remedy=f"Export without {name}"
+        )
+    for layer, may in zip(tables.layers, tables.allowed, strict=True):
+        if layer.transposed:
+            raise CoaloraError(
+                f"{layer.name} is a Conv1D, and format {name} holds the weights of Linear layers",
+                remedy=f"Export without {name}",
+            )
+        for k in np.flatnonzero(may):
+            scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
+            if scheme.name != "int":
+                raise CoaloraError(
+                    f"{layer.name} may take {choice} of scheme {scheme.name}, and format {name} holds integers",
+                    remedy="Train with choices.scheme: int",
+                )
+            if layer.shape[1] % (size := cast(IntChoice, choice).group_size):
+                fits = [g for g in IntChoice.field_values["group_size"] if layer.shape[1] % g == 0]
+                raise CoaloraError(
+                    f"{layer.name} may take {choice}, and format {name} has no group shorter than others: rows of "
+                    f"{layer.shape[1]} weights are no multiple of {size}",
+                    remedy=f"Train with choices.allow: {{group_size: {fits}}}" if fits else f"Export without {name}",
+                )
+
+
+def words(packed: Mapping[str, Tensor], layer: TargetLayer) -> Tensor:
+    """int32 (out, in * bits / 32): the code stream of each row."""
+    return packed["codes"].view(torch.int32).view(layer.shape[0], -1)
+
+
+def write_integers(
+    folder: Path,
+    source: ExportSource,
+    *,
+    tensors_of: Callable[[TargetLayer, IntChoice, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    settings: Callable[[dict[str, Any], Choices], Mapping[str, Any]],
+    library: str,
+) -> None:
+    """Write a folder that an engine loads as a model: tensors, config, tokenizer, and whose configuration they are.
+
+    Args:
+        tensors_of: a layer's tensors in the format by their own names, from its choice and what the scheme packs.
+        settings: entries that the format adds to the config (a dictionary), or changes, from every layer's choice.
+        library: whose tensors these are, as metadata of the file tell.
+    """
+    model = source.load_model()
+    layers = packed_layers(model, source.tables, source.adapted.choices, source.load_statistics())
+    folder.mkdir(parents=True)
+    choices: dict[str, IntChoice] = {}
+    tensors: dict[str, Tensor] = {}
+    for layer, choice, packed in layers:
+        choices[layer.name] = cast(IntChoice, choice)
+        made = tensors_of(layer, choices[layer.name], packed)
+        tensors |= {f"{layer.name}.{part}": tensor for part, tensor in made.items()}
+    tensors |= other_tensors(model, list(choices), source.rest_dtype)
+    write_tensors(folder / MODEL, tensors, format=library)
+    config = inference_config(model).to_dict() | {"architectures": [type(model).__name__]}
+    config.pop("_name_or_path", None)
+    write_json(folder / "config.json", config | dict(settings(config, choices)))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    source.load_tokenizer().save_pretrained(folder)
+    write_json(folder / CONFIGURATION, source.adapted.content | {"files": file_digests(folder, (MODEL, "config.json"))})
