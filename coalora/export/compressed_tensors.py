@@ -1,16 +1,15 @@
 """Export format `compressed-tensors`: what transformers, with that package, and vLLM open.
 
     base/      model.safetensors and a config.json whose `quantization_config` (pack-quantized) names each layer in the
-               group of its choice; plain `AutoModelForCausalLM.from_pretrained` opens it, without zero points: its
-               5.23 expects these unpacked, and vLLM, as the format has it, packed
+               group of its choice; opened by plain `AutoModelForCausalLM.from_pretrained`
     adapter/   PEFT adapter; put on after a first forward pass, at which compressed-tensors unpacks the weights
 
-A layer stores `weight_packed` int32 (out, in b / 32), `weight_scale` float16 (out, in / g), `weight_shape` int64 (2,),
-and with zero points `weight_zero_point` int32 (ceil(out b / 32), in / g), packed down the columns. Readers shift codes
-and zero points by 2^(b-1) alike, so that (code - z) s is the scheme's own arithmetic. Readers compute it in the model's
-number type, after rounding s to it: config.json asks for float16 or float32, where s is exact, and never for bfloat16.
+A layer stores `weight_packed` int32 (out, in b / 32), `weight_scale` float16 (out, in / g), `weight_shape` int64 (2,).
+Readers compute (code - 2^(b-1)) s, the scheme's own arithmetic, in the model's number type, after rounding s to it:
+config.json asks for float16 or float32, where s is exact, and never for bfloat16.
 
-vLLM multiplies query, key and value of an attention as one, and gate and up of an MLP: each takes one choice.
+Choices are symmetric: the format has zero points, packed, and compressed-tensors 0.20 makes transformers 5.23 look for
+unpacked ones. Layers that vLLM multiplies as one (query, key and value, and gate and up) take one choice.
 """
 
 from __future__ import annotations
@@ -21,18 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
-from coalora.export.adapter import CONFIG
 from coalora.export.formats import ExportFormat, ExportSource
 from coalora.export.integer import Choices, check_integers, words, write_integers
-from coalora.files import read_json
 from coalora.models.targets import TargetLayer, tied_groups
 from coalora.quant.integer.scheme import IntChoice
-from coalora.quant.packing import pack_codes, unpack_codes
 from coalora.recipes import Task
 
 NAME = "compressed-tensors"
@@ -46,7 +41,7 @@ class CompressedTensorsFormat(ExportFormat):
     keeps_model = True
 
     def check(self, tables: CalibrationTables, config: PretrainedConfig, task: Task) -> None:
-        check_integers(tables, task, NAME)
+        check_integers(tables, task, NAME, mode="sym")
         if tables.tie == "fused":
             return
         for group in (groups := tied_groups(tables.layers, "fused")):
@@ -69,10 +64,6 @@ class CompressedTensorsFormat(ExportFormat):
 
     def start_line(self, export: Path) -> str:
         base, adapter = (export / self.folder / part for part in ("base", "adapter"))
-        groups = read_json(base / "config.json")["quantization_config"]["config_groups"].values()
-        if not all(group["weights"]["symmetric"] for group in groups):
-            rank = read_json(adapter / CONFIG)["r"]
-            return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules coalora={adapter}"
         return (
             f'base = transformers.AutoModelForCausalLM.from_pretrained("{base}")\n'
             "base(torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors unpacks the weights at the first call\n"
@@ -82,18 +73,11 @@ class CompressedTensorsFormat(ExportFormat):
 
 def layer_tensors(layer: TargetLayer, choice: IntChoice, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer, from what scheme `int` packs of it."""
-    made = {
+    return {
         "weight_packed": words(packed, layer),
         "weight_scale": packed["scales"].view(layer.shape[0], -1),
         "weight_shape": torch.tensor(layer.shape),
     }
-    if choice.mode == "asym":
-        rows, per_row = made["weight_scale"].shape
-        zeros = unpack_codes(packed["zero_points"], choice.bits, rows * per_row).view(rows, per_row)
-        columns = pad(zeros.T, (0, -rows % 32)).contiguous()
-        stream = pack_codes(columns.view(-1), choice.bits).view(torch.int32).view(per_row, -1)
-        made["weight_zero_point"] = stream[:, : -(-rows * choice.bits // 32)].T.contiguous()
-    return made
 
 
 def quantization_config(choices: Choices) -> dict[str, Any]:
@@ -104,7 +88,7 @@ def quantization_config(choices: Choices) -> dict[str, Any]:
             "weights": {
                 "num_bits": choice.bits,
                 "type": "int",
-                "symmetric": choice.mode == "sym",
+                "symmetric": True,
                 "strategy": "group",
                 "group_size": choice.group_size,
                 "dynamic": False,

@@ -27,11 +27,12 @@ MODEL = "model.safetensors"
 Choices = Mapping[str, IntChoice]
 
 
-def check_integers(tables: CalibrationTables, task: Task, name: str) -> None:
+def check_integers(tables: CalibrationTables, task: Task, name: str, *, mode: str | None = None) -> None:
     """Look whether all choices of all layers are integers in groups that divide the rows of an `nn.Linear`.
 
     Args:
         name: of the format, for the error.
+        mode: the only one that the format holds; None: any.
 
     Raises:
         CoaloraError: names the first layer that may take something else, and what to train with.
@@ -53,8 +54,15 @@ def check_integers(tables: CalibrationTables, task: Task, name: str) -> None:
                     f"{layer.name} may take {choice} of scheme {scheme.name}, and format {name} holds integers",
                     remedy="Train with choices.scheme: int",
                 )
-            if layer.shape[1] % (size := cast(IntChoice, choice).group_size):
-                fits = [g for g in IntChoice.field_values["group_size"] if layer.shape[1] % g == 0]
+            own = cast(IntChoice, choice)
+            if mode and own.mode != mode:
+                raise CoaloraError(
+                    f"{layer.name} may take {choice}, and format {name} holds mode {mode}",
+                    remedy=f"Train with choices.allow: {{mode: [{mode}]}}",
+                )
+            if layer.shape[1] % (size := own.group_size):
+                sizes = cast(tuple[int, ...], IntChoice.field_values["group_size"])
+                fits = [g for g in sizes if all(other.shape[1] % g == 0 for other in tables.layers)]
                 raise CoaloraError(
                     f"{layer.name} may take {choice}, and format {name} has no group shorter than others: rows of "
                     f"{layer.shape[1]} weights are no multiple of {size}",

@@ -27,29 +27,23 @@ def unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.array([[stream >> (bits * i) & (2**bits - 1) for i in range(count)] for stream in rows])
 
 
-@pytest.mark.parametrize("mode", ["sym", "asym"])
 def test_what_is_stored_stands_for_the_weights_of_the_scheme_bit_for_bit(
-    integer_export: Callable, tmp_path: Path, mode: str
+    integer_export: Callable, tmp_path: Path
 ) -> None:
-    made = integer_export("llama", mode)
+    made = integer_export("llama", "sym")
     write_export(tmp_path, ["compressed-tensors"], made.source)
     tensors = load_file(tmp_path / "compressed-tensors/base/model.safetensors")
     config = json.loads((tmp_path / "compressed-tensors/base/config.json").read_text())["quantization_config"]
     found = {}
     for group in config["config_groups"].values():
         given = group["weights"]
-        assert given["symmetric"] == (mode == "sym")
+        assert (given["type"], given["strategy"], given["symmetric"]) == ("int", "group", True)
         for name in group["targets"]:
             shape, scales = tensors[f"{name}.weight_shape"], tensors[f"{name}.weight_scale"]
             assert (tensors[f"{name}.weight_packed"].dtype, scales.dtype) == (np.int32, np.float16)
             codes = unpacked(tensors[f"{name}.weight_packed"], given["num_bits"], shape[1])
-            zeros = np.full(scales.shape, 2 ** (given["num_bits"] - 1))
-            if mode == "asym":  # packed down the columns
-                packed = tensors[f"{name}.weight_zero_point"]
-                assert packed.shape == (-(-shape[0] * given["num_bits"] // 32), shape[1] // given["group_size"])
-                zeros = unpacked(packed.T, given["num_bits"], shape[0]).T
-            steps = codes - zeros.repeat(given["group_size"], 1)
-            found[name] = steps.astype(np.float32) * scales.astype(np.float32).repeat(given["group_size"], 1)
+            steps = codes.astype(np.float32) - 2 ** (given["num_bits"] - 1)
+            found[name] = steps * scales.astype(np.float32).repeat(given["group_size"], 1)
     assert sorted(found) == sorted(layer.name for layer in made.source.tables.layers)
     assert len({group["weights"]["num_bits"] for group in config["config_groups"].values()}) >= 3
     for name, weight in found.items():
@@ -72,12 +66,6 @@ def test_other_tensors_keep_the_checkpoint_s_type_and_the_model_computes_where_s
         assert (config["dtype"], config["use_cache"], config["architectures"]) == (asked, True, ["LlamaForCausalLM"])
 
 
-def test_the_line_that_starts_an_engine_depends_on_zero_points(integer_export: Callable, tmp_path: Path) -> None:
-    for mode, starts in (("sym", "base = transformers."), ("asym", "vllm serve ")):
-        write_export(tmp_path / mode, ["compressed-tensors"], integer_export("llama", mode).source)
-        assert CompressedTensorsFormat().start_line(tmp_path / mode).startswith(starts)
-
-
 LAYERS = [
     TargetLayer(f"model.layers.0.self_attn.{name}_proj", f"self_attn.{name}_proj", 0, (64, 96), False) for name in "qkv"
 ]
@@ -91,14 +79,16 @@ def refused(space: ChoiceSpace, layers: list[TargetLayer] = LAYERS, task: str = 
 
 
 def test_what_cannot_be_held_is_told_with_the_layer_and_what_to_train_with() -> None:
-    fits = ChoiceSpace("int", group_size=[32])
+    fits = ChoiceSpace("int", group_size=[32], mode=["sym"])
     first = "model.layers.0.self_attn.q_proj"
     message = refused(ChoiceSpace.union([fits, ChoiceSpace("nf", bits=[2], block_size=[64])]), tie="fused")
     assert f"{first} may take nf2" in message
     assert "Train with choices.scheme: int" in message
-    message = refused(ChoiceSpace("int"), tie="fused")
+    message = refused(ChoiceSpace("int", mode=["sym"]), tie="fused")
     assert f"{first} may take int2 g64 sym" in message
     assert "Train with choices.allow: {group_size: [32]}" in message
+    assert f"{first} may take int2 g32 asym" in (message := refused(ChoiceSpace("int", group_size=[32]), tie="fused"))
+    assert "Train with choices.allow: {mode: [sym]}" in message
     message = refused(fits)
     assert f"{first}, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj may take different" in message
     assert "Train with choices.tie: fused" in message
