@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from coalora.export.bundle import Adapted, Bundle
     from coalora.export.device import export_for
     from coalora.export.formats import EXPORT_FORMATS, ExportFormat
+    from coalora.export.profile import DeviceProfile
     from coalora.method.initial import initial_set
     from coalora.method.loop import Fitted, fit
     from coalora.method.search import search_round
@@ -70,6 +71,7 @@ _PUBLIC = {
     "export.bundle": ("Adapted", "Bundle"),
     "export.device": ("export_for",),
     "export.formats": ("EXPORT_FORMATS", "ExportFormat"),
+    "export.profile": ("DeviceProfile",),
     "method.initial": ("initial_set",),
     "method.loop": ("Fitted", "fit"),
     "method.search": ("search_round",),
@@ -112,6 +114,7 @@ __all__ = [
     "CoaLoraModel",
     "CoaloraError",
     "ConfigurationSet",
+    "DeviceProfile",
     "ExportFormat",
     "Fitted",
     "InitialSetRecipe",

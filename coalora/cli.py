@@ -78,6 +78,9 @@ def adapt(
     latency: Annotated[str | None, typer.Option(metavar="20ms", help="Time by --table, at most.")] = None,
     table: Annotated[Path | None, typer.Option(metavar="CSV", help="A device's latencies.")] = None,
     configuration: Annotated[Path | None, typer.Option(metavar="JSON", help="A configuration instead.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME|YAML", help="Profile of a device: its limit, choices and formats.")
+    ] = None,
     to: Annotated[
         list[str],
         typer.Option(metavar="FORMAT ...", help="By default those of the run; peft alone needs no base model."),
@@ -95,15 +98,19 @@ def adapt(
     from coalora.export.source import open_source
     from coalora.files import require_new
 
-    check_limit(bits, size, latency, table, configuration)
+    limit: dict[str, Any] = {
+        "bits": bits, "size": size, "latency": latency, "table": table, "configuration": configuration,
+        "device": device,
+    }  # fmt: skip
+    check_limit(**limit)
     for name in guards:
         _imported(name)(out)
     require_new(out)
     found = open_source(source, {kind: _imported(name) for kind, name in openers.items()})
     made = export_for(
-        found.bundle, out, bits=bits, size=size, latency=latency, table=table, configuration=configuration,
-        formats=to or found.formats, base=model or found.base, adapter_dtype=getattr(torch, found.adapter_dtype),
-        evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,
+        found.bundle, out, **limit, formats=to or (None if device else found.formats), base=model or found.base,
+        adapter_dtype=getattr(torch, found.adapter_dtype), evaluate=evaluate, about=found.about,
+        trust_remote_code=found.trust_remote_code,
     )  # fmt: skip
     print(made)
 

@@ -162,7 +162,7 @@ class CalibrationTables:
         Raises:
             CoaloraError: tied layers take different choices; with their names.
         """
-        choices = configurations[..., np.unique(self.groups, return_index=True)[1]]
+        choices = self.firsts(configurations)
         broken = (self.expand(choices) != configurations).reshape(-1, len(self.layers)).any(0)
         if broken.any():
             group = self.groups[broken.argmax()]
@@ -172,6 +172,10 @@ class CalibrationTables:
                 remedy="Give them one choice, or set choices.tie to none",
             )
         return choices
+
+    def firsts(self, configurations: np.ndarray) -> np.ndarray:
+        """Choices (..., G) of the first layer of each group, for configurations (..., N)."""
+        return configurations[..., np.unique(self.groups, return_index=True)[1]]
 
     @property
     def search_allowed(self) -> np.ndarray:

@@ -28,6 +28,7 @@ from coalora.evaluate.perplexity import TextScore, score_text, windows
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Adapted, Bundle
 from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
+from coalora.export.profile import DeviceProfile
 from coalora.export.provenance import folder_nbytes, licence_of
 from coalora.files import read_json, require_new, whole_or_nothing
 from coalora.models.files import model_digest, model_folder
@@ -115,19 +116,24 @@ def choose(
 
 
 def check_limit(
-    bits: object = None, size: object = None, latency: object = None, table: object = None, configuration: object = None
+    bits: object = None,
+    size: object = None,
+    latency: object = None,
+    table: object = None,
+    configuration: object = None,
+    device: object = None,
 ) -> None:
     """Refuse anything but one limit, before a bundle is opened.
 
     Raises:
         CoaloraError: none or several, or a latency table for nothing.
     """
-    given = {"bits": bits, "size": size, "latency": latency, "configuration": configuration}
+    given = {"bits": bits, "size": size, "latency": latency, "configuration": configuration, "device": device}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise CoaloraError(
             f"{' and '.join(named) or 'No limit'} {'is' if not named else 'are'} given",
-            remedy="Give exactly one of bits, size, latency or configuration",
+            remedy="Give exactly one of bits, size, latency, configuration and device",
         )
     if table is not None and latency is None:
         raise CoaloraError("A latency table is given without a latency", remedy="Give latency as well, such as 20ms")
@@ -167,7 +173,8 @@ def export_for(
     latency: str | float | None = None,
     table: Path | str | None = None,
     configuration: Path | str | None = None,
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    device: DeviceProfile | Path | str | None = None,
+    formats: Sequence[str] | None = None,
     base: Path | str | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     evaluate: Path | str | None = None,
@@ -178,7 +185,9 @@ def export_for(
     """Write base and adapter for one limit (`choose`) into `folder`, whole or not at all.
 
     Args:
-        formats: names of `coalora.EXPORT_FORMATS`. `peft` alone needs no base model.
+        device: a profile instead of a limit, or its name or file: its limit, choices and formats.
+        formats: names of `coalora.EXPORT_FORMATS`, by default the device's, else peft and packed. `peft` alone needs no
+            base model.
         base: the base model's folder or hub id, by default what the bundle names; its digest is checked.
         evaluate: a text file on which the pair is measured, loaded from what was written, in blocks of `max_length`.
         about: what else the export's record is to say, JSON.
@@ -194,11 +203,18 @@ def export_for(
     """
     folder = Path(folder)
     require_new(folder)
-    known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in dict.fromkeys(formats)}
-    counted, asked, chosen = choose(
-        bundle, bits=bits, size=size, latency=latency, table=table, configuration=configuration,
-        adapter_dtype=adapter_dtype,
-    )  # fmt: skip
+    limit: dict[str, Any] = {
+        "bits": bits, "size": size, "latency": latency, "table": table, "configuration": configuration,
+    }  # fmt: skip
+    check_limit(**limit, device=device)
+    if device is not None:
+        profile = device if isinstance(device, DeviceProfile) else DeviceProfile.load(device)
+        bundle = profile.restrict(bundle)
+        limit, formats = profile.limit(bundle, adapter_dtype), formats or profile.to
+        about = {"device": profile.name, **(about or {})}
+    names = dict.fromkeys(formats or DEFAULT_FORMATS)
+    known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in names}
+    counted, asked, chosen = choose(bundle, **limit, adapter_dtype=adapter_dtype)
     adapted = bundle.adapt_to(chosen)
     text = None if evaluate is None else read_text(Path(evaluate))
     alone = {*known} == {"peft"} and text is None

@@ -75,7 +75,7 @@ def layer_choices(
             )
         if rule.parts:
             allowed[rows] = _members(space, rule.parts)
-        allowed[rows] &= _within(space, rule, np.flatnonzero(allowed[rows].any(0)))
+        allowed[rows] &= within(space, rule, np.flatnonzero(allowed[rows].any(0)))
         empty = [layers[i].name for i in rows if not allowed[i].any()]
         if empty:
             raise CoaloraError(
@@ -146,8 +146,13 @@ def _members(space: ChoiceSpace, parts: Iterable[Part]) -> NDArray[np.bool_]:
     return mask
 
 
-def _within(space: ChoiceSpace, rule: Rule, present: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(K,): the choices inside the rule's limits; `present` are the indices of those that its layers have."""
+def within(space: ChoiceSpace, rule: Rule, present: NDArray[np.int64] | None = None) -> NDArray[np.bool_]:
+    """(K,): the choices inside the rule's limits; `present` are the indices of those that its layers have, or all.
+
+    Raises:
+        CoaloraError: a field or value that none of them has.
+    """
+    present = np.arange(len(space)) if present is None else present
     rows = [choice.as_dict() for choice in space.choices]
     mask = np.ones(len(space), dtype=np.bool_)
     schemes = [space.schemes[s] for s in _owners(space, present)]

@@ -14,8 +14,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from coalora.errors import CoaloraError
+from coalora.parse import parse_yaml
 from pipeline.scrub import scrub_text
-from pipeline.settings.parse import parse_yaml
 from pipeline.settings.sections import Settings
 
 DEFAULT_FILE = "pipelines.yaml"

@@ -65,7 +65,7 @@ class GGUFScheme(Scheme):
         >>> space = ChoiceSpace("gguf")
         >>> [space.describe(k) for k in (0, len(space) - 1)], space.bits_range()
         (['IQ2_S', 'Q8_0'], (2.5625, 8.5))
-        >>> space.fits([(576, 576)]).sum(), space.fits([(576, 1536)]).sum()  # rows of 576, no multiple of 256
+        >>> int(space.fits([(576, 576)]).sum()), int(space.fits([(576, 1536)]).sum())  # rows of 576, no multiple of 256
         (6, 14)
     """
 
