@@ -41,7 +41,7 @@ WRONG: list[tuple[list[str], Sequence[str]]] = [
     (["training.objective.distilation=1"], ["training.objective.distilation is an unknown key (did you mean 'dist"]),
     (
         ["choices.scheme=nf4"],
-        ["choices.scheme is 'nf4': There is no quantization scheme 'nf4'", "nf, int, gptq, float"],
+        ["choices.scheme is 'nf4': There is no quantization scheme 'nf4'", "nf, int, gptq, gguf, float"],
     ),
     (["search.strategy=ehvy"], ["search: There is no search strategy 'ehvy' (did you mean 'ehvi'?)"]),
     (["choices.also=[{scheme: int9}]"], ["choices.also.0.scheme is 'int9': There is no quantization scheme"]),
