@@ -49,7 +49,6 @@ def test_choices_outside_of_the_profile_are_never_taken(bundle: Bundle, tmp_path
     for budget in np.linspace(low, high, 9):
         chosen = found.select(float(budget))
         assert {bundle.tables.space.choices[k].as_dict()["bits"] for k in chosen} <= set(few)
-    assert len(found.members) < len(bundle.members)
 
 
 def test_a_device_that_needs_ties_gets_them_from_an_untied_training(bundle: Bundle, tmp_path: Path) -> None:
