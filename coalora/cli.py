@@ -90,7 +90,10 @@ def adapt(
     ] = None,
     evaluate: Annotated[Path | None, typer.Option(metavar="TEXT", help="Measure the pair on a text file.")] = None,
 ) -> None:
-    """Write base and adapter for a device: any budget, in the format of its engine, without training."""
+    """Write base and adapter for a device, without training.
+
+    For any budget, in the format of its engine.
+    """
     log_to_terminal()
     import torch
 

@@ -32,7 +32,7 @@ Published = Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX/runs/PIPEL
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to a command line, in the order in which `--help` shows them."""
-    for command in (run, stage, dvc, score, upload, download, restore, prune):
+    for command in (run, stage, dvc, score, devices, upload, download, restore, prune):
         app.command(command.__name__, cls=Command)(command)
     guards[:] = [f"{__name__}:outside_of_home"]
     openers.update({name: f"pipeline.inputs.sources:open_{of}" for name, of in _SOURCES.items()})
@@ -96,6 +96,28 @@ def score(
     from flows.finished import score_run
 
     print(score_run(run, text, budget, max_length, stride, json))
+
+
+def devices(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Run folder, bundle, s3://... or models:/NAME@ALIAS.")
+    ],
+    device: Annotated[list[str], typer.Option(metavar="NAME|YAML ...", help="Profiles of devices.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pairs.")] = Path("devices"),
+    publish: Annotated[str | None, typer.Option(metavar="s3://BUCKET/PREFIX", help="Upload them there.")] = None,
+) -> None:
+    """Write base and adapter for each of many devices.
+
+    As the Prefect flow `devices`, which a deployment runs whenever the champion moves.
+    """
+    outside_of_home(out)
+    from coalora.export.profile import DeviceProfile
+
+    for name in device:
+        DeviceProfile.load(name)
+    from flows.devices import run_devices
+
+    print(run_devices(source, device, str(out), publish))
 
 
 def upload(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.events import emit_event
 
 from coalora.files import read_json
 from pipeline.progress import get_logger
@@ -13,6 +15,9 @@ from pipeline.report.schema import RESULT, as_result
 from pipeline.report.table import markdown_table
 from pipeline.settings.sections import Settings
 from pipeline.store.store import Artifact, current_store
+
+# What a trigger in pipelines.yaml waits for.
+EVENT, RESOURCE = "coalora.champion-moved", "coalora.model"
 
 if TYPE_CHECKING:
     from pipeline.tracking.runs import TrackedRun
@@ -47,6 +52,14 @@ def register_version(
         )
         get_logger().info("registered model %s, version %s: %s", made.name, made.version, made.reason)
         run.finish()
+        if made.champion_moved and FlowRunContext.get() is not None:
+            emit_event(
+                event=EVENT,
+                resource={
+                    "prefect.resource.id": f"{RESOURCE}.{made.name}", "prefect.resource.name": made.name,
+                    "version": str(made.version),
+                },
+            )  # fmt: skip
         return {"name": made.name, "version": made.version, "champion": made.champion_moved, "reason": made.reason}
 
     return on_run(pipeline, settings, identity, call)

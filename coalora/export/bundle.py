@@ -32,7 +32,16 @@ from coalora.configurations import ConfigurationSet, configuration_dict, configu
 from coalora.errors import CoaloraError
 from coalora.export.adapter import adapter_nbytes, peft_key, write_adapter
 from coalora.export.base import CONFIGURATION
-from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
+from coalora.files import (
+    check_files,
+    file_digests,
+    file_sha256,
+    read_json,
+    read_tensors,
+    reading,
+    write_json,
+    write_tensors,
+)
 from coalora.quant.scheme import InputStatistics
 from coalora.recipes import AdapterRecipe, Task
 from coalora.search.budget import best_within
@@ -161,6 +170,17 @@ class Bundle:
         with reading(self._folder):
             _check(self._folder, CALIBRATION)
             return load_statistics(self._folder, self.tables.layers, self.tables.space)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the files that it was read from.
+
+        Raises:
+            CoaloraError: it was not read from files.
+        """
+        if self._folder is None:
+            raise CoaloraError("The bundle has no digest: it is in memory alone", remedy="Save it and load it again")
+        return file_sha256(self._folder / HEADER)
 
     @property
     def carries_statistics(self) -> bool:

@@ -75,43 +75,53 @@ def open_bucket(address: str) -> Source:
 
 def open_registered(address: str) -> Source:
     """The bundle of a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-    from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
+
+    client, version = registered_version(address)
+    uri = place_of_runs()
+    folder = _downloads(f"{scrub_text(uri)} {version.name} {version.version} {version.run_id}")
+    if not (folder / HEADER).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = client.get_model_version_download_uri(version.name, version.version)
+        if place.startswith("models:/"):  # a server's; a database names the folder
+            place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
+        bundle = f"{place.rstrip('/')}/artifacts/bundle"
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            got = Path(download_artifacts(artifact_uri=bundle, dst_path=scratch, tracking_uri=uri))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(got, folder)
+    found = sources.open_source(folder)
+    run = {"mlflow_run_id": version.run_id, "registered": f"{version.name}/{version.version}"}
+    return replace(found, about={"run": run})
+
+
+def open_address(address: str) -> Source:
+    """The bundle at any address that a checkout knows."""
+    return sources.open_source(address, {"run": open_run, "s3": open_bucket, "models": open_registered})
+
+
+def registered_version(address: str) -> tuple[Any, Any]:
+    """(client, version) of `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     uri, name = place_of_runs(), address.removeprefix("models:/")
+    if "@" not in name and name.count("/") != 1:
+        raise CoaloraError(
+            f"{address} is no address of a registered version",
+            remedy="Write models:/NAME@champion or models:/NAME/3",
+        )
     require_server(uri, existing=True)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
-        elif name.count("/") == 1:
-            version = client.get_model_version(*name.split("/"))
-        else:
-            raise CoaloraError(
-                f"{address} is no address of a registered version",
-                remedy="Write models:/NAME@champion or models:/NAME/3",
-            )
-        folder = _downloads(f"{scrub_text(uri)} {version.name} {version.version} {version.run_id}")
-        if not (folder / HEADER).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                place = client.get_model_version_download_uri(version.name, version.version)
-                if place.startswith("models:/"):  # a server's; a database names the folder
-                    place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
-                bundle = f"{place.rstrip('/')}/artifacts/bundle"
-                got = Path(download_artifacts(artifact_uri=bundle, dst_path=scratch, tracking_uri=uri))
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(got, folder)
+            return client, client.get_model_version_by_alias(*name.split("@", 1))
+        return client, client.get_model_version(*name.split("/"))
     except MlflowException as error:
         raise CoaloraError(
             f"MLflow at {scrub_text(uri)} gives no {address} ({scrub_text(one_line(error))[:300]})",
             remedy="Look the name up on MLflow's page of models, and set MLFLOW_TRACKING_URI to its server",
         ) from error
-    found = sources.open_source(folder)
-    return replace(
-        found, about={"run": {"mlflow_run_id": version.run_id, "registered": f"{version.name}/{version.version}"}}
-    )
 
 
 def _downloads(address: str) -> Path:

@@ -7,11 +7,12 @@ A hypervolume only compares with one of the same benchmark and reference point, 
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
@@ -116,6 +117,15 @@ def tag_address(tracking: TrackingSettings, run_id: str, address: str) -> list[s
             remedy=f"Call `coalora upload` where MLflow can be reached; {address} itself is whole",
         ) from error
     return sorted(f"{version.name} version {version.version}" for version in versions)
+
+
+def tag_pairs(client: MlflowClient, version: ModelVersion, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Tag a version with the pairs made of it, `device.NAME`: bits, bytes, digest and place; returns its name."""
+    for row in rows:
+        place = row["address"] or row["folder"]
+        value = f"{row['bits']:.3f} bits, {row['bytes']} bytes, {row['digest']}, {place}"
+        client.set_model_version_tag(version.name, version.version, f"device.{row['device']}", value)
+    return f"{version.name} version {version.version}"
 
 
 def _create_registered_model(client: MlflowClient, model_name: str) -> None:

@@ -19,7 +19,7 @@ from tests.commands import refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "run", "stage", "adapt", "score", "inspect", "compare", "verify", "push", "upload", "download",
+    "run", "stage", "adapt", "score", "inspect", "compare", "verify", "push", "devices", "upload", "download",
     "restore", "prune", "stack", "limits", "dvc", "pool", "deployments",
 )  # fmt: skip
 SLOW = ("torch", "transformers", "peft", "bitsandbytes", "prefect", "mlflow", "dvc", "boto3", "scipy", "matplotlib")

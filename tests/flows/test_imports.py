@@ -19,6 +19,7 @@ PIPELINE_ONLY = ("pydantic", "yaml", "pandas", "datasets", "matplotlib", "jinja2
 OURS = ("coalora", "pipeline", "tasks", "flows", "tests", "benchmarks")
 # What coalora may import at the top: the wheel's dependencies, and what they bring with them for certain.
 WHEEL = {
+    "yaml",
     "torch",
     "transformers",
     "peft",

@@ -9,14 +9,18 @@ import prefect
 import pytest
 import yaml
 from prefect.deployments.runner import RunnerDeployment
+from prefect.events import DeploymentEventTrigger
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.schema_tools import validate
 
+from coalora.export.profile import DeviceProfile
+from flows.devices import devices
 from flows.main import pipeline
 from pipeline.orchestration.server import FILE_VARIABLE, check_deployment
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings, read_pipelines
 from pipeline.settings.sections import Settings
+from tasks.register import EVENT, RESOURCE
 from tests.flows.architectures import ARCHITECTURES, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +55,8 @@ def on_this_machine(name: str, folder: Path) -> Settings:
 
 def test_definitions_and_deployments_correspond() -> None:
     for file, content in CONTENT.items():
-        assert sorted(d["name"] for d in content["deployments"]) == sorted(read_pipelines(file))
+        trainings = [d["name"] for d in content["deployments"] if d["entrypoint"] == "flows/main.py:pipeline"]
+        assert sorted(trainings) == sorted(read_pipelines(file))
     assert set(read_pipelines(PAPER)) == {
         "roberta-large-sst2", "roberta-large-qnli", "roberta-large-mnli", "roberta-large-qqp",
         "qwen-1-5b-c4", "qwen-3b-c4", "llama-2-7b-c4",
@@ -84,6 +89,16 @@ def test_a_deployment_runs_the_definition_of_its_name(name: str) -> None:
     # Nothing starts by itself, and no pipeline twice at a time.
     assert [(schedule["active"], len(schedule["cron"].split())) for schedule in deployment["schedules"]] == [(False, 5)]
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_pairs_for_devices_follow_the_champion() -> None:
+    found = DEPLOYMENTS["demo-devices"]
+    assert found["parameters"]["source"] == "models:/coalora-demo@champion"
+    assert all(DeviceProfile.load(name).to for name in found["parameters"]["profiles"])
+    validate(found["parameters"], devices.parameters.model_dump(), raise_on_error=True)
+    (trigger,) = (DeploymentEventTrigger.model_validate(trigger) for trigger in found["triggers"])
+    assert trigger.expect == {EVENT}
+    assert trigger.match.root == {"prefect.resource.id": f"{RESOURCE}.coalora-demo"}
 
 
 @pytest.mark.parametrize("name", NAMES)
