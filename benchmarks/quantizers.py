@@ -2,9 +2,10 @@
 
 The first blocks of a text are scored, and the model is calibrated on the first blocks of another (or, without one, on
 those that follow). Every row has the stored bits a weight and the seconds of processor time that quantizing took.
-Rows of gptqmodel and of llama.cpp's types appear where the packages are installed (extra `gptq`; libgguf and gguf).
+Rows of gptqmodel and of llama.cpp's types appear where the packages are installed (extras `gptq` and `gguf`), the
+latter where the rows of all layers divide into their blocks. The widths of llama.cpp's types are those of their names.
 
-    python -m benchmarks.quantizers MODEL --text FILE [--calibration FILE] [--bits 2 3 4] [--group 64]
+    python -m benchmarks.quantizers MODEL --text FILE [--calibration FILE] [--bits 2 3 4] [--layers down_proj]
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from coalora.calibrate.statistics import collect_statistics
 from coalora.data.benchmark import IGNORED, Split
 from coalora.data.build import text_split
 from coalora.data.text import read_text
+from coalora.errors import CoaloraError
 from coalora.models.loading import default_device, load_model, load_tokenizer
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.quant.registry import get_scheme
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a block")
     parser.add_argument("--blocks", type=int, default=4, help="blocks that are scored")
     parser.add_argument("--samples", type=int, default=16, help="blocks that are calibrated on")
+    parser.add_argument(
+        "--layers", help="suffix or glob of the layers that are quantized; by default all target layers"
+    )
     options = parser.parse_args(arguments)
     device = default_device()
     model = load_model(options.model, "language-modeling", device=device, dtype=torch.float32)
@@ -59,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         after = slice(options.blocks, None)
         calibration = replace(scored, input_ids=scored.input_ids[after], lengths=scored.lengths[after])
         scored = scored.head(options.blocks)
-    layers = find_target_layers(model)
+    layers = find_target_layers(model, None if options.layers is None else [options.layers])
     statistics = collect_statistics(model, layers, calibration, batch_size=1, hessians=True)
     n_weights = sum(layer.n_weights for layer in layers)
     masters = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")).clone() for layer in layers]
     rows: list[dict] = [{"quantizer": "full precision", "bits": 32.0, "loss": loss(model, scored)}]
-    for name, quantize in quantizers(options.bits, options.group):
+    for name, quantize in quantizers(options.bits, options.group, [layer.shape for layer in layers]):
         start, stored = time.process_time(), 0
         for layer, master, known in zip(layers, masters, statistics, strict=True):
             result, nbytes = quantize(master, known)
@@ -80,27 +84,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows,
         notes=f"{options.model}; loss in nats a token over {options.blocks} x {options.length} tokens of "
         f"{options.text}, calibrated on {options.samples} x {options.length} of "
-        f"{options.calibration or 'what follows'}; {device}",
+        f"{options.calibration or 'what follows'}; {options.layers or 'all target layers'}; {device}",
     )
 
 
-def quantizers(bits: Sequence[int], group: int) -> Iterator[tuple[str, Quantize]]:
-    """Name and quantizer of every row."""
+def quantizers(bits: Sequence[int], group: int, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Quantize]]:
+    """Name and quantizer of every row that layers of these shapes can take."""
     fields: dict[str, dict] = {
         "nf": {"scale_bits": [8], "scale_dtype": ["bf16"], "block_size": [group], "scale_block_size": [256]},
         "int": {"group_size": [group]},
         "gptq": {"group_size": [group]},
+        "gguf": {},
     }
+    labels = {"gptq": {"feedback": "gptqmodel"}, "gguf": {"absmax": "llama.cpp", "searched": "llama.cpp, importance"}}
     for name, values in fields.items():
-        if name == "gptq" and find_spec("gptqmodel") is None:
-            continue
         scheme = get_scheme(name)
-        for choice in ChoiceSpace(name, bits=bits, **values).choices:
-            for rounding in ("absmax", "searched", "feedback") if name != "gptq" else ("feedback",):
-                label = "gptqmodel" if name == "gptq" else rounding
-                yield f"{choice} {label}", _own(scheme, choice, rounding)
-    if find_spec("libgguf") is not None and find_spec("gguf") is not None:
-        yield from _gguf(bits)
+        try:
+            scheme.require_packages()
+        except CoaloraError as error:
+            print(error)
+            continue
+        space = ChoiceSpace(name, **values)
+        fits = space.fits(shapes).all(0)
+        for choice in (c for c, fit in zip(space.choices, fits, strict=True) if fit and c.width in bits):
+            for rounding in ("feedback",) if name == "gptq" else ("absmax", "searched", "feedback"):
+                yield f"{choice} {labels.get(name, {}).get(rounding, rounding)}", _own(scheme, choice, rounding)
 
 
 def _own(scheme: Scheme, choice: Choice, rounding: str) -> Quantize:
@@ -111,28 +119,6 @@ def _own(scheme: Scheme, choice: Choice, rounding: str) -> Quantize:
         return restored, sum(tensor.nbytes for tensor in packed.values())
 
     return quantize
-
-
-def _gguf(bits: Sequence[int]) -> Iterator[tuple[str, Quantize]]:
-    """llama.cpp's types of these widths, with calibration's E[x^2] as importance; rows that a type's blocks do not
-    divide get the one in brackets."""
-    import gguf
-    import libgguf
-
-    types = {2: ("IQ2_S", "Q2_K"), 3: ("IQ3_XXS", "Q3_K"), 4: ("IQ4_XS", "Q4_K", "Q4_0")}
-    for name in (name for width in bits for name in types.get(width, ())):
-        kind = gguf.GGMLQuantizationType[name]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-
-        def quantize(weight: Tensor, known: InputStatistics, kind=kind, block=block, size=size) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
-            used = kind if weight.shape[1] % block == 0 else gguf.GGMLQuantizationType.Q4_0
-            block, size = gguf.GGML_QUANT_SIZES[used]
-            importance = known.second_moment.cpu().numpy()
-            packed = libgguf.quantize(weight.cpu().numpy(), used, importance)
-            restored = torch.from_numpy(gguf.dequantize(packed, used).reshape(tuple(weight.shape))).to(weight.device)
-            return restored, weight.numel() // block * size
-
-        yield f"{name} llama.cpp (Q4_0)", quantize
 
 
 @torch.no_grad()
