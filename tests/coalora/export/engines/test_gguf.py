@@ -10,11 +10,13 @@ import json
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from coalora.quant.gguf.blocks import TYPES
 from tests.coalora.export.gguf_exports import (
@@ -143,8 +145,31 @@ def test_a_byte_level_tokenizer_gives_the_same_tokens(kind: str, tmp_path: Path)
         assert engine.tokens(text) == made.tokenizer(text)["input_ids"], text
 
 
-def test_a_tokenizer_of_sentencepiece_gives_the_same_tokens(tmp_path: Path) -> None:
-    made = export(tmp_path, decoder("mistral"), sentencepiece_tokenizer(), np.full(14, F16))
+@pytest.mark.parametrize("read_by", [None, LlamaTokenizer, AutoTokenizer])
+def test_a_tokenizer_of_sentencepiece_gives_the_same_tokens(read_by: Any, tmp_path: Path) -> None:
+    tokenizer = sentencepiece_tokenizer() if read_by is None else trained(tmp_path, read_by)
+    made = export(tmp_path, decoder("mistral"), tokenizer, np.full(14, F16))
     engine = Engine(made)
-    for text in ODD_TEXTS:
+    # Of LlamaTokenizer a text that starts with a space gets no other before it, unlike in SentencePiece and llama.cpp.
+    for text in ODD_TEXTS if read_by is not LlamaTokenizer else [text.strip(" ") for text in ODD_TEXTS]:
         assert engine.tokens(text) == made.tokenizer(text)["input_ids"], text
+
+
+def trained(folder: Path, read_by: Any) -> Any:
+    """SentencePiece's own file, as one of transformers' classes reads it: spaces before a text are put or not."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: make test-engines")
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in TEXTS for line in text.splitlines() if line.strip()),
+            model_writer=file,
+            vocab_size=500,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            minloglevel=2,
+        )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return read_by.from_pretrained(folder)
