@@ -10,6 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix, vstack
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
+from coalora import CoaLoraConfig, CoaLoraModel
 from coalora.calibrate.tables import CalibrationTables, calibration_tables
 from coalora.configurations import ConfigurationSet, configuration_dict
 from coalora.errors import CoaloraError
@@ -44,16 +45,16 @@ def _tables(seed: int = 0, allowed: np.ndarray | None = None, space: ChoiceSpace
 
 
 def _of(configuration: np.ndarray, block: int, *names: str) -> list[int]:
-    found = {layer.name: int(k) for layer, k in zip(LAYERS, configuration, strict=True)}
+    found = {layer.name: int(k) for layer, k in zip(LAYERS, configuration, strict=False)}
     return [found[f"model.layers.{block}.{name}"] for name in names]
 
 
-def is_tied(configurations: np.ndarray) -> bool:
+def is_tied(configurations: np.ndarray, blocks: int = CONFIG.num_hidden_layers) -> bool:
     """By the layers' names, written out: nothing of the code under test."""
     return all(
         len(set(_of(row, block, *names))) == 1
         for row in configurations
-        for block in range(CONFIG.num_hidden_layers)
+        for block in range(blocks)
         for names in (
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("mlp.gate_proj", "mlp.up_proj"),
@@ -192,3 +193,17 @@ def test_tables_keep_their_tie(tmp_path) -> None:
     tables = _tables()
     tables.save(tmp_path / "tables.safetensors")
     assert CalibrationTables.load(tmp_path / "tables.safetensors").tie == "fused"
+
+
+def test_a_model_of_the_library_is_tied_from_calibration_to_any_budget(tiny_llama, tiny_tokenizer, tmp_path) -> None:
+    tiny_llama(hidden_size=64, intermediate_size=192).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    config = CoaLoraConfig(r=2, choices=SPACE, tie="fused", search=SearchRecipe(candidates=3, batch_size=2))
+    model = CoaLoraModel.from_pretrained(tmp_path / "base", config, max_length=16)
+    texts = ["the quick brown fox jumps over the lazy dog, and back again " * 12]
+    model.calibrate(texts)
+    model.fit(texts, texts, steps=4, rounds=1, budgets=[3.0])
+    model.save_pretrained(tmp_path / "bundle")
+    bundle = CoaLoraModel.load_bundle(tmp_path / "bundle")
+    made = [*bundle.members.configurations, *(bundle.select(budget) for budget in (2.4, 3.3, 6.0))]
+    assert is_tied(np.stack(made), blocks=2)

@@ -68,6 +68,15 @@ def test_tied_layers_share_their_rules_and_a_rule_that_parts_them_is_told() -> N
     assert "q_proj, model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj take one choice" in refused(parted)
 
 
+def test_export_formats_that_cannot_hold_the_choices_are_refused_before_anything_runs() -> None:
+    asked = "export.formats=[peft, compressed-tensors, mlx]"
+    assert "layers.0.self_attn.q_proj may take nf2" in (told := refused(tiny(asked)))
+    assert "Train with choices.scheme: int" in told
+    integers = "choices={scheme: int, allow: {group_size: [32], mode: [sym]}, tie: %s}"
+    assert "Train with choices.tie: fused" in refused(tiny(asked, integers % "none", "evaluation.budgets=[3, 4]"))
+    assert preflight(tiny(asked, integers % "fused", "evaluation.budgets=[3, 4]")).n_choices == 4
+
+
 def test_what_it_finds_is_counted_from_the_shapes() -> None:
     found = preflight(tiny())
     assert len(found.layers) == 14
