@@ -28,12 +28,14 @@ from coalora.calibrate.tables import CalibrationTables, calibration_tables
 from coalora.cli import main
 from coalora.contents import describe, problems
 from coalora.data.classification import read_table
+from coalora.data.text import pydoc_topics
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.method.initial import given_set
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
+from pipeline.inputs.corpus import forget
 from pipeline.inputs.loaders import read_set_file
 from pipeline.inputs.sources import read_run
 from pipeline.preflight import preflight, shapes_of_model
@@ -347,10 +349,29 @@ def _nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _checked_before_a_run(*changes: str) -> None:
+    """What `coalora run tiny --file TINY --set CHANGES` does before it starts, with the file parsed once for all."""
+    raw = _raw()
+    for change in changes:
+        raw = apply_change(raw, change)
+    preflight(validate_settings(raw, "a test"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_text() -> Iterator[None]:
+    """The built-in text with short documents: cutting it into tokens is most of what a check takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.inputs.corpus.pydoc_topics", lambda: [text[:1500] for text in pydoc_topics()])
+        forget()
+        _checked_before_a_run()  # what is refused below is refused for its change
+        yield
+    forget()
+
+
 @pytest.mark.usefixtures("_nowhere")
 @pytest.mark.parametrize("line", SETTINGS)
 def test_wrong_settings_are_refused_before_a_run(line: str) -> None:
-    refusal(lambda: preflight(load_settings("tiny", file=TINY, changes=line.split())))
+    refusal(lambda: _checked_before_a_run(*line.split()))
 
 
 # -------------------------------------------------------------------------------------------------- files of pipelines
@@ -755,8 +776,7 @@ def test_wrong_base_models_are_refused_before_a_run(name: str) -> None:
         file.unlink()
         if content is not None:
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    changes = ["model.pretrain=null", "model.name_or_path=base"]
-    refusal(lambda: preflight(load_settings("tiny", file=TINY, changes=changes)))
+    refusal(lambda: _checked_before_a_run("model.pretrain=null", "model.name_or_path=base"))
 
 
 # ------------------------------------------------------------------------------------------- what a run leaves behind
