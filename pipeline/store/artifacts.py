@@ -65,7 +65,7 @@ class Artifact(BaseModel):
 
     kind: FileName  # "calibration", "adapter", ...
     digest: Digest  # of its files' manifest
-    nbytes: int = Field(ge=0)
+    nbytes: int = Field(ge=0, le=_MAX_BYTES)
     meta: dict[str, Scalar] = {}  # small finite facts for people and tables; not part of the digest
 
     @property

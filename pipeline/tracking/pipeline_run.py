@@ -20,12 +20,14 @@ from coalora.data.benchmark import SPLITS
 from coalora.files import digest, read_json
 from pipeline.inputs.adapted import HISTORY
 from pipeline.inputs.loaders import ROUND, SET, TABLES, load_benchmark, load_set, load_tables
+from pipeline.progress import get_logger
 from pipeline.report.curves import curves_figure
 from pipeline.report.heatmap import heatmap_figure
 from pipeline.report.rounds import round_figure, round_rows, rounds_figure
 from pipeline.report.schema import RESULT, as_result
 from pipeline.report.style import figure_png
 from pipeline.settings.sections import Settings
+from pipeline.store.locks import wait_for
 from pipeline.store.store import Artifact, current_store
 from pipeline.tracking.registry import REFERENCE
 from pipeline.tracking.runs import TrackedRun, open_tracker
@@ -41,13 +43,19 @@ SEARCHED = ("n_candidates", "n_accepted", "surrogate_error", "hypervolume_before
 def on_run(pipeline: str, settings: Settings, identity: str, use: Callable[[TrackedRun], T]) -> T:
     """What `use` does with the run of a pipeline's identity, opened or resumed, and named like its folder under runs/.
 
-    Tried again while the tracking server is away for a moment.
+    Tried again while the tracking server is away for a moment. Another process with the same identity waits: both would
+    look for run and version, find none, and make one each.
     """
+    lock = current_store().lock(f"mlflow-{identity}")
 
     def call() -> T:
-        tracker = open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri)
-        params = settings.model_dump(mode="json", exclude_none=True)
-        return use(tracker.open_run(identity, f"{pipeline} {identity[:8]}", params, run_tags(pipeline)))
+        wait_for(lock, lambda holder, waited: get_logger().info("MLflow: waiting for %s, which logs this run", holder))
+        try:
+            tracker = open_tracker(settings.tracking.experiment, settings.tracking.tracking_uri)
+            params = settings.model_dump(mode="json", exclude_none=True)
+            return use(tracker.open_run(identity, f"{pipeline} {identity[:8]}", params, run_tags(pipeline)))
+        finally:
+            lock.release()
 
     return patiently(call, place_of_runs(settings.tracking.tracking_uri))
 

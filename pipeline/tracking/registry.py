@@ -25,7 +25,7 @@ from packaging.version import Version
 import coalora
 from coalora.errors import CoaloraError
 from coalora.files import digest
-from pipeline.scrub import one_line
+from pipeline.scrub import one_line, scrub_text
 from pipeline.settings.sections import TrackingSettings
 from pipeline.tracking.runs import IDENTITY_TAG, TrackedRun, flatten, open_tracker
 
@@ -38,6 +38,17 @@ DECISION = "coalora.champion_decision"  # set last: a version without it was cut
 PACKAGES = ("mlflow", "torch", "transformers", "peft", "numpy", "scipy", "safetensors", "boto3")
 
 CODE = Path(coalora.__file__).resolve().parent  # travels with the model
+
+_LOADING = """Load it, and ask for any budget:
+
+```python
+import mlflow
+
+mlflow.set_tracking_uri("{uri}")
+model = mlflow.pyfunc.load_model("models:/{model}")
+answer = model.predict([{{"budget": 3.0, "format": "inline"}}])[0]  # choices of all layers, loss, and the adapter
+```
+"""
 
 _MODEL_CODE = Path(__file__).with_name("registered_model.py")
 
@@ -83,7 +94,7 @@ def register(
         model_name: letters, digits, dots, dashes and underscores.
         hypervolume: of the evaluated set; larger is better.
         tags: of the version, among them `hypervolume_reference`: benchmark, objectives and reference point.
-        description: of the version, in Markdown.
+        description: of the version, in Markdown; the lines that load it are added.
     """
     identity, client = digest([run.identity, content]), run.client
     _create_registered_model(client, model_name)
@@ -94,7 +105,8 @@ def register(
     if made is None:
         plain = flatten(tags) | {HYPERVOLUME: repr(float(hypervolume)), IDENTITY_TAG: identity}
         made = _create(run, bundle_folder, model_name, plain)
-    client.update_model_version(model_name, made.version, description)
+    loading = _LOADING.format(uri=scrub_text(run.tracker.tracking_uri), model=f"{model_name}/{made.version}")
+    client.update_model_version(model_name, made.version, f"{description}\n{loading}")
     client.set_registered_model_alias(model_name, NEWEST, made.version)
     return _crown(client, model_name, made)
 

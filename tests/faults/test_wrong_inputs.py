@@ -374,6 +374,14 @@ def test_wrong_settings_are_refused_before_a_run(line: str) -> None:
     refusal(lambda: _checked_before_a_run(*line.split()))
 
 
+def test_a_label_column_that_is_a_text_column_is_refused() -> None:
+    changes = [
+        "benchmark.task=classification", "benchmark.builtin=null", "benchmark.text_columns=[text,label]",
+        "benchmark.files={train: a.csv, validation: b.csv}",
+    ]  # fmt: skip
+    assert "name one column twice" in refusal(lambda: _checked_before_a_run(*changes))
+
+
 # -------------------------------------------------------------------------------------------------- files of pipelines
 _BODY = "{model: {pretrain: {}}, benchmark: {name: x, task: language-modeling, builtin: pydoc-topics}}"
 PIPELINES: dict[str, bytes | str] = {
@@ -835,6 +843,7 @@ RECORDS: dict[str, tuple[str, Any]] = {
     **{f"{key} {value!r}": (key, value) for key in ("settings", "base", "benchmark", "tables", "bundle")
        for value in (None, 5, "x", [], {}, {"kind": 5})},
     "digest": ("base", {"kind": "base", "digest": "../x", "nbytes": 1, "meta": {}}),
+    "size": ("base", {"kind": "base", "digest": "0" * 64, "nbytes": 10**400, "meta": {}}),
 }  # fmt: skip
 
 

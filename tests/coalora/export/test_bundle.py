@@ -244,3 +244,11 @@ def test_members_of_another_base_are_refused(tiny_llama, make_bundle, tables_for
     write_json(tmp_path / HEADER, read_json(tmp_path / HEADER) | {"files": file_digests(tmp_path, FILES)})
     with pytest.raises(CoaloraError, match="e" * 64):
         Bundle.load(tmp_path)
+
+
+def test_a_bundle_without_members_is_refused(tiny_llama, make_bundle, tmp_path) -> None:
+    make_bundle(tiny_llama)[0].save(tmp_path)
+    write_json(tmp_path / "configurations.json", read_json(tmp_path / "configurations.json") | {"members": []})
+    write_json(tmp_path / HEADER, read_json(tmp_path / HEADER) | {"files": file_digests(tmp_path, FILES)})
+    with pytest.raises(CoaloraError, match=r"configurations\.json.* has no members"):
+        Bundle.load(tmp_path)

@@ -150,7 +150,12 @@ def test_the_champion_loads_without_the_checkout_and_answers_typed_requests(
     # Not in the checkout.
     printed = preloaded.run(str(script), tracker.tracking_uri, f"models:/{model.name}@champion", cwd=tmp_path)
     result = json.loads(printed.splitlines()[-1])
+    told = model.run.client.get_model_version(model.name, "1").description
+    assert told.startswith("a bundle")
+    lines = told.partition("```python")[2].partition("```")[0]
+    printed = preloaded.run("-c", lines + "print('BITS', answer['average_bits'])", cwd=tmp_path)
     loaded = Bundle.load(bundle)
+    assert f"BITS {loaded.adapt(3).average_bits}" in printed
     at_three, inline, again = result["answers"]
     expected = loaded.adapt(3)
     assert at_three == {
