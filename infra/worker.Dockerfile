@@ -26,16 +26,16 @@ ENV PYTHONUNBUFFERED=1 \
     PATH=/opt/venv/bin:$PATH
 RUN python -m venv /opt/venv
 
-# Requirements first: an edit of the code does not install them again. torch by itself, at the version of the lock, since
-# its two builds come from two indexes; the second step finds it installed.
+# Requirements first: an edit of the code does not install them again. torch by itself, since its two builds come from two
+# indexes.
 WORKDIR /srv/coalora
-COPY requirements.lock pyproject.toml ./
+COPY requirements.lock requirements-torch.lock pyproject.toml ./
+RUN pip install --no-deps --require-hashes --requirement requirements.lock
 RUN case "${DEVICE}" in \
-      cuda) grep --extended-regexp '^torch==' requirements.lock | xargs pip install ;; \
-      cpu) grep --extended-regexp '^torch==' requirements.lock | xargs pip install --index-url "${TORCH_CPU_INDEX}" ;; \
+      cuda) pip install --requirement requirements-torch.lock ;; \
+      cpu) pip install --requirement requirements-torch.lock --index-url "${TORCH_CPU_INDEX}" ;; \
       *) echo "DEVICE is cuda or cpu, got: ${DEVICE}" >&2; exit 2 ;; \
     esac
-RUN pip install --requirement requirements.lock
 
 # What runs keep lies in the volume: the store and Prefect's records (.coalora), and the folders of finished runs.
 COPY --chown=coalora:coalora . .

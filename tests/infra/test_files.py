@@ -24,7 +24,8 @@ DOCKERFILE = (INFRA / "worker.Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text())
 MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((INFRA / "kubernetes" / "worker.yaml").read_text()))
 TEMPLATE: dict[str, Any] = json.loads((INFRA / "kubernetes" / "base-job-template.json").read_text())
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+LOCKS = {file.name: file.read_text() for file in ROOT.glob("requirements*.lock")}
+LOCK = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", LOCKS["requirements.lock"], re.MULTILINE))
 
 
 def manifest(kind: str, name: str) -> dict[str, Any]:
@@ -171,10 +172,21 @@ def test_the_image_runs_the_locked_versions_as_a_plain_user() -> None:
     requires = re.search(r'requires-python = ">=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert requires is not None
     assert python[1] == requires[1]
-    assert "pip install --requirement requirements.lock" in DOCKERFILE
+    assert "pip install --no-deps --require-hashes --requirement requirements.lock" in DOCKERFILE
+    assert "pip install --requirement requirements-torch.lock" in DOCKERFILE
     assert not re.search(r"pip install [^\n]*\w==\d", DOCKERFILE), "a version beside the lock"
     assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE)[-1] == "coalora"
-    assert "torch" in LOCK
+
+
+def test_every_package_of_a_lock_has_its_sha256_but_torch_which_is_installed_by_itself() -> None:
+    for name, text in LOCKS.items():
+        entries = [e for e in re.split(r"\n(?=\S)", text) if not e.startswith("#")]
+        assert entries, name
+        if name in ("requirements-torch.lock", "requirements-lowest.lock"):  # the lowest hold another torch
+            assert "--hash" not in text
+        else:
+            assert not [entry for entry in entries if "--hash=sha256:" not in entry], name
+            assert not re.search(r"^torch==", text, re.MULTILINE), name
 
 
 def test_the_store_of_the_containers_is_the_one_that_is_tested_here() -> None:
