@@ -132,7 +132,10 @@ Thing = Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file, as 
 
 
 def compare(a: Thing, b: Thing) -> None:
-    """Say in what two exports, bundles, adapters or sets differ, layer by layer."""
+    """Say in what two exports, bundles or sets differ.
+
+    Facts, and layers with other choices.
+    """
     from coalora.contents import compare as differences
 
     found = differences(a, b)
@@ -147,7 +150,9 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made where it is missing.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
 ) -> None:
-    """Upload an export with its model card to the hub, after checking it.
+    """Check an export and upload it to the hub.
+
+    With its model card.
 
     Logged in by `hf auth login` or HF_TOKEN.
     """
