@@ -19,9 +19,10 @@ from safetensors import safe_open
 from coalora.calibrate.statistics import STATISTICS
 from coalora.configurations import SET_FORMAT, configuration_digest, read_choices
 from coalora.errors import CoaloraError
-from coalora.export.adapter import BINDING, WEIGHTS, check_binding
+from coalora.export.adapter import BINDING, WEIGHTS, check_binding, weights_of
 from coalora.export.base import CONFIGURATION, PACKED, REST
 from coalora.export.bundle import HEADER, Bundle
+from coalora.export.compact import COMPACT
 from coalora.export.provenance import RECORD, check_export, folder_nbytes
 from coalora.export.source import RUN
 from coalora.files import check_files, file_sha256, read_json, read_tensors, reading
@@ -218,10 +219,10 @@ def _check_base(folder: Path) -> Iterator[str]:
 def _check_adapter(folder: Path) -> Iterator[str]:
     if (folder / BINDING).is_file():
         check_binding(folder, read_json(folder / BINDING)["base_configuration_digest"])
-    shapes = _shapes(folder / WEIGHTS)
+    shapes = _shapes(weights_of(folder))
     for name, shape in shapes.items():
         other = shapes.get(name.replace("lora_A", "lora_B"))
-        if "lora_A" in name and (other is None or other[1] != shape[0]):
+        if name.endswith("lora_A.weight") and (other is None or other[1] != shape[0]):
             yield f"{name} is {shape}, and its lora_B {other or 'missing'}"
 
 
@@ -285,7 +286,7 @@ def _describe_adapter(folder: Path) -> dict[str, str]:
     return {
         "base model": str(config["base_model_name_or_path"]),
         "ranks": ", ".join(map(str, sorted({config["r"], *(config.get("rank_pattern") or {}).values()}))),
-        "tensors": str(len(_shapes(folder / WEIGHTS))),
+        "tensors": str(len(_shapes(weights_of(folder)))),
         "made for base": bound,
     }
 
@@ -326,6 +327,7 @@ _KINDS = {
     "bundle": _Kind((HEADER,), _describe_bundle, _check_bundle),
     "base": _Kind((CONFIGURATION, PACKED), _describe_configuration, _check_base),
     "adapter": _Kind(("adapter_config.json", WEIGHTS), _describe_adapter, _check_adapter),
+    "adapter of integers": _Kind(("adapter_config.json", COMPACT), _describe_adapter, _check_adapter),
     "export": _Kind((CONFIGURATION, RECORD), _describe_configuration, _check_export),
     "set": _Kind((SET,), _describe_set, _check_set),
 }

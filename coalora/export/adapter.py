@@ -15,9 +15,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coalora.errors import CoaloraError
-from coalora.files import check_files, file_digests, read_header, read_json, stored_nbytes, write_json, write_tensors
+from coalora.export.compact import CHOICES, COMPACT, load_compact, pack_adapter, packed_like
+from coalora.files import (
+    check_files,
+    file_digests,
+    read_header,
+    read_json,
+    read_tensors,
+    stored_nbytes,
+    write_json,
+    write_tensors,
+)
 from coalora.models.targets import TargetLayer
 
 BINDING = "coalora.json"
@@ -41,17 +52,24 @@ def adapter_nbytes(layers: Sequence[TargetLayer], ranks: Sequence[int], head_siz
         >>> adapter_nbytes(tables.layers, [4] * len(tables.layers), 0, torch.float16) > 0
         True
     """
-    tensors = {"head": torch.empty(head_size, dtype=dtype, device="meta")}
+    tensors = {"head": torch.empty(head_size, device="meta")}
     for layer, rank in zip(layers, ranks, strict=True):
         for side, shape in (("A", (rank, layer.shape[1])), ("B", (layer.shape[0], rank))):
-            name = peft_key(f"{layer.name}.lora_{side}.weight")
-            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+            tensors[peft_key(f"{layer.name}.lora_{side}.weight")] = torch.empty(shape, device="meta")
+    stored = packed_like(tensors, dtype) if dtype in CHOICES else {k: t.to(dtype) for k, t in tensors.items()}
     digest = "0" * 64
-    return stored_nbytes(tensors, {"base_configuration_digest": digest, "base_digest": digest})
+    return stored_nbytes(stored, {"base_configuration_digest": digest, "base_digest": digest, "dtype": str(dtype)})
 
 
-def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], configuration: dict) -> None:
-    """Write a PEFT adapter folder.
+def write_adapter(
+    folder: Path,
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    configuration: dict,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a PEFT adapter folder, or for int8 and int4 one that `coalora.load_adapted` alone reads.
 
     Args:
         config: PEFT's config; saved for inference.
@@ -64,8 +82,38 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], 
     saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
     write_json(folder / CONFIG, saved)
     binding = {"base_configuration_digest": configuration["digest"], "base_digest": configuration["base_digest"]}
-    write_tensors(folder / WEIGHTS, tensors, binding)
-    write_json(folder / BINDING, binding | {"files": file_digests(folder, (CONFIG, WEIGHTS))})
+    if dtype in CHOICES:
+        name, stored = COMPACT, pack_adapter(tensors, dtype)
+        binding |= {"dtype": str(dtype).removeprefix("torch.")}
+    else:
+        name, stored = WEIGHTS, {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    write_tensors(folder / name, stored, binding)
+    write_json(folder / BINDING, binding | {"files": file_digests(folder, (CONFIG, name))})
+
+
+def weights_of(folder: Path) -> Path:
+    """The file of an adapter's tensors: PEFT's, or that of integers (`coalora.export.compact`)."""
+    return folder / (COMPACT if (folder / COMPACT).is_file() else WEIGHTS)
+
+
+def read_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` with the adapter in `folder`, in eval mode.
+
+    Raises:
+        CoaloraError: a tensor is missing, unknown or of another size.
+    """
+    if weights_of(folder).name == COMPACT:
+        stored, header = read_tensors(folder / COMPACT)
+        return load_compact(base, str(folder), stored, getattr(torch, header["dtype"]))
+    try:
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+    except (KeyError, RuntimeError) as error:  # a head that is missing, a tensor of another size
+        raise CoaloraError(
+            f"PEFT cannot load the adapter {folder} ({str(error)[:200]}): a tensor is missing or has another size",
+            remedy="Export the adapter again",
+        ) from error
+    _check_complete(model, folder)
+    return model
 
 
 def check_binding(folder: Path, digest: str) -> None:
@@ -76,19 +124,20 @@ def check_binding(folder: Path, digest: str) -> None:
             exported with `coalora.json`.
     """
     folder = Path(folder)
-    for name in (BINDING, WEIGHTS):
+    weights = weights_of(folder)
+    for name in (BINDING, weights.name):
         if not (folder / name).is_file():
             raise CoaloraError(
                 f"There is no {name} in {folder}, so nothing says which quantized base the adapter is for",
                 remedy="Export the adapter with this project, or load it with PEFT at your own risk",
             )
-    binding, header = read_json(folder / BINDING), read_header(folder / WEIGHTS)
+    binding, header = read_json(folder / BINDING), read_header(weights)
     if not isinstance(binding, dict) or "base_configuration_digest" not in binding:
         raise CoaloraError(f"{BINDING} of {folder} names no quantized base", remedy="Export the adapter again")
     files = binding.pop("files", None)
     if header != binding:
         raise CoaloraError(
-            f"{WEIGHTS} of {folder} carries {header}, and its {BINDING} {binding}",
+            f"{weights.name} of {folder} carries {header}, and its {BINDING} {binding}",
             remedy="Export the adapter again: a file in its folder was exchanged or saved anew",
         )
     bound = binding["base_configuration_digest"]
@@ -97,10 +146,10 @@ def check_binding(folder: Path, digest: str) -> None:
             f"The adapter was made for the quantized base {bound}, and this one is {digest}",
             remedy="Load the adapter that was exported beside this base",
         )
-    check_files(folder, files, (CONFIG, WEIGHTS))
+    check_files(folder, files, (CONFIG, weights.name))
 
 
-def check_complete(model: PeftModel, folder: Path) -> None:
+def _check_complete(model: PeftModel, folder: Path) -> None:
     """Refuse an adapter that does not set every tensor of its model, or holds others: PEFT makes up what is missing.
 
     Raises:

@@ -25,7 +25,7 @@ from coalora.adapt.lora import quiet_peft
 from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
-from coalora.export.adapter import check_binding, check_complete
+from coalora.export.adapter import check_binding, read_adapter
 from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
 from coalora.models.targets import TargetLayer, other_tensors
@@ -202,17 +202,7 @@ def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> Pef
         digest = _read_configuration(Path(base_folder))["digest"]
     with reading(Path(adapter_folder)), quiet_peft():
         check_binding(Path(adapter_folder), digest)
-        base = load_base(base_folder, **options)
-        try:
-            model = PeftModel.from_pretrained(base, str(adapter_folder)).eval()
-        except (KeyError, RuntimeError) as error:  # a head that is missing, a tensor of another size
-            raise CoaloraError(
-                f"PEFT cannot load the adapter {adapter_folder} ({str(error)[:200]}): a tensor is missing or has "
-                "another size",
-                remedy="Export the adapter again",
-            ) from error
-    check_complete(model, Path(adapter_folder))
-    return model
+        return read_adapter(load_base(base_folder, **options), Path(adapter_folder))
 
 
 def _read_configuration(folder: Path) -> dict:

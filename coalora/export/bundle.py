@@ -85,13 +85,14 @@ class Adapted:
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
         """Write a PEFT adapter folder, which stock `PeftModel.from_pretrained` loads.
 
+        In torch.int8 or torch.int4 it is one that `coalora.load_adapted` alone reads (`coalora.export.compact`).
+
         Example:
             >>> bundle.adapt(budget=3.5).save_pretrained(folder / "adapter")
             >>> sorted(path.name for path in (folder / "adapter").iterdir())
             ['adapter_config.json', 'adapter_model.safetensors', 'coalora.json']
         """
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
-        write_adapter(Path(folder), self.config, tensors, self.content)
+        write_adapter(Path(folder), self.config, self.tensors, self.content, dtype=dtype)
 
 
 class Bundle:

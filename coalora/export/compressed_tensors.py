@@ -60,7 +60,7 @@ class CompressedTensorsFormat(ExportFormat):
             return {"dtype": dtype, "quantization_config": quantization_config(choices)}
 
         write_integers(folder / "base", source, tensors_of=layer_tensors, settings=settings, library="pt")
-        source.adapted.save_pretrained(folder / "adapter", dtype=source.adapter_dtype or torch.float32)
+        source.adapted.save_pretrained(folder / "adapter", dtype=source.floating_dtype)
 
     def start_line(self, export: Path) -> str:
         base, adapter = (export / self.folder / part for part in ("base", "adapter"))

@@ -37,7 +37,7 @@ class ExportSource:
         config: of the base as its checkpoint has it.
         load_model, load_tokenizer, load_statistics: give the base in full precision, its tokenizer, and the statistics
             of its layers' inputs for calibrated schemes; called where they are needed.
-        adapter_dtype: of the adapter's tensors; None keeps float32.
+        adapter_dtype: of the adapter's tensors, also int8 and int4 (`coalora.export.compact`); None keeps float32.
     """
 
     adapted: Adapted
@@ -48,6 +48,14 @@ class ExportSource:
     load_tokenizer: Callable[[], PreTrainedTokenizerBase]
     load_statistics: Callable[[], Sequence[InputStatistics] | None]
     adapter_dtype: torch.dtype | None = None
+
+    @property
+    def floating_dtype(self) -> torch.dtype:
+        """Type of the adapter's tensors in formats that hold floating ones only: float16 in place of integers."""
+        import torch
+
+        wanted = self.adapter_dtype or torch.float32
+        return wanted if wanted.is_floating_point else torch.float16
 
     @property
     def rest_dtype(self) -> torch.dtype | None:
@@ -106,7 +114,10 @@ class PeftFormat(ExportFormat):
         source.adapted.save_pretrained(folder, dtype=source.adapter_dtype or torch.float32)
 
     def start_line(self, export: Path) -> str:
-        return f'peft.PeftModel.from_pretrained(base, "{export / self.folder}")'
+        from coalora.export.adapter import WEIGHTS
+
+        at = export / self.folder
+        return f'peft.PeftModel.from_pretrained(base, "{at}")' if (at / WEIGHTS).is_file() else ""
 
 
 class PackedFormat(ExportFormat):

@@ -127,7 +127,7 @@ def _adapter(config: PretrainedConfig, source: ExportSource) -> Any:
         scale = peft.alpha_pattern.get(layer.name, peft.lora_alpha) / peft.rank_pattern.get(layer.name, peft.r)
         B = B * (scale * len(A) / alpha)  # 1, and exact, where ranks are the same
         for side, factor in (("a", A), ("b", B)):
-            rows, kind = _stored(factor.to(source.adapter_dtype or torch.float32))
+            rows, kind = _stored(factor.to(source.floating_dtype))
             rows = _interleaved(rows, layer.name, config) if side == "b" else rows
             name = f"{name_of(layer.name + '.weight')}.lora_{side}"
             writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind])

@@ -449,8 +449,11 @@ class ExportSettings(Section):
         "Formats",
         "For each budget: peft (the adapter) and packed (its quantized base), or others that are installed.",
     )
-    adapter_dtype: Literal["float32", "float16", "bfloat16"] = setting(
-        "float32", "Number type of adapters", "Type of the adapter's tensors."
+    adapter_dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] = setting(
+        "float32",
+        "Number type of adapters",
+        "int8 and int4 are smaller than stock PEFT can read: for coalora.load_adapted alone; formats of other engines "
+        "take float16 in their place.",
     )
     quantized: bool = setting(
         True,

@@ -85,8 +85,8 @@ WRONG: list[tuple[list[str], Sequence[str]]] = [
     (["seed=4294967296"], ["seed is 4294967296: it should be less than 2147483648"]),
     (["runtime.device=tpu"], ["runtime.device is 'tpu': it should be 'auto', 'cpu' or 'cuda'"]),
     (
-        ["export.adapter_dtype=int8"],
-        ["export.adapter_dtype is 'int8': it should be 'float32', 'float16' or 'bfloat16'"],
+        ["export.adapter_dtype=int2"],
+        ["export.adapter_dtype is 'int2': it should be 'float32', 'float16', 'bfloat16', 'int8' or 'int4'"],
     ),
     (["tracking.registered_model=a/b"], ["tracking.registered_model is 'a/b': string should match pattern"]),
     (
