@@ -102,7 +102,8 @@ def write_integers(
     tensors |= other_tensors(model, list(choices), source.rest_dtype)
     write_tensors(folder / MODEL, tensors, format=library)
     config = inference_config(model).to_dict() | {"architectures": [type(model).__name__]}
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", "quantization_config"):  # where the checkpoint lay, and what it was stored in
+        config.pop(key, None)
     write_json(folder / "config.json", config | dict(settings(config, choices)))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
