@@ -180,7 +180,8 @@ def _check_architecture(config: PretrainedConfig) -> None:
     rope = _rope(config)
     odd = {
         "hidden_act": config.hidden_act != "silu",
-        "rope_type": rope["rope_type"] not in ("default", "linear", "yarn", *(["llama3"] if kind == "llama" else [])),
+        "rope_type": rope["rope_type"]
+        not in ("default", "linear", "yarn", *(["llama3"] if _ARCHITECTURES[kind] == "llama" else [])),
         "attention_factor": rope.get("attention_factor") is not None,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "use_sliding_window": bool(getattr(config, "use_sliding_window", False)),

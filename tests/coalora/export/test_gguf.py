@@ -14,15 +14,18 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from coalora import Bundle, CoaLoraConfig, CoaLoraModel, InitialSetRecipe
 from coalora.calibrate.tables import calibration_tables
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key
+from coalora.export.device import export_for
 from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
 from coalora.export.gguf import _add_tokenizer, _rope_factors
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 from tests.coalora.export.gguf_exports import (
     SPACE,
+    TEXTS,
     VOCAB,
     Made,
     decoder,
@@ -269,3 +272,29 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     before = copy.deepcopy(base.state_dict())
     export(tmp_path, base, tokenizer_of("gpt2"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_one_call_makes_the_files_of_a_budget_from_a_bundle(tmp_path: Path) -> None:
+    decoder("llama").save_pretrained(tmp_path / "base")
+    tokenizer_of("gpt2").save_pretrained(tmp_path / "base")
+    space = ChoiceSpace("gguf", type=["Q2_K", "Q3_K", "Q4_0", "Q6_K"])
+    config = CoaLoraConfig(r=2, choices=space, initial_set=InitialSetRecipe(size=3))
+    model = CoaLoraModel.from_pretrained(tmp_path / "base", config, max_length=32)
+    texts = [TEXTS[0][:400]]
+    model.calibrate(texts)
+    model.fit(texts, texts, steps=2, rounds=0)
+    model.save_pretrained(tmp_path / "bundle")
+    made = export_for(Bundle.load(tmp_path / "bundle"), tmp_path / "phone", bits=4.0, formats=["gguf"])
+    assert made.adapted.average_bits <= 4
+    tensors = gguf.GGUFReader(tmp_path / "phone/gguf/model.gguf").tensors
+    stored = sum(tensor.n_bytes for tensor in tensors if tensor.tensor_type.name in space.field_values["type"])
+    assert stored == model.tables.total_nbytes(made.adapted.choices)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "phone/gguf",
+        gguf_file="model.gguf",
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.switch(made.adapted.choices)
+    for index, layer in enumerate(model.layers):
+        assert torch.equal(read.get_submodule(layer.name).weight.float(), model.adapted.base.weight(index)), layer.name
