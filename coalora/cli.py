@@ -164,11 +164,16 @@ def push(
 def verify(path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or file, as for inspect.")]) -> int:
     """Check digests and shapes of a run folder or a part.
 
-    Exit code 1 where something is wrong.
+    An export is run as well, by those engines of its formats that are installed. Exit code 1 where something is wrong.
     """
-    from coalora.contents import problems
+    from coalora.contents import problems, run_in_engines
 
     checked, found = problems(path)
+    try:
+        for line in [] if found else run_in_engines(path):
+            print(line)
+    except CoaloraError as error:
+        found = [str(error)]
     for problem in found:
         print(f"wrong: {problem}")
     print(f"{path}: {len(checked)} parts checked, {len(found) or 'nothing'} wrong")

@@ -79,6 +79,40 @@ def problems(path: Path) -> tuple[list[Path], list[str]]:
     return checked, found
 
 
+def run_in_engines(path: Path) -> list[str]:
+    """A sentence for each format of an export: run by its engine on a few tokens, or why not; none of other kinds.
+
+    Raises:
+        CoaloraError: an engine does not run what it should.
+    """
+    if kind_of(path) != "export":
+        return []
+    from coalora.export.engines import ENGINES, log_probabilities
+
+    told = []
+    for name in sorted(read_json(path / RECORD)["formats"]):
+        if (engine := ENGINES.get(name)) is None:
+            continue
+        if not engine.installed:
+            told.append(f"{name}: not run, {engine.package} is not installed")
+            continue
+        try:
+            found = log_probabilities(path, name, range(1, 5))
+        except CoaloraError:
+            raise
+        except Exception as error:  # of any kind, by the engine
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise CoaloraError(f"{engine.package} does not run {path} ({reason})", remedy="Export it again") from error
+        sums = found.exp().sum(-1)
+        if not bool(((sums - 1).abs() < 1e-2).all()):  # NaN as well
+            raise CoaloraError(
+                f"{engine.package} runs {path}, and its probabilities sum to {float(sums[0]):.3g}",
+                remedy="Export it again, or another format",
+            )
+        told.append(f"{name}: run by {engine.package}, {len(found)} tokens")
+    return told
+
+
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """Upload a checked export or bundle to a repository of the hub; says where it is.
 

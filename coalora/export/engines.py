@@ -1,0 +1,131 @@
+"""Engines of devices: an export run where it will run, for `coalora verify` and for measuring how near it is.
+
+Each gives the log-probabilities of the next token after every token of a text, base and adapter together. An engine is
+a package that need not be installed (`pip install 'coalora[engines]'`); scheme and format need none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coalora.errors import CoaloraError
+from coalora.export.base import load_adapted, load_base
+from coalora.export.formats import EXPORT_FORMATS
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs a format.
+
+    Attributes:
+        package: that is imported.
+        run: log-probabilities (n, V) float32 after each of n tokens, of the format's folder.
+    """
+
+    package: str
+    run: Callable[[Path, Sequence[int]], Tensor]
+
+    @property
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+
+def log_probabilities(export: Path, name: str, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities (n, V) of the token after each of `ids` (n,), by the engine of format `name`.
+
+    Args:
+        export: the folder that `coalora.export_for` wrote.
+
+    Raises:
+        CoaloraError: the format has no engine here, or its package is not installed.
+
+    Example:
+        >>> from coalora import export_for
+        >>> from coalora.export.engines import log_probabilities
+        >>> made = export_for(bundle, folder / "run", bits=3.0, base=base_folder)
+        >>> log_probabilities(folder / "run", "packed", [1, 2, 3]).shape[0]
+        3
+    """
+    if name not in ENGINES:
+        raise CoaloraError(f"Format {name} has no engine to run it", remedy=f"Name one of {', '.join(ENGINES)}")
+    engine = ENGINES[name]
+    if not engine.installed:
+        raise CoaloraError(
+            f"Format {name} is run by {engine.package}, which is not installed", remedy="pip install 'coalora[engines]'"
+        )
+    return engine.run(export / EXPORT_FORMATS[name].folder, ids)
+
+
+@torch.no_grad()
+def _packed(folder: Path, ids: Sequence[int]) -> Tensor:
+    adapter = folder.parent / EXPORT_FORMATS["peft"].folder
+    model = load_adapted(folder, adapter) if adapter.is_dir() else load_base(folder)
+    logits = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits
+    return _of(logits.reshape(-1, logits.shape[-1]))  # one row of a classifier
+
+
+@torch.no_grad()
+def _compressed_tensors(folder: Path, ids: Sequence[int]) -> Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base(torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors unpacks the weights at the first call
+    model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    return _of(model(input_ids=torch.tensor([list(ids)])).logits[0])
+
+
+def _mlx(folder: Path, ids: Sequence[int]) -> Tensor:
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm import load
+
+    model, *_ = load(str(folder / "base"), adapter_path=str(folder / "adapter"))
+    return _of(torch.from_numpy(np.array(model(mx.array([list(ids)])).astype(mx.float32)))[0])
+
+
+def _llama_cpp(folder: Path, ids: Sequence[int]) -> Tensor:
+    import gguf
+    import xllamacpp
+
+    fields = gguf.GGUFReader(folder / "model.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    words = [bytes(tokens.parts[at]).decode("utf-8", "replace") for at in tokens.data]
+    # What is sampled must be text, or the engine waits for the rest of a character; probabilities are from before.
+    text = next(at for at, word in enumerate(words) if word == "a")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / "model.gguf")
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = max(512, len(ids) + 8), 1, 0
+    params.warmup, params.verbosity = False, 0
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
+    server = xllamacpp.Server(params)
+    found = torch.full((len(ids), len(words)), torch.nan)
+    for row in range(len(ids)):
+        asked = {
+            "prompt": list(ids[: row + 1]), "n_predict": 1, "n_probs": len(words), "logit_bias": [[text, 1e4]],
+            "cache_prompt": True,
+        }  # fmt: skip
+        answer = server.handle_completions(asked)
+        content = (json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["logprobs"]["content"]
+        for entry in content[0]["top_logprobs"]:
+            found[row, entry["id"]] = entry["logprob"]
+    return found
+
+
+def _of(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float().cpu(), -1)
+
+
+ENGINES = {
+    "packed": Engine("coalora", _packed),
+    "compressed-tensors": Engine("compressed_tensors", _compressed_tensors),
+    "mlx": Engine("mlx_lm", _mlx),
+    "gguf": Engine("xllamacpp", _llama_cpp),
+}
