@@ -26,11 +26,11 @@ from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, export_for
 from coalora.data.text import read_text
 from coalora.evaluate.losses import LossMeter
 from coalora.export.engines import ENGINES, log_probabilities
-from coalora.recipes import CalibrationRecipe, PretrainRecipe, SearchRecipe, TrainingRecipe
+from coalora.recipes import CalibrationRecipe, PretrainRecipe, SearchRecipe, Tie, TrainingRecipe
 from coalora.train.pretrain import pretrain
 
 LENGTH = 128
-SPACES: dict[tuple[str, ...], tuple[ChoiceSpace, str]] = {
+SPACES: dict[tuple[str, ...], tuple[ChoiceSpace, Tie]] = {
     ("gguf",): (ChoiceSpace("gguf", type=["Q2_K", "IQ3_XXS", "IQ4_XS", "Q6_K"]), "none"),
     ("compressed-tensors", "mlx"): (
         ChoiceSpace("int", bits=[2, 3, 4, 8], group_size=[64], mode=["sym"]), "fused",
@@ -126,7 +126,7 @@ def _decoder(texts: list[str], folder: Path, *, quick: bool) -> Path:
     return folder
 
 
-def _trained(folder: Path, space: ChoiceSpace, tie: str, text: str, *, quick: bool) -> CoaLoraModel:
+def _trained(folder: Path, space: ChoiceSpace, tie: Tie, text: str, *, quick: bool) -> CoaLoraModel:
     config = CoaLoraConfig(
         r=8, choices=space, tie=tie, calibration=CalibrationRecipe(n_samples=16),
         training=TrainingRecipe(batch_size=4, lr=1e-3), search=SearchRecipe(rounds=1, candidates=4, batch_size=8),

@@ -225,12 +225,12 @@ def export_for(
     with whole_or_nothing(folder) as part:
         write_export(part, [*known], source, {**(about or {}), **facts_of(bundle, chosen, at)})
         score = None if text is None else _score(part, source, text, max_length, trust_remote_code)
-    cost, limit = float(counted.tables.costs(chosen)), counted.tables.cost_unit
+    cost, unit = float(counted.tables.costs(chosen)), counted.tables.cost_unit
     return DeviceExport(
         folder,
         adapted,
-        limit.text(cost),
-        None if asked is None else limit.unused(cost, asked),
+        unit.text(cost),
+        None if asked is None else unit.unused(cost, asked),
         bundle.loss_of(chosen),
         {name: folder_nbytes(folder / made.folder) for name, made in known.items()},
         {name: line for name, made in known.items() if (line := made.start_line(folder))},
