@@ -11,8 +11,8 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.futures import PrefectFuture, wait
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from coalora.errors import CoaloraError
 from pipeline.progress import artifact_key, get_logger
@@ -20,7 +20,7 @@ from tasks.pair import make_pair
 
 
 # One at a time: each holds the base model in memory.
-_ONE: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=1)
+_ONE: Any = ThreadPoolTaskRunner(max_workers=1)
 
 
 @flow(name="devices", flow_run_name="pairs of {source}", task_runner=_ONE)

@@ -132,8 +132,9 @@ class DeviceProfile:
             ) from error
         tie: Tie = "fused" if "fused" in (self.tie, tables.tie) else "none"
         cut = replace(tables, allowed=allowed, tie=tie)
-        if not cut.search_allowed.any(1).all():
-            layer = tables.layers[int(np.argmin(cut.search_allowed.any(1)[cut.groups]))]
+        left = np.asarray(cut.search_allowed.any(1))
+        if not left.all():
+            layer = tables.layers[int(np.argmin(left[cut.groups]))]
             choices = ", ".join(dict.fromkeys(map(str, np.array(tables.space.choices, dtype=object))))
             raise CoaloraError(
                 f"The device {self.name} leaves {layer.name} without a choice of the bundle's ({choices[:200]})",
