@@ -23,7 +23,7 @@ from coalora.quant.integer.scheme import IntChoice, IntScheme
 COMPACT = "adapter_integers.safetensors"
 CHOICES = {
     torch.int8: IntChoice(bits=8, group_size=128, mode="sym"),
-    torch.int4: IntChoice(bits=4, group_size=32, mode="sym"),
+    torch.int4: IntChoice(bits=4, group_size=32, mode="sym"),  # type: ignore[attr-defined]
 }
 _SCHEME = IntScheme()
 
