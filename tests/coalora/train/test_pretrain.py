@@ -65,6 +65,11 @@ def test_another_seed_gives_another_model(tmp_path: Path, trained) -> None:
     assert records[0]["loss"] != trained[1][0]["loss"]
 
 
+def test_others_may_read_the_weights_as_they_may_the_config(trained) -> None:
+    folder = trained[0]
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_stock_transformers_reads_model_and_tokenizer(trained) -> None:
     folder, records = trained
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
