@@ -201,7 +201,7 @@ evaluation.harness_include=nowhere evaluation.harness_tasks=[x]
 export.formats=[]
 export.formats=[packed]
 export.formats=[peft,no_such]
-export.adapter_dtype=int8
+export.adapter_dtype=int2
 target_modules=[]
 target_modules=q_proj
 target_modules=[no_such]
@@ -293,6 +293,12 @@ runtime.weights=zip
 runtime.processes=0
 runtime.processes=100000
 runtime.cache_mib=-1
+goal=both
+cost=watts
+evaluation.budgets=[120MB]
+evaluation.budgets=[2.5ms]
+baselines.ceiling=base baselines.methods=[shared]
+goal=recover baselines.methods=[shared]
 cost.kind=watts
 cost.kind=latency
 cost.table=x.csv
