@@ -317,11 +317,15 @@ def _describe_configuration(folder: Path) -> dict[str, str]:
 def _describe_adapter(folder: Path) -> dict[str, str]:
     config = read_json(folder / "adapter_config.json")
     bound = read_json(folder / BINDING)["base_configuration_digest"] if (folder / BINDING).is_file() else "none"
+    base = folder.parent / "base"
+    # The base model's name is an address for the hub's alone: one that was made or unpacked by a run lies nowhere else.
+    where = str(base) if base.is_dir() else "BASE"
     return {
         "base model": str(config["base_model_name_or_path"]),
         "ranks": ", ".join(map(str, sorted({config["r"], *(config.get("rank_pattern") or {}).values()}))),
         "tensors": str(len(_shapes(weights_of(folder)))),
         "made for base": bound,
+        "load with": f'coalora.load_adapted("{where}", "{folder}")',
     }
 
 

@@ -187,6 +187,7 @@ def test_a_bundle_alone_answers_with_the_same_adapter(run: TinyRun, tmp_path: Pa
         ("export/2.5-bits", "export", "made for base"),
         ("export/2.5-bits/base", "base", "layers by bits"),
         ("export/2.5-bits/adapter", "adapter", "ranks"),
+        ("export/2.5-bits/adapter", "adapter", "load with"),
         ("bundle/configurations.json", "set", "choices in use"),
     ],
 )
