@@ -47,6 +47,24 @@ def test_writing_it_again_touches_no_result(run: TinyRun, tmp_path: Path) -> Non
     assert sorted(p.name for p in folder.parent.iterdir()) == ["abc", "latest"]
 
 
+def test_equal_exports_lie_there_once(run: TinyRun, tmp_path: Path) -> None:
+    low, high = run.exported.exports
+    folder = write(run, tmp_path / "abc", {"export/3-bits": low, "export/4-bits": low, "export/5-bits": high})
+    before = files(folder)
+    names = [name.removeprefix("export/3-bits/") for name in before if name.startswith("export/3-bits/")]
+    names.remove(".coalora-artifact")
+    assert "base/quantized.safetensors" in names
+    for name in names:
+        same, other = folder / "export/4-bits" / name, folder / "export/5-bits" / name
+        assert same.samefile(folder / "export/3-bits" / name)
+        assert not same.samefile(other)
+    # Written again, and after a link was broken by a program that saves anew.
+    (folder / "export/4-bits/configuration.json").unlink()
+    write(run, folder, {"export/3-bits": low, "export/4-bits": low, "export/5-bits": high})
+    assert (folder / "export/4-bits/configuration.json").samefile(folder / "export/3-bits/configuration.json")
+    assert {n: b for n, (b, _) in files(folder).items()} == {n: b for n, (b, _) in before.items()}
+
+
 def test_latest_follows_the_last_run(run: TinyRun, tmp_path: Path) -> None:
     first, second = write(run, tmp_path / "a"), write(run, tmp_path / "b")
     assert (tmp_path / "latest").resolve() == second
