@@ -18,7 +18,6 @@ from coalora.errors import CoaloraError
 from pipeline.progress import artifact_key, get_logger
 from tasks.pair import make_pair
 
-
 # One at a time: each holds the base model in memory.
 _ONE: Any = ThreadPoolTaskRunner(max_workers=1)
 

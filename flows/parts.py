@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def _code() -> list[Any]:
-    files = sorted(file for room in ("coalora", "pipeline", "tasks", "flows") for file in (ROOT / room).rglob("*.py"))
-    return [[str(file.relative_to(ROOT)), file_sha256(file)] for file in files]
+    rooms = [ROOT / room for room in ("coalora", "pipeline", "tasks", "flows")]
+    files = [file for room in rooms for file in room.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    return [[str(file.relative_to(ROOT)), file_sha256(file)] for file in sorted(files)]  # templates and tables as well
 
 
 _CODE = _code()  # when it is imported: what an edit on disk changes later is not what runs here

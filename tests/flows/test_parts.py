@@ -88,3 +88,9 @@ def test_seeing_that_nothing_is_to_be_done_imports_nothing_slow() -> None:
     code = f"import sys, flows.parts; print({slow} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_templates_and_tables_of_the_rooms_count_as_code() -> None:
+    files = {name for name, _ in parts._code()}
+    assert {"flows/parts.py", "pipeline/report/page.html.jinja"} <= files
+    assert not any("__pycache__" in name for name in files)
