@@ -145,7 +145,12 @@ class FilesSettings(Section):
 class HubSettings(Section):
     """A data set of the hub, read through `datasets`."""
 
-    path: str = setting(_REQUIRED, "Data set", "Its id, such as nyu-mll/glue or allenai/c4.")
+    path: str = setting(
+        _REQUIRED,
+        "Data set",
+        "Its id, such as nyu-mll/glue or allenai/c4.",
+        pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$",
+    )
     name: str | None = setting(None, "Configuration of the data set", "Its configuration, such as sst2 or en.")
     revision: str | None = setting(None, "Revision", "Branch, tag or commit.")
     train_split: str = setting("train", "Training split", "Its name there.")

@@ -250,6 +250,9 @@ benchmark.builtin=null
 benchmark.builtin=other
 benchmark.builtin=pydoc-topics benchmark.files.train=x.txt
 benchmark.hub.path=a/b
+benchmark.builtin=null benchmark.hub.path=a/b/c
+benchmark.builtin=null benchmark.hub.path=../b
+benchmark.builtin=null benchmark.hub.path=''
 benchmark.metric=accuracy
 benchmark.metric=no_such
 benchmark.metrics=[no_such]
