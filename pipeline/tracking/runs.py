@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import tempfile
 import threading
@@ -58,6 +59,10 @@ _log = logging.getLogger(__name__)
 def open_tracker(experiment: str, tracking_uri: str | None = None) -> Tracker:
     """The tracker of the place that settings name; artifacts of a database lie in COALORA_HOME."""
     return Tracker(place_of_runs(tracking_uri), experiment, coalora_home() / "mlartifacts")
+
+
+# Address of MLflow's server for a person's browser, where workers call it by another.
+UI_VARIABLE = "COALORA_MLFLOW_UI"
 
 
 class Tracker:
@@ -160,6 +165,7 @@ class Tracker:
         """Where to look at a run: its page on a server, the command that shows it for a database."""
         uri = scrub_text(self.tracking_uri)
         if uri.startswith(("http://", "https://")):
+            uri = os.environ.get(UI_VARIABLE) or uri
             return f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
         return f"mlflow ui --backend-store-uri {uri}  (run {run_id})"
 

@@ -231,8 +231,12 @@ def test_places_are_tried_from_settings_to_environment_to_home(monkeypatch: pyte
     assert place_of_runs("http://settings:5000") == "http://settings:5000"
 
 
-def test_the_hint_is_a_page_on_a_server_and_a_command_for_a_database(tracker: Tracker, run: TrackedRun) -> None:
+def test_the_hint_is_a_page_on_a_server_and_a_command_for_a_database(
+    tracker: Tracker, run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run.url_hint.startswith("mlflow ui --backend-store-uri sqlite:///")
     server = Tracker.__new__(Tracker)
     server.tracking_uri, server.experiment_id = "https://me:pw@host/", "7"
     assert server.url_hint("r1") == "https://host/#/experiments/7/runs/r1"
+    monkeypatch.setenv("COALORA_MLFLOW_UI", "http://127.0.0.1:5000")  # as a person on the host calls it
+    assert server.url_hint("r1") == "http://127.0.0.1:5000/#/experiments/7/runs/r1"
