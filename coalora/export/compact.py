@@ -1,10 +1,10 @@
 """Adapter in integers of 8 or 4 bits: LoRA pairs at about half or a quarter of their 16-bit size.
 
-A (r, in) and the transpose of B (out, r) are cut into groups along their long side, each with its own fp16 scale
-(scheme `int`, to nearest). A power of two goes from A to B first, so that both are as large: B alone is often too small
-for fp16's normal numbers, and the product stays as it is. Heads are stored in float16. Stock PEFT reads floating
-tensors only, so the file has another name than the one that PEFT looks for: it refuses the folder, and does not take
-codes for weights. `coalora.load_adapted` reads it.
+A (r, in) and the transpose of B (out, r) are cut into groups along their long side (scheme `int`, to nearest): 128 with
+a scale for 8 bits, 32 with scale and zero point for 4; docs/results.md has what it costs. A power of two goes from A to
+B first, so that both are as large: B alone is often too small for fp16's normal numbers, and the product stays as it
+is. Heads are stored in float16. Stock PEFT reads floating tensors only, so the file has another name than the one that
+PEFT looks for: it refuses the folder, and does not take codes for weights. `coalora.load_adapted` reads it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from coalora.quant.integer.scheme import IntChoice, IntScheme
 COMPACT = "adapter_integers.safetensors"
 CHOICES = {
     torch.int8: IntChoice(bits=8, group_size=128, mode="sym"),
-    torch.int4: IntChoice(bits=4, group_size=32, mode="sym"),  # type: ignore[attr-defined]
+    torch.int4: IntChoice(bits=4, group_size=32, mode="asym"),  # type: ignore[attr-defined]
 }
 _SCHEME = IntScheme()
 
 
 def pack_adapter(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Codes and scales of an adapter's pairs under PEFT's names, `<name>.codes` and `<name>.scales`; heads as float16.
+    """An adapter's pairs as codes, scales and zero points, `<PEFT's name>.codes` and so on; heads as float16.
 
     Example:
         >>> from coalora.export.compact import pack_adapter
@@ -54,7 +54,7 @@ def packed_like(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, 
     for name, tensor in tensors.items():
         size = tensor.numel() * 2
         if _is_factor(name):
-            made[f"{name}.scales"] = torch.empty(0, device="meta")
+            made |= {f"{name}.{part}": torch.empty(0, device="meta") for part in ("scales", "zero_points")}
             size, name = _SCHEME.packed_nbytes(CHOICES[dtype], _along(name, tensor).shape), f"{name}.codes"
         made[name] = torch.empty(size, dtype=torch.uint8, device="meta")
     return made
@@ -73,7 +73,7 @@ def load_compact(base: PreTrainedModel, folder: str, stored: Mapping[str, Tensor
     known: set[str] = set()
     for name, own in wanted.items():
         if _is_factor(name):
-            parts = {part: stored[key] for part in ("codes", "scales") if (key := f"{name}.{part}") in stored}
+            parts = {key.removeprefix(f"{name}."): t for key, t in stored.items() if key.startswith(f"{name}.")}
             shape = tuple(_along(name, own).shape)
             factor = _SCHEME.dequantize(_SCHEME.unpack(parts, CHOICES[dtype], shape), CHOICES[dtype], shape)
             found[name] = _along(name, factor)

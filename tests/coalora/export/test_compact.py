@@ -68,7 +68,7 @@ def test_eight_bits_are_half_and_four_a_quarter_of_sixteen() -> None:
     tensors = {"m.lora_A.weight": torch.randn(16, 2048), "m.lora_B.weight": 1e-6 * torch.randn(4096, 16)}
     sixteen = 2 * sum(t.numel() for t in tensors.values())
     sizes = [sum(t.nbytes for t in pack_adapter(tensors, dtype).values()) / sixteen for dtype in DTYPES]
-    assert sizes == pytest.approx([(8 + 16 / 128) / 16, (4 + 16 / 32) / 16])
+    assert sizes == pytest.approx([(8 + 16 / 128) / 16, (4 + (16 + 4) / 32) / 16])
 
 
 def test_stock_peft_refuses_the_folder(pair, tmp_path, tiny_llama) -> None:
