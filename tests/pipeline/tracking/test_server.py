@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -29,10 +30,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     folder = tmp_path_factory.mktemp("mlflow")
     run = Tracker(f"sqlite:///{folder}/mlflow.db", "faults", folder / "files").open_run("a", "a run")
     engine = run.client._tracking_client.store.engine
-    # MLflow has SQLite wait 20 seconds for a lock; here it is met at once.
-    sqlalchemy.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 200"))
-    engine.dispose()
+    # MLflow has SQLite wait 20 seconds for a lock, in each of its sessions; here it is met at once.
+    sqlalchemy.event.listen(engine, "before_cursor_execute", _impatient, retval=True)
     return run
+
+
+def _impatient(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    return statement.replace("busy_timeout = 20000", "busy_timeout = 200"), parameters
 
 
 @contextmanager
