@@ -105,7 +105,7 @@ def parse_budget(budget: float | str, kind: CostKind) -> float:
             f"The budget {budget[:100]!r} is none of {UNITS[kind].words}, which are counted here",
             remedy=f"Give {UNITS[kind].words}, or count another cost (cost.kind: {kinds})",
         )
-    return number * known[unit] if unit else number
+    return float(f"{number * known[unit]:.12g}") if unit else number  # 72kB is .072 MB to the last digit
 
 
 def _split(text: str) -> tuple[float, str]:
