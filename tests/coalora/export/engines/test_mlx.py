@@ -22,13 +22,14 @@ TEXT = pydoc_data.topics.topics["for"][:400]
 @pytest.mark.parametrize(
     ("architecture", "mode", "dtype", "tolerance"),
     [
-        ("llama", "asym", torch.float32, 0.01),
+        ("llama", "asym", torch.float32, 1e-5),
         ("llama", "sym", torch.float32, 1e-5),
         ("llama", "asym", torch.bfloat16, 0.02),
         ("llama", "asym", torch.float16, 0.03),
-        ("mistral", "asym", torch.float32, 0.01),
-        ("qwen2", "asym", torch.float32, 0.01),
-        ("qwen3", "asym", torch.float32, 0.01),
+        ("llama", "sym", torch.float16, 0.03),
+        ("mistral", "asym", torch.float32, 1e-5),
+        ("qwen2", "asym", torch.float32, 1e-5),
+        ("qwen3", "asym", torch.float32, 1e-5),
     ],
 )
 def test_mlx_lm_runs_the_pair_as_the_adapted_model_in_memory(
@@ -42,8 +43,7 @@ def test_mlx_lm_runs_the_pair_as_the_adapted_model_in_memory(
         linear = modules[layer.name].linear
         parts = (linear.weight, linear.scales.astype(mx.float32), linear.biases.astype(mx.float32))
         weight = np.array(mx.dequantize(*parts, group_size=linear.group_size, bits=linear.bits))
-        rounding = 0 if mode == "sym" else 2.0**-11 * np.abs(np.array(parts[2])).repeat(linear.group_size, 1)
-        assert (np.abs(weight - made.weight(layer.name).numpy()) <= rounding + 1e-6).all()
+        assert np.array_equal(weight, made.weight(layer.name).numpy())
     tokens = tokenizer.encode(TEXT)[:120]
     found = torch.from_numpy(np.array(model(mx.array([tokens])).astype(mx.float32)))
     with torch.no_grad():
