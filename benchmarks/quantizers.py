@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -105,7 +106,7 @@ def quantizers(bits: Sequence[int], group: int, shapes: Sequence[tuple[int, int]
             print(error)
             continue
         space = ChoiceSpace(name, **values)
-        fits = space.fits(shapes).all(0)
+        fits = np.asarray(space.fits(shapes).all(0))
         for choice in (c for c, fit in zip(space.choices, fits, strict=True) if fit and c.width in bits):
             for rounding in ("feedback",) if name == "gptq" else ("absmax", "searched", "feedback"):
                 yield f"{choice} {labels.get(name, {}).get(rounding, rounding)}", _own(scheme, choice, rounding)
