@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 ORCHESTRATION = ("prefect", "mlflow", "dvc", "boto3", "botocore", "s3fs", "moto", "distributed", "ray")
 # The wheel names none of these either.
-PIPELINE_ONLY = ("pydantic", "yaml", "pandas", "datasets", "matplotlib", "jinja2", "rich", "fastapi")
+PIPELINE_ONLY = ("pydantic", "pandas", "datasets", "matplotlib", "jinja2", "rich", "fastapi")
 OURS = ("coalora", "pipeline", "tasks", "flows", "tests", "benchmarks")
 # What coalora may import at the top: the wheel's dependencies, and what they bring with them for certain.
 WHEEL = {
