@@ -4,6 +4,7 @@ Downloads stay under `COALORA_HOME/downloads`, checked by the bundle's own diges
 """
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ from coalora.export import source as sources
 from coalora.export.bundle import HEADER
 from coalora.export.source import Source
 from coalora.files import digest, read_json
+from coalora.parse import parse_yaml
 from pipeline.environment import coalora_home
 from pipeline.inputs.loaders import BaseModel, load_input_statistics
 from pipeline.s3.client import S3Address
@@ -85,14 +87,32 @@ def open_registered(address: str) -> Source:
         place = client.get_model_version_download_uri(version.name, version.version)
         if place.startswith("models:/"):  # a server's; a database names the folder
             place = client.get_logged_model(place.removeprefix("models:/")).artifact_location
-        bundle = f"{place.rstrip('/')}/artifacts/bundle"
+        place = place.rstrip("/")
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            got = Path(download_artifacts(artifact_uri=bundle, dst_path=scratch, tracking_uri=uri))
+
+            def fetch(name: str) -> Path:
+                return Path(download_artifacts(artifact_uri=f"{place}/{name}", dst_path=scratch, tracking_uri=uri))
+
+            got = fetch(_bundle_of(fetch("MLmodel"), address))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(got, folder)
     found = sources.open_source(folder)
     run = {"mlflow_run_id": version.run_id, "registered": f"{version.name}/{version.version}"}
     return replace(found, about={"run": run})
+
+
+def _bundle_of(description: Path, address: str) -> str:
+    """Path of the bundle among a version's files, as its `MLmodel` names it."""
+    content = parse_yaml(description.read_text(encoding="utf-8"), f"MLmodel of {address}")
+    try:
+        path = content["flavors"]["python_function"]["artifacts"]["bundle"]["path"]
+    except (KeyError, TypeError):
+        path = None
+    if not (isinstance(path, str) and re.fullmatch(r"artifacts/[\w-][\w.-]*", path)):
+        raise CoaloraError(
+            f"{address} is no version of ours: it has no bundle", remedy="Name one that a run registered"
+        )
+    return path
 
 
 def open_address(address: str) -> Source:
