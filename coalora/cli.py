@@ -95,8 +95,6 @@ def adapt(
     For any budget, in the format of its engine.
     """
     log_to_terminal()
-    import torch
-
     from coalora.export.device import check_limit, export_for
     from coalora.export.source import open_source
     from coalora.files import require_new
@@ -112,8 +110,7 @@ def adapt(
     found = open_source(source, {kind: _imported(name) for kind, name in openers.items()})
     made = export_for(
         found.bundle, out, **limit, formats=to or (None if device else found.formats), base=model or found.base,
-        adapter_dtype=getattr(torch, found.adapter_dtype), evaluate=evaluate, about=found.about,
-        trust_remote_code=found.trust_remote_code,
+        evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,
     )  # fmt: skip
     print(made)
 

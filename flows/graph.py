@@ -270,6 +270,7 @@ class Graph:
             selection=self.selection,
             state=state,
             quantized=run.settings.export.quantized,
+            adapter_dtype=run.settings.export.adapter_dtype,
         )
 
     @cached_property

@@ -12,7 +12,9 @@ from pipeline.store.store import Artifact, Scalar, current_store
 
 
 @stage("bundle")
-def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact, quantized: bool) -> Artifact:
+def make_bundle(
+    *, model: ModelInputs, selection: Artifact, state: Artifact, quantized: bool, adapter_dtype: str
+) -> Artifact:
     """Shared pair, theta, head, compensation, tables, final set and, where asked, all quantized weights."""
     measured, data = model.measured, model.data
     # What was measured for the asked budgets answers other budgets as well as a member does.
@@ -24,7 +26,8 @@ def make_bundle(*, model: ModelInputs, selection: Artifact, state: Artifact, qua
             factors = adapted.compensation.factors(merged.configurations) if adapted.compensation else None
     bundle = Bundle(
         measured, merged, parameters(state), recipe, data.task, base_model=model.source.address,
-        num_labels=data.num_labels, seed=model.seed, dtype=model.runtime.dtype, compensation=factors,
+        num_labels=data.num_labels, seed=model.seed, dtype=model.runtime.dtype, adapter_dtype=adapter_dtype,
+        compensation=factors,
         statistics=load_input_statistics(model.tables, measured),
     )  # fmt: skip
 

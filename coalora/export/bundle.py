@@ -50,7 +50,7 @@ HEADER = "bundle.json"
 FILES = ("adapter.safetensors", "configurations.json", "tables.safetensors")
 CALIBRATION = (STATISTICS, QUANTIZED)  # in a bundle whose bases need more than the base model
 _FORMAT = "coalora-bundle/3"
-_ABOUT = ("task", "base_model", "num_labels", "seed", "dtype")
+_ABOUT = ("task", "base_model", "num_labels", "seed", "dtype", "adapter_dtype")
 _COMPENSATION = "compensation."
 
 
@@ -108,6 +108,7 @@ class Bundle:
             loads it, or the mere name of a model that a run made or unpacked.
         num_labels: of a classifier.
         seed, dtype: that the base was loaded with: the seed decides the weights that its checkpoint lacks.
+        adapter_dtype: that adapters are to be stored in.
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
         statistics: what calibration returned beside the tables; without, `load` reads them when they are asked for.
@@ -131,6 +132,7 @@ class Bundle:
         num_labels: int | None = None,
         seed: int = 0,
         dtype: str = "float32",
+        adapter_dtype: str = "float32",
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
         statistics: Sequence[InputStatistics] | None = None,
     ) -> None:
@@ -138,6 +140,7 @@ class Bundle:
         self._calibrated, self._folder = statistics, cast(Path | None, None)
         self.recipe = recipe = recipe.resolved(task)
         self.task, self.base_model, self.num_labels, self.seed, self.dtype = task, base_model, num_labels, seed, dtype
+        self.adapter_dtype = adapter_dtype
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)

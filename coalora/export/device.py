@@ -176,7 +176,7 @@ def export_for(
     device: DeviceProfile | Path | str | None = None,
     formats: Sequence[str] | None = None,
     base: Path | str | None = None,
-    adapter_dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
     evaluate: Path | str | None = None,
     max_length: int = 512,
     about: Mapping[str, Any] | None = None,
@@ -189,6 +189,7 @@ def export_for(
         formats: names of `coalora.EXPORT_FORMATS`, by default the device's, else peft and packed. `peft` alone needs no
             base model.
         base: the base model's folder or hub id, by default what the bundle names; its digest is checked.
+        adapter_dtype: of the adapter, by default the bundle's.
         evaluate: a text file on which the pair is measured, loaded from what was written, in blocks of `max_length`.
         about: what else the export's record is to say, JSON.
 
@@ -207,6 +208,7 @@ def export_for(
         "bits": bits, "size": size, "latency": latency, "table": table, "configuration": configuration,
     }  # fmt: skip
     check_limit(**limit, device=device)
+    adapter_dtype = adapter_dtype or getattr(torch, bundle.adapter_dtype)
     if device is not None:
         profile = device if isinstance(device, DeviceProfile) else DeviceProfile.load(device)
         bundle = profile.restrict(bundle)

@@ -28,7 +28,6 @@ class Source:
     Attributes:
         bundle: the bundle.
         base: folder of its base model, where it is known to lie; None: what the bundle names.
-        adapter_dtype: that its run stores adapters in.
         formats: that its run exports.
         about: for the record of an export: the run.
         trust_remote_code: whether the base runs code that came with its checkpoint; somebody agreed to it.
@@ -36,7 +35,6 @@ class Source:
 
     bundle: Bundle
     base: Path | None = None
-    adapter_dtype: str = "float32"
     formats: Sequence[str] = ("peft", "packed")
     about: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
@@ -46,11 +44,9 @@ def open_run(folder: Path) -> Source:
     """The bundle of a run's folder."""
     with reading(folder / RUN):
         record = read_json(folder / RUN)
-        export = record["settings"]["export"]
+        formats = record["settings"]["export"]["formats"]
         run = {name: record[name] for name in ("pipeline", "identity", "mlflow_run_id") if record.get(name)}
-    return Source(
-        Bundle.load(folder / "bundle"), None, export["adapter_dtype"], tuple(export["formats"]), about={"run": run}
-    )
+    return Source(Bundle.load(folder / "bundle"), formats=tuple(formats), about={"run": run})
 
 
 def open_source(address: str | Path, openers: Mapping[str, Callable[[Any], Source]] | None = None) -> Source:

@@ -20,7 +20,8 @@ from coalora.export.source import Source
 from coalora.files import digest, read_json
 from coalora.parse import parse_yaml
 from pipeline.environment import coalora_home
-from pipeline.inputs.loaders import BaseModel, load_input_statistics
+from pipeline.inputs.fingerprint import model_digest
+from pipeline.inputs.loaders import MODEL, BaseModel, load_input_statistics
 from pipeline.s3.client import S3Address
 from pipeline.scrub import one_line, scrub_text
 from pipeline.settings.definitions import validate_settings
@@ -72,7 +73,7 @@ def open_bucket(address: str) -> Source:
     found = retrieve(S3Address.parse(address), folder, storage_settings(None, {}), only=["run.json", "bundle/*"])
     if not found.n_files:
         raise CoaloraError(f"{address} holds no bundle", remedy="Publish the run again with `coalora upload`")
-    return sources.open_run(folder)
+    return _at_home(sources.open_run(folder))
 
 
 def open_registered(address: str) -> Source:
@@ -98,7 +99,7 @@ def open_registered(address: str) -> Source:
             os.replace(got, folder)
     found = sources.open_source(folder)
     run = {"mlflow_run_id": version.run_id, "registered": f"{version.name}/{version.version}"}
-    return replace(found, about={"run": run})
+    return _at_home(replace(found, about={"run": run}))
 
 
 def _bundle_of(description: Path, address: str) -> str:
@@ -113,6 +114,14 @@ def _bundle_of(description: Path, address: str) -> str:
             f"{address} is no version of ours: it has no bundle", remedy="Name one that a run registered"
         )
     return path
+
+
+def _at_home(found: Source) -> Source:
+    """With the folder of its base model, where a run made or unpacked it at this home."""
+    for folder in default_store().folder.glob(f"*/*/{MODEL}"):
+        if model_digest(folder) == found.bundle.tables.base_digest:
+            return replace(found, base=folder)
+    return found
 
 
 def open_address(address: str) -> Source:

@@ -76,6 +76,7 @@ def test_a_registered_version_is_opened_by_its_alias(
     )  # fmt: skip
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.tracking_uri)
     found = sources.open_registered("models:/phone@champion")
+    assert found.base is not None
     assert found.about["run"]["registered"] == "phone/1"
     assert found.bundle.adapt(3.0).digest == Bundle.load(run.folder / "bundle").adapt(3.0).digest
     assert found.bundle.statistics is not None
