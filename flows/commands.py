@@ -35,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
     for command in (run, stage, dvc, score, devices, upload, download, restore, prune):
         app.command(command.__name__, cls=Command)(command)
     guards[:] = [f"{__name__}:outside_of_home"]
-    openers.update({name: f"pipeline.inputs.sources:open_{of}" for name, of in _SOURCES.items()})
+    openers.update({name: f"pipeline.sources:open_{of}" for name, of in _SOURCES.items()})
 
 
 def run(name: Name, file: File = Path(DEFAULT_FILE), changes: Changes = [], refresh: Refresh = []) -> None:  # noqa: B006
@@ -138,7 +138,7 @@ def upload(
     Adapters, packed bases, bundle and report; only what is not there is sent.
     """
     log_to_terminal()
-    from pipeline.inputs.sources import read_run
+    from pipeline.sources import read_run
 
     settings, _ = read_run(run)
     storage = _storage(settings.storage, endpoint_url, region, profile, at=to)

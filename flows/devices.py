@@ -47,7 +47,7 @@ def devices(
     table = [*rows, *({"device": name, "problem": str(error)[:300]} for name, error in failed.items())]
     create_table_artifact(table, key=artifact_key("devices", "pairs"), description=f"Pairs of {source}")
     if source.startswith("models:/") and rows:
-        from pipeline.inputs.sources import registered_version
+        from pipeline.sources import registered_version
         from pipeline.tracking.registry import tag_pairs
 
         get_logger().info("registered model %s: tagged with its pairs", tag_pairs(*registered_version(source), rows))

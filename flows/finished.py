@@ -12,9 +12,9 @@ from coalora.files import read_json, require_writable, write_json
 from coalora.models.loading import resolved
 from pipeline.inputs.exports import ExportInputs
 from pipeline.inputs.loaders import BaseModel, put_text
-from pipeline.inputs.sources import read_run
 from pipeline.report.schema import metric_words
 from pipeline.settings.sections import RuntimeSettings, Settings
+from pipeline.sources import read_run
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact, default_store
 from tasks.score_text import TEXT_SCORE, score_budget

@@ -24,7 +24,7 @@ def make_pair(*, source: str, profile: str, folder: str, publish: str | None) ->
         source: address of a bundle (`coalora.export.source`).
         publish: `s3://BUCKET/PREFIX`, below which the same files go, the record last.
     """
-    from pipeline.inputs.sources import open_address
+    from pipeline.sources import open_address
 
     device, found = DeviceProfile.load(profile), open_address(source)
     out = Path(folder) / found.bundle.digest[:8] / device.name

@@ -37,10 +37,10 @@ from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
 from pipeline.inputs.corpus import forget
 from pipeline.inputs.loaders import read_set_file
-from pipeline.inputs.sources import read_run
 from pipeline.preflight import preflight, shapes_of_model
 from pipeline.settings.definitions import apply_change, load_settings, read_pipelines, validate_settings
 from pipeline.settings.sections import Settings
+from pipeline.sources import read_run
 from tests.flows.architectures import write_model
 from tests.tiny_run import TinyRun, at_home, tiny_run
 

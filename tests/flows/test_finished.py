@@ -15,7 +15,7 @@ from coalora.cli import main
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
-from pipeline.inputs.sources import read_run
+from pipeline.sources import read_run
 from tests.commands import refused as refuse
 from tests.tiny_run import TinyRun, at_home, tiny_run
 

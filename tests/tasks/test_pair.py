@@ -10,9 +10,9 @@ import pytest
 
 from coalora.contents import problems
 from coalora.errors import CoaloraError
-from pipeline.inputs.sources import registered_version
 from pipeline.s3.client import S3Address, S3Location
 from pipeline.settings.sections import storage_settings
+from pipeline.sources import registered_version
 from pipeline.tracking.registry import register, tag_pairs
 from pipeline.tracking.runs import Tracker
 from tasks.pair import make_pair

@@ -11,7 +11,7 @@ import pytest
 from coalora.errors import CoaloraError
 from coalora.export.bundle import Bundle
 from coalora.export.device import export_for
-from pipeline.inputs import sources
+from pipeline import sources
 from pipeline.s3.client import S3Location
 from pipeline.settings.sections import storage_settings
 from pipeline.store.publish import publish
