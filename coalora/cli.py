@@ -26,10 +26,8 @@ from coalora.errors import CoaloraError, printable
 
 ROOMS = ("flows", "infra")
 OURS = ("coalora", "pipeline", "tasks", *ROOMS)
-# What a checkout adds to `open_source`, as `module:function`, by what an address starts with.
-openers: dict[str, str] = {}
-# And what refuses folders to write to.
-guards: list[str] = []
+# `module:function`, which a checkout replaces: what opens addresses, and what refuses folders to write to.
+hooks = {"open": "coalora.export.source:open_source", "refuse": "coalora.files:require_new"}
 _INSTALL = "pip install 'coalora[pipeline]'"
 
 
@@ -96,7 +94,6 @@ def adapt(
     """
     log_to_terminal()
     from coalora.export.device import check_limit, export_for
-    from coalora.export.source import open_source
     from coalora.files import require_new
 
     limit: dict[str, Any] = {
@@ -104,10 +101,9 @@ def adapt(
         "device": device,
     }  # fmt: skip
     check_limit(**limit)
-    for name in guards:
-        _imported(name)(out)
+    _imported(hooks["refuse"])(out)
     require_new(out)
-    found = open_source(source, {kind: _imported(name) for kind, name in openers.items()})
+    found = _imported(hooks["open"])(source)
     made = export_for(
         found.bundle, out, **limit, formats=to or (None if device else found.formats), base=model or found.base,
         evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,

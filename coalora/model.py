@@ -26,7 +26,7 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.losses import LossMeter, Score, measure_configurations
 from coalora.evaluate.reference import Reference
 from coalora.export.bundle import Bundle
-from coalora.export.formats import ExportSource, write_export
+from coalora.export.formats import DEFAULT_FORMATS, ExportSource, write_export
 from coalora.method.initial import initial_set
 from coalora.method.loop import Fitted, fit
 from coalora.method.selection import select_budgets
@@ -328,10 +328,10 @@ class CoaLoraModel:
 
     @staticmethod
     def load_bundle(folder: Path | str) -> Bundle:
-        """Read what `save_pretrained` wrote; the base model is not needed."""
+        """Read what `save_pretrained` wrote; adapters need no base model (`coalora.export_for` does)."""
         return Bundle.load(folder)
 
-    def export(self, folder: Path | str, *, budget: float | str, formats: Sequence[str] = ("peft", "packed")) -> None:
+    def export(self, folder: Path | str, *, budget: float | str, formats: Sequence[str] = DEFAULT_FORMATS) -> None:
         """Write what a device gets for a budget: `configuration.json` and a folder for each format.
 
         `coalora.load_adapted(folder / "base", folder / "adapter")` runs the default ones.

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from coalora.cli import Command, guards, log_to_terminal, openers
+from coalora.cli import Command, hooks, log_to_terminal
 from coalora.errors import CoaloraError
 
 DEFAULT_FILE = "pipelines.yaml"
-_SOURCES = {"run": "run", "s3": "bucket", "models": "registered"}
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Pipeline, as defined in the file.")]
 File = Annotated[Path, typer.Option(metavar="YAML", help="File of pipelines.")]
@@ -34,8 +33,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands to a command line, in the order in which `--help` shows them."""
     for command in (run, stage, dvc, score, devices, upload, download, restore, prune):
         app.command(command.__name__, cls=Command)(command)
-    guards[:] = [f"{__name__}:outside_of_home"]
-    openers.update({name: f"pipeline.sources:open_{of}" for name, of in _SOURCES.items()})
+    hooks.update(open="pipeline.sources:open_address", refuse=f"{__name__}:outside_of_home")
 
 
 def run(name: Name, file: File = Path(DEFAULT_FILE), changes: Changes = [], refresh: Refresh = []) -> None:  # noqa: B006

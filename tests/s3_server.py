@@ -210,6 +210,18 @@ def create_bucket(url: str, name: str) -> None:
         assert answer.status == 200
 
 
+@contextmanager
+def bucket(patch: pytest.MonkeyPatch, name: str) -> Iterator[str]:
+    """A server with an empty bucket, to which boto3 goes by itself; its URL."""
+    set_credentials(patch.setenv)
+    without_waits(patch)
+    with s3_server() as (host, port):
+        url = f"http://{host}:{port}"
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        create_bucket(url, name)
+        yield url
+
+
 def without_waits(patch: pytest.MonkeyPatch) -> None:
     """Retries of botocore without their pauses (up to 20 s each), and its description of S3 (10 MB) read once."""
     patch.setattr("botocore.session.create_loader", _LOADERS)

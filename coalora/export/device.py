@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from coalora.calibrate.costs import CostKind, parse_budget
@@ -27,14 +28,12 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import TextScore, score_text, windows
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Adapted, Bundle
-from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
+from coalora.export.formats import DEFAULT_FORMATS, EXPORT_FORMATS, ExportSource, write_export
 from coalora.export.profile import DeviceProfile
 from coalora.export.provenance import folder_nbytes, licence_of
 from coalora.files import read_json, require_new, whole_or_nothing
 from coalora.models.files import model_digest, model_folder
 from coalora.models.loading import load_config, load_model, load_tokenizer
-
-DEFAULT_FORMATS = ("peft", "packed")
 
 
 @dataclass(frozen=True)
@@ -218,15 +217,28 @@ def export_for(
     known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in names}
     counted, asked, chosen = choose(bundle, **limit, adapter_dtype=adapter_dtype)
     adapted = bundle.adapt_to(chosen)
+    if evaluate is not None and bundle.task != "language-modeling":
+        raise CoaloraError(
+            "A classifier has no perplexity on a text", remedy="Leave evaluate out: the run's report has its accuracy"
+        )
     text = None if evaluate is None else read_text(Path(evaluate))
     alone = {*known} == {"peft"} and text is None
     at = None if alone else find_base(bundle, base)
     if at is not None and Path(bundle.base_model).is_absolute():  # the base may lie elsewhere than where it was trained
         adapted.config.base_model_name_or_path = str(at.resolve())
     source = _source(bundle, adapted, at, adapter_dtype, trust_remote_code)
+    tokens = [] if text is None else source.load_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if text is not None:
+        windows(len(tokens), max_length, max_length - 1)
     with whole_or_nothing(folder) as part:
         write_export(part, [*known], source, {**(about or {}), **facts_of(bundle, chosen, at)})
-        score = None if text is None else _score(part, source, text, max_length, trust_remote_code)
+        score = None
+        if text is not None:
+            model = _written(part, source, trust_remote_code)
+            stride = max_length - 1
+            score = score_text(
+                model, tokens, len(text.encode()), max_length=max_length, stride=stride, batch_size=8
+            )  # fmt: skip
     cost, unit = float(counted.tables.costs(chosen)), counted.tables.cost_unit
     return DeviceExport(
         folder,
@@ -273,18 +285,11 @@ def _source(
     )
 
 
-def _score(folder: Path, source: ExportSource, text: str, max_length: int, trust_remote_code: bool) -> TextScore:
-    """Score of the pair on a text: of what was written, loaded again."""
-    if source.task != "language-modeling":
-        raise CoaloraError(
-            "A classifier has no perplexity on a text", remedy="Leave --evaluate out: the run's report has its accuracy"
-        )
-    tokens = source.load_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows(len(tokens), max_length, max_length - 1)
-    with TemporaryDirectory(prefix="coalora-") as name:
+def _written(folder: Path, source: ExportSource, trust_remote_code: bool) -> PeftModel:
+    """The pair that was written into `folder`, loaded again; one of its own where the formats are others."""
+    with TemporaryDirectory(prefix="coalora-") as scratch:
         pair = folder
         if not all((folder / EXPORT_FORMATS[name]().folder).is_dir() for name in DEFAULT_FORMATS):
-            pair = Path(name) / "pair"
+            pair = Path(scratch) / "pair"
             write_export(pair, DEFAULT_FORMATS, source)
-        model = load_adapted(pair / "base", pair / "adapter", trust_remote_code=trust_remote_code)
-        return score_text(model, tokens, len(text.encode()), max_length=max_length, stride=max_length - 1, batch_size=8)
+        return load_adapted(pair / "base", pair / "adapter", trust_remote_code=trust_remote_code)

@@ -13,11 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base
 from coalora.export.formats import EXPORT_FORMATS
+from coalora.files import read_json
+from coalora.trust import require_trust
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,19 @@ def log_probabilities(export: Path, name: str, ids: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _packed(folder: Path, ids: Sequence[int]) -> Tensor:
     adapter = folder.parent / EXPORT_FORMATS["peft"].folder
-    model = load_adapted(folder, adapter) if adapter.is_dir() else load_base(folder)
+    trusted = "auto_map" in read_json(folder / "config.json")
+    if trusted:
+        require_trust(f"The base in {folder} runs code that came with its checkpoint")
+    if adapter.is_dir():
+        model: PreTrainedModel | PeftModel = load_adapted(folder, adapter, trust_remote_code=trusted)
+    else:
+        model = load_base(folder, trust_remote_code=trusted)
     logits = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits
     return _of(logits.reshape(-1, logits.shape[-1]))  # one row of a classifier
 
 
 @torch.no_grad()
 def _compressed_tensors(folder: Path, ids: Sequence[int]) -> Tensor:
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -91,32 +100,50 @@ def _mlx(folder: Path, ids: Sequence[int]) -> Tensor:
     return _of(torch.from_numpy(np.array(model(mx.array([list(ids)])).astype(mx.float32)))[0])
 
 
-def _llama_cpp(folder: Path, ids: Sequence[int]) -> Tensor:
-    import gguf
-    import xllamacpp
+class LlamaCpp:
+    """llama.cpp on a pair in GGUF.
 
-    fields = gguf.GGUFReader(folder / "model.gguf").fields
-    tokens = fields["tokenizer.ggml.tokens"]
-    words = [bytes(tokens.parts[at]).decode("utf-8", "replace") for at in tokens.data]
-    # What is sampled must be text, or the engine waits for the rest of a character; probabilities are from before.
-    text = next(at for at, word in enumerate(words) if word == "a")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(folder / "model.gguf")
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = max(512, len(ids) + 8), 1, 0
-    params.warmup, params.verbosity = False, 0
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
-    server = xllamacpp.Server(params)
-    found = torch.full((len(ids), len(words)), torch.nan)
-    for row in range(len(ids)):
+    Args:
+        folder: with `model.gguf` and `adapter.gguf`.
+        adapter: apply it.
+    """
+
+    def __init__(self, folder: Path, *, adapter: bool = True) -> None:
+        import gguf
+        import xllamacpp
+
+        field = gguf.GGUFReader(folder / "model.gguf").fields["tokenizer.ggml.tokens"]
+        words = [bytes(field.parts[at]).decode("utf-8", "replace") for at in field.data]
+        self._size, self._printable = len(words), words.index("a")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(folder / "model.gguf")
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
+        params.warmup, params.verbosity = False, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        if adapter:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
+        self.server = xllamacpp.Server(params)
+
+    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
+        """(n, V) after each of `ids`, at most 500."""
+        return torch.stack([self.after(ids[: i + 1]) for i in range(len(ids))])
+
+    def after(self, prompt: Sequence[int]) -> Tensor:
+        """(V,) of the next token after a prompt."""
+        # Text is forced out, or the engine would wait for the rest of a character; probabilities are from before.
         asked = {
-            "prompt": list(ids[: row + 1]), "n_predict": 1, "n_probs": len(words), "logit_bias": [[text, 1e4]],
-            "cache_prompt": True,
+            "prompt": list(prompt), "n_predict": 1, "n_probs": self._size, "logit_bias": [[self._printable, 1e4]],
         }  # fmt: skip
-        answer = server.handle_completions(asked)
+        answer = self.server.handle_completions(asked)
         content = (json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["logprobs"]["content"]
+        found = torch.full((self._size,), torch.nan)
         for entry in content[0]["top_logprobs"]:
-            found[row, entry["id"]] = entry["logprob"]
-    return found
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+
+def _llama_cpp(folder: Path, ids: Sequence[int]) -> Tensor:
+    return LlamaCpp(folder).log_probabilities(ids)
 
 
 def _of(logits: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # names are listed without torch
     from coalora.quant.scheme import InputStatistics
 
 
+DEFAULT_FORMATS = ("peft", "packed")  # what this package runs
+
+
 @dataclass(frozen=True)
 class ExportSource:
     """One configuration, its adapter, and the base model that both are for.

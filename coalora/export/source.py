@@ -28,14 +28,14 @@ class Source:
     Attributes:
         bundle: the bundle.
         base: folder of its base model, where it is known to lie; None: what the bundle names.
-        formats: that its run exports.
+        formats: that its run exports; None: nobody has said.
         about: for the record of an export: the run.
         trust_remote_code: whether the base runs code that came with its checkpoint; somebody agreed to it.
     """
 
     bundle: Bundle
     base: Path | None = None
-    formats: Sequence[str] = ("peft", "packed")
+    formats: Sequence[str] | None = None
     about: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
 
@@ -86,7 +86,7 @@ def open_source(address: str | Path, openers: Mapping[str, Callable[[Any], Sourc
         raise CoaloraError(
             f"{text[:200]} {what}", remedy="Name a run folder such as runs/demo/latest, a bundle, or a hub repository"
         )
-    found = hub_folder(text, [HEADER, *FILES, *CALIBRATION])
+    found = hub_folder(f"The repository {text}", text, [HEADER, *FILES, *CALIBRATION])
     if not (found / HEADER).is_file():
         raise CoaloraError(f"The hub repository {text} holds no bundle", remedy="Push one with `coalora push`")
     return Source(Bundle.load(found))

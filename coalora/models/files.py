@@ -28,23 +28,23 @@ def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
     patterns = [f"*{suffix}" for suffix in MODEL_FILES]
-    with _of_the_hub(f"The base model {name_or_path}"):
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
+    return hub_folder(f"The base model {name_or_path}", str(name_or_path), patterns, revision)
 
 
-def hub_folder(repo: str, patterns: Sequence[str]) -> Path:
+def hub_folder(what: str, repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """A folder with the files of a hub repository that match `patterns`, downloaded where they are not there.
+
+    Args:
+        what: it is, for a message.
 
     Raises:
         CoaloraError: the hub does not give them.
     """
     from huggingface_hub import snapshot_download
 
-    with _of_the_hub(f"The repository {repo}"):
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    with _of_the_hub(what):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
 
 def hub_file(repo: str, name: str, revision: str | None = None) -> Path:

@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, load_adapted
+from coalora.contents import problems, run_in_engines
 from coalora.errors import CoaloraError
 from coalora.models.loading import load_config, load_model
+from coalora.trust import TRUST_VARIABLE
 
 TEXTS = [f"text {i}: the {word} fox jumps over the dog" for i in range(8) for word in ("quick", "slow")]
 SPACE = ChoiceSpace("nf", bits=[2, 3, 4], scale_bits=[8], scale_dtype=["bf16"], block_size=[64])
@@ -204,3 +206,10 @@ def test_code_that_comes_with_a_model_goes_with_its_export(tiny_llama, tiny_toke
     with torch.no_grad():
         found = load_adapted(*places, device=model.device, trust_remote_code=True)(ids).logits
         torch.testing.assert_close(found, model(ids).logits)
+    # verify runs an export, and code in it where this machine's owner has agreed alone
+    assert problems(tmp_path / "device")[1] == []
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+    with pytest.raises(CoaloraError, match=TRUST_VARIABLE):
+        run_in_engines(tmp_path / "device")
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    assert run_in_engines(tmp_path / "device") == ["packed: run by coalora, 4 tokens"]

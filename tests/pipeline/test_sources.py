@@ -17,7 +17,7 @@ from pipeline.settings.sections import storage_settings
 from pipeline.store.publish import publish
 from pipeline.tracking.registry import register
 from pipeline.tracking.runs import Tracker
-from tests.s3_server import create_bucket, s3_server, set_credentials, without_waits
+from tests.s3_server import bucket
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 
@@ -52,11 +52,7 @@ def test_weights_that_a_bundle_lacks_come_from_the_store(run: TinyRun, tmp_path:
 def test_a_published_run_is_fetched_without_its_exports(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_credentials(monkeypatch.setenv)
-    without_waits(monkeypatch)
-    with s3_server() as (host, port):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        create_bucket(f"http://{host}:{port}", "models")
+    with bucket(monkeypatch, "models"):
         published = publish(run.folder, S3Location.of(storage_settings(None, {"bucket": "models", "prefix": "p"})))
         found = sources.open_bucket(published.address)
     assert found.bundle.tables.base_digest == Bundle.load(run.folder / "bundle").tables.base_digest

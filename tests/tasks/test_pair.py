@@ -16,7 +16,7 @@ from pipeline.sources import registered_version
 from pipeline.tracking.registry import register, tag_pairs
 from pipeline.tracking.runs import Tracker
 from tasks.pair import make_pair
-from tests.s3_server import create_bucket, s3_server, set_credentials, without_waits
+from tests.s3_server import bucket
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
 
@@ -52,11 +52,7 @@ def test_a_pair_is_made_once_and_damage_is_told(run: TinyRun, tmp_path: Path, ph
 def test_a_published_pair_is_that_of_the_folder(
     run: TinyRun, tmp_path: Path, phone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_credentials(monkeypatch.setenv)
-    without_waits(monkeypatch)
-    with s3_server() as (host, port):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        create_bucket(f"http://{host}:{port}", "models")
+    with bucket(monkeypatch, "models"):
         row = make_pair.fn(
             source=str(run.folder), profile=phone, folder=str(tmp_path / "out"), publish="s3://models/pairs"
         )

@@ -245,7 +245,7 @@ def test_sources_are_folders_hub_ids_and_what_a_pipeline_adds(
     assert open_source(trained.folder).bundle.tables.base_digest == trained.model.base_digest
     asked: list[str] = []
 
-    def download(repo: str, patterns: list[str]) -> Path:
+    def download(what: str, repo: str, patterns: list[str]) -> Path:
         asked.append(repo)
         return trained.folder
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaTokenizer
 
+from coalora.export.engines import LlamaCpp
 from coalora.quant.gguf.blocks import TYPES
 from tests.coalora.export.gguf_exports import (
     SPACE,
@@ -42,37 +42,15 @@ ODD_TEXTS = (
 )
 
 
-class Engine:
-    """llama.cpp on one thread, with or without an adapter."""
+class Engine(LlamaCpp):
+    """The engine on what was made, with or without an adapter."""
 
     def __init__(self, made: Made, *, adapter: bool = True) -> None:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(made.folder / "model.gguf")
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
-        params.warmup, params.verbosity = False, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        if adapter:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(made.folder / "adapter.gguf"), 1.0)]
-        self._server, self._size = xllamacpp.Server(params), made.base.config.vocab_size
-        self._printable = made.tokenizer.convert_tokens_to_ids("a")
-
-    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """(n, vocabulary) after each of `ids`."""
-        return torch.stack([self._after(list(ids[: i + 1])) for i in range(len(ids))])
-
-    def _after(self, prompt: list[int]) -> Tensor:
-        # What is sampled must be text, or the engine waits for the rest of a character; probabilities are from before.
-        asked = {"prompt": prompt, "n_predict": 1, "n_probs": self._size, "logit_bias": [[self._printable, 1e4]]}
-        answer = self._server.handle_completions(asked)
-        content = (json.loads(answer) if isinstance(answer, str) else answer)["choices"][0]["logprobs"]["content"]
-        found = torch.full((self._size,), torch.nan)
-        for entry in content[0]["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
+        super().__init__(made.folder, adapter=adapter)
 
     def tokens(self, text: str) -> list[int]:
         request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize",
+            f"{self.server.listening_address}/tokenize",
             json.dumps({"content": text, "add_special": True, "parse_special": True}).encode(),
             {"Content-Type": "application/json"},
         )
@@ -132,7 +110,7 @@ def test_scaled_positions_are_those_of_transformers(
     base = decoder(kind, rope_parameters={"rope_type": rope, "rope_theta": 5e5, **ROPES[rope]})
     made = export(tmp_path, base, tokenizer_of("gpt2"), np.full(14, F16))
     text = ids(made, 160)
-    apart = (Engine(made)._after(text) - made.log_probabilities(text)[-1]).abs()
+    apart = (Engine(made).after(text) - made.log_probabilities(text)[-1]).abs()
     assert float(apart.mean()) < 0.003
     assert float(apart.max()) < 0.02
 
