@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from coalora.adapt.adapted import AdaptedModel
+from coalora.calibrate.calibrate import calibrate
 from coalora.calibrate.statistics import load_statistics, save_statistics
-from coalora.calibrate.tables import CalibrationTables, calibrate
+from coalora.calibrate.tables import CalibrationTables
 from coalora.data.benchmark import Benchmark
 from coalora.data.build import classification, language_modeling
 from coalora.data.classification import read_table

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,10 @@ def write_tensors(
     import torch
     from safetensors.torch import save_file
 
-    plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous().clone() for k in sorted(tensors)}
+    plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous() for k in sorted(tensors)}
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    # Tensors of shared memory are refused; what has its own, a mapped file's as well, is written from where it is.
+    plain = {k: t.clone() if owners[t.untyped_storage().data_ptr()] > 1 else t for k, t in plain.items()}
     path.write_bytes(b"")  # with the rights that new files have here: safetensors would write for its owner alone
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True), **metadata})

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coalora.adapt.adapted import AdaptedModel
-from coalora.calibrate.tables import CalibrationTables, calibrate
+from coalora.calibrate.calibrate import calibrate
+from coalora.calibrate.tables import CalibrationTables
 from coalora.config import CoaLoraConfig
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Split
@@ -183,10 +184,17 @@ class CoaLoraModel:
         check_classes(examples, classes, "data")
         return example_split(examples, self.tokenizer, max_length=self.max_length)
 
-    def calibrate(self, data: Data, *, progress: Progress | None = None) -> CalibrationTables:
+    def calibrate(
+        self, data: Data, *, progress: Progress | None = None, checkpoint_dir: Path | str | None = None
+    ) -> CalibrationTables:
         """Measure what every choice costs and breaks in every target layer, over examples at equal distances in `data`.
 
         `config.calibration.n_samples` of them; all, where there are fewer.
+
+        Args:
+            progress: makes a listener (done, total) for what is named.
+            checkpoint_dir: folder from which the same call on a large model goes on if it broke off; its statistics are
+                read from there.
         """
         if self._adapted is not None:
             raise CoaloraError("The base model is quantized already", remedy="Calibrate before fit")
@@ -196,6 +204,7 @@ class CoaLoraModel:
             self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest,
             tie=self.config.tie,
             rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
+            device=self.device, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
             progress=progress,
         )  # fmt: skip
         return self._tables

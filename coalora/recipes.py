@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # this module is read without torch
 Task = Literal["classification", "language-modeling"]
 Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
 Rounding = Literal["absmax", "searched", "feedback"]
+Inputs = Literal["original", "quantized"]
 Tie = Literal["none", "fused"]
 Goal = Literal["recover", "fine-tune"]
 Teacher = Literal["auto", "base", "adapted"]
@@ -133,6 +134,19 @@ class CalibrationRecipe(Recipe):
         "How scales and codes are found: absmax (a group's extremes, to nearest), searched (scales of least error) or "
         "feedback (GPTQ's error feedback under searched scales). absmax alone is quick enough to be done at every "
         "switch; of the others each layer is quantized once under every choice, and kept.",
+    )
+    inputs: Inputs = hyper(
+        "original",
+        "Inputs of a block",
+        "What blocks are calibrated with: original, what the base model feeds them, or quantized, what reaches them "
+        "through the blocks before when their layers take the fewest bytes that they may.",
+    )
+    hessians_mb: int = hyper(
+        1024,
+        "Hessians at a time (MB)",
+        "Beyond it, blocks are measured and quantized one after the other, with a checkpoint behind each.",
+        ge=0,
+        le=100_000_000,
     )
     kept_mb: int = hyper(
         4096,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
-from coalora.calibrate.tables import calibration_tables, check_kept, counted
+from coalora.calibrate.calibrate import check_kept
+from coalora.calibrate.tables import calibration_tables, counted
 from coalora.data.benchmark import Split
 from coalora.data.build import check_pads, example_split, text_split
 from coalora.data.classification import Examples, check_classes

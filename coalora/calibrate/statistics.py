@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -27,6 +27,96 @@ from coalora.quant.space import ChoiceSpace
 STATISTICS, QUANTIZED = "statistics.safetensors", "quantized.safetensors"
 
 
+class InputSums:
+    """Sums over what layers are fed while it is open; padding of the batch that `see` was told of last is left out.
+
+    Args:
+        device: where the model runs.
+        hessians: sum x x^T (in, in) as well; 4 in^2 bytes a layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[TargetLayer], device: torch.device, *, hessians: bool
+    ) -> None:
+        self._model, self._layers = model, layers
+        self._sums = [torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for layer in layers]
+        self._products = [
+            torch.zeros(layer.shape[1], layer.shape[1], device=device) if hessians else None for layer in layers
+        ]
+        self._counts, self._examples = [0] * len(layers), 0
+        self._mask: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            self._model.get_submodule(layer.name).register_forward_pre_hook(self._hook(index))
+            for index, layer in enumerate(self._layers)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def see(self, batch: dict[str, Tensor]) -> None:
+        """The batch that runs next."""
+        self._mask = batch["attention_mask"].bool()
+        self._examples += len(self._mask)
+
+    def telling(self, progress: Callable[[int, int], None] | None, total: int) -> Callable[[dict[str, Tensor]], None]:
+        """`see` with a listener (examples, total)."""
+
+        def see(batch: dict[str, Tensor]) -> None:
+            self.see(batch)
+            if progress:
+                progress(self._examples, total)
+
+        return see
+
+    def statistics(self) -> list[InputStatistics]:
+        """Means over tokens, on the CPU, one for each layer.
+
+        A layer that sees one vector an example (a pooler), or only some tokens, is averaged over what it sees.
+
+        Raises:
+            CoaloraError: a layer that no example reaches, or activations that are not finite.
+        """
+        moments = [(s / max(count, 1)).float().cpu() for s, count in zip(self._sums, self._counts, strict=True)]
+        for layer, moment, count in zip(self._layers, moments, self._counts, strict=True):
+            if count == 0 or not bool(torch.isfinite(moment).all()):
+                fed = "nothing" if count == 0 else "NaN or infinity"
+                raise CoaloraError(
+                    f"{layer.name} was fed {fed} in {self._examples} examples",
+                    remedy="Leave the layer out of target_modules, or run the base model in a wider dtype",
+                )
+        return [
+            InputStatistics(moment, None if product is None else (product / count).cpu())
+            for moment, product, count in zip(moments, self._products, self._counts, strict=True)
+        ]
+
+    def _hook(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, mask = inputs[0].float(), self._mask
+            if mask is not None and mask.shape == x.shape[:-1]:
+                x = x[mask]
+            elif mask is not None and x.shape[:-1] == (mask.numel(),):  # some models flatten batch and tokens
+                x = x[mask.flatten()]
+            x = x.flatten(0, -2)
+            self._sums[index] += x.square().sum(0, dtype=torch.float64)
+            self._counts[index] += len(x)
+            product = self._products[index]
+            if product is not None:
+                product.addmm_(x.T, x)
+
+        return add
+
+
+def inputs_of(split: Split, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batches of a split as a model's keyword arguments, without labels."""
+    for batch in split.batches(batch_size, device):
+        del batch["labels"]
+        yield batch
+
+
 @torch.no_grad()
 def collect_statistics(
     model: nn.Module,
@@ -35,67 +125,21 @@ def collect_statistics(
     *,
     batch_size: int,
     hessians: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[InputStatistics]:
-    """Statistics over the tokens of `split`, on the CPU, one for each layer; padding is left out. One pass serves
-    every choice of every scheme.
-
-    A layer that sees one vector an example (a pooler), or only some tokens, is averaged over what it sees.
+    """Statistics over the tokens of `split` in one pass over the whole model, for every choice of every scheme.
 
     Args:
         hessians: collect E[x x^T] (in, in) as well; 4 in^2 bytes a layer.
 
     Raises:
-        CoaloraError: a layer that no example reaches, or activations that are not finite.
+        CoaloraError: as `InputSums.statistics` does.
     """
     device = next(model.parameters()).device
-    sums = [torch.zeros(layer.shape[1], dtype=torch.float64, device=device) for layer in layers]
-    products = [torch.zeros(layer.shape[1], layer.shape[1], device=device) if hessians else None for layer in layers]
-    counts = [0] * len(layers)
-    mask: Tensor | None = None
-
-    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float()
-            if mask is not None and mask.shape == x.shape[:-1]:
-                x = x[mask]
-            elif mask is not None and x.shape[:-1] == (mask.numel(),):  # some models flatten batch and tokens
-                x = x[mask.flatten()]
-            x = x.flatten(0, -2)
-            sums[index] += x.square().sum(0, dtype=torch.float64)
-            counts[index] += len(x)
-            product = products[index]
-            if product is not None:
-                product.addmm_(x.T, x)
-
-        return add
-
-    handles = [
-        model.get_submodule(layer.name).register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)
-    ]
-    try:
-        done = 0
-        for batch in split.batches(batch_size, device):
-            batch.pop("labels")
-            mask = batch["attention_mask"].bool()
+    with InputSums(model, layers, device, hessians=hessians) as sums:
+        for batch in inputs_of(split, batch_size, device):
+            sums.see(batch)
             model(**batch)
-            done += len(mask)
-            if progress:
-                progress(done, len(split))
-    finally:
-        for handle in handles:
-            handle.remove()
-    moments = [(s / max(count, 1)).float().cpu() for s, count in zip(sums, counts, strict=True)]
-    for layer, moment, count in zip(layers, moments, counts, strict=True):
-        if count == 0 or not bool(torch.isfinite(moment).all()):
-            raise CoaloraError(
-                f"{layer.name} was fed {'nothing' if count == 0 else 'NaN or infinity'} in {len(split)} examples",
-                remedy="Leave the layer out of target_modules, or run the base model in a wider dtype",
-            )
-    return [
-        InputStatistics(moment, None if product is None else (product / count).cpu())
-        for moment, product, count in zip(moments, products, counts, strict=True)
-    ]
+    return sums.statistics()
 
 
 def save_statistics(

@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from coalora.calibrate.costs import UNITS, CostKind, CostUnit
-from coalora.calibrate.statistics import collect_statistics
-from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
 from coalora.files import read_tensors, stored_nbytes, write_tensors
 from coalora.models.choices import fitting
 from coalora.models.targets import TargetLayer, head_modules, other_tensors, tied_groups
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import CalibrationRecipe, Rounding, Tie
+from coalora.recipes import Rounding, Tie
 
 _COUNTED = ("rest_nbytes", "head_size", "adapter_nbytes")
 _HEADER = 110  # of a tensor in a file's header, beside its layer's name: part, type, shape and offsets
@@ -342,86 +340,11 @@ class _OutputNorm:
         return max(0.0, float((matrix @ self._hessian).mul_(matrix).sum(1).sum(dtype=torch.float64)))
 
 
-def calibrate(
-    model: nn.Module,
-    layers: Sequence[TargetLayer],
-    split: Split,
-    space: ChoiceSpace,
-    recipe: CalibrationRecipe,
-    *,
-    base_digest: str,
-    allowed: np.ndarray | None = None,
-    rest_dtype: torch.dtype | None = None,
-    tie: Tie = "none",
-    progress: Callable[[str], Callable[[int, int], None]] | None = None,
-) -> tuple[CalibrationTables, list[InputStatistics]]:
-    """Tables and input statistics of a base model's target layers (N), over examples at equal distances in `split`.
-
-    Args:
-        model: the base model in full precision, before PEFT wraps it.
-        base_digest: identity of its weights (`coalora.models.files.model_digest`).
-        allowed: bool (N, K), the choices that a layer may take; None allows all that fit its shape.
-        rest_dtype: of the other tensors where an export holds them in a smaller type (`write_base`).
-        tie: which layers take one choice.
-        progress: makes a listener (done, total) for what is named.
-
-    Raises:
-        CoaloraError: fewer examples than `recipe.n_samples`; a layer that no example reaches; more to keep than
-            `recipe.kept_mb`.
-    """
-    if recipe.n_samples > len(split):
-        raise CoaloraError(
-            f"calibration asks for {recipe.n_samples} examples, and there are {len(split)}",
-            remedy="Lower calibration.n_samples",
-        )
-    rounding, allowed = recipe.rounding, fitting(layers, space, allowed)
-    kept = check_kept(layers, space, recipe, allowed)
-    keep = (rounding != "absmax" or space.needs_statistics) and kept <= recipe.kept_mb
-    statistics = collect_statistics(
-        model,
-        layers,
-        split.apart(recipe.n_samples),
-        batch_size=recipe.batch_size,
-        hessians=recipe.hessians or rounding == "feedback" or space.needs_statistics,
-        progress=progress("input statistics") if progress else None,
-    )
-    statistics = [replace(known, rounding=rounding) for known in statistics]
-    err = error_table(
-        [layer.matrix(model.get_submodule(layer.name).get_parameter("weight")) for layer in layers],
-        statistics,
-        space,
-        allowed=allowed,
-        keep=keep,
-        progress=progress(f"quantizing {len(layers)} layers under {len(space)} choices") if progress else None,
-    )
-    tables = calibration_tables(layers, space, err, base_digest, allowed, rounding, tie)
-    return counted(tables, model, rest_dtype), statistics
-
-
 def counted(tables: CalibrationTables, model: nn.Module, rest_dtype: torch.dtype | None) -> CalibrationTables:
     """The tables with the sizes of what `model` (also on the meta device) has beside its target layers."""
     rest = stored_nbytes(other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
     heads = [model.get_submodule(name) for name in head_modules(model)]
     return replace(tables, rest_nbytes=rest, head_size=sum(p.numel() for head in heads for p in head.parameters()))
-
-
-def check_kept(
-    layers: Sequence[TargetLayer], space: ChoiceSpace, recipe: CalibrationRecipe, allowed: np.ndarray | None = None
-) -> float:
-    """Megabytes of all layers under all allowed choices, packed: what rounding other than absmax keeps.
-
-    Raises:
-        CoaloraError: they are to be kept, and exceed `recipe.kept_mb`.
-    """
-    nbytes = space.packed_nbytes_table([layer.shape for layer in layers])
-    kept = float(nbytes[fitting(layers, space, allowed)].sum()) / 1e6
-    if recipe.rounding != "absmax" and kept > recipe.kept_mb:
-        raise CoaloraError(
-            f"Rounding {recipe.rounding} keeps the weights of {len(layers)} layers under {len(space)} choices: "
-            f"{kept:,.0f} MB, above calibration.kept_mb {recipe.kept_mb:,}",
-            remedy="Allow fewer choices, raise calibration.kept_mb, or set calibration.rounding to absmax",
-        )
-    return kept
 
 
 def calibration_tables(
