@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from benchmarks._settings import CACHE, Setting, prepare
+from benchmarks._settings import CACHE, SIZES, Setting, prepare
 from coalora.adapt.adapted import AdaptedModel
 from coalora.evaluate.losses import LossMeter
 from coalora.files import read_json, write_json
@@ -125,7 +125,7 @@ def _groups(setting: Setting) -> list[np.ndarray]:
 
 @cache
 def _decoder() -> Setting:
-    return prepare("pydoc", None, None)
+    return prepare("pydoc", {}, None, replace(SIZES["decoder"], batch_size=8, search=32))
 
 
 @cache
@@ -140,7 +140,7 @@ def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
     low, high = tables.bits_range()
     members = np.unique(allocate(tables.err, tables.bits, np.maximum(np.linspace(low, high, 24), low)), axis=0)
     print(f"training an adapter for {TRAINED_STEPS} steps", flush=True)
-    training = TrainingRecipe(batch_size=setting.batch_size, lr=setting.lr, theta_lr=setting.theta_lr)
+    training = TrainingRecipe(batch_size=setting.size.batch_size, lr=setting.size.lr, theta_lr=3e-4)
     train(
         adapted, setting.benchmark.train, members, tables.average_bits(members), training,
         steps=TRAINED_STEPS, total_steps=TRAINED_STEPS, seed=0,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from coalora.adapt.adapted import AdaptedModel
 from coalora.calibrate.calibrate import calibrate
 from coalora.calibrate.statistics import load_statistics, save_statistics
 from coalora.calibrate.tables import CalibrationTables
@@ -17,13 +17,12 @@ from coalora.data.build import classification, language_modeling
 from coalora.data.classification import read_table
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
-from coalora.evaluate.losses import score
 from coalora.files import digest, file_sha256
 from coalora.models.loading import default_device, load_model, load_tokenizer
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
-from coalora.recipes import AdapterRecipe, CalibrationRecipe, PretrainRecipe, Rounding, Teacher
+from coalora.recipes import CalibrationRecipe, PretrainRecipe, Rounding
 from coalora.train.pretrain import pretrain
 
 CACHE = Path(__file__).parent / ".cache"
@@ -37,6 +36,40 @@ DECODER = PretrainRecipe(steps=1400, batch_size=8, lr=4e-3)
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much of everything a setting takes.
+
+    Attributes:
+        steps: S, those of an adapter for one configuration alone.
+        length: tokens of a block.
+        search, validation: blocks or examples that guide a search, and that are measured.
+        searches: configurations that the search of the one run for all measures.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    length: int = 128
+    search: int = 32
+    validation: int | None = 96
+    samples: int = 64
+    searches: int = 64
+
+
+SIZES = {
+    "decoder": Size(80, 4, 3e-3, search=16),
+    "sst2": Size(100, 32, 1e-3, length=64, search=256, validation=None),
+    "cpu": Size(60, 4, 1e-3, search=4, validation=64, searches=24),
+    "gpu": Size(50, 8, 1e-3, length=512, search=4, validation=96, samples=32, searches=24),
+}
+DECODERS = ("pydoc", "tinyshakespeare")  # texts that a decoder is pre-trained on
+# Setting -> (text of the base, text that it is adapted to).
+TEXTS = {name: (name, name) for name in DECODERS} | {
+    f"{a}-to-{b}": (a, b) for a in DECODERS for b in DECODERS if a != b
+}
+
+
+@dataclass(frozen=True)
 class Setting:
     """A base model with its data and tables; `identity` changes with anything that decides a result."""
 
@@ -45,61 +78,78 @@ class Setting:
     benchmark: Benchmark
     tables: CalibrationTables
     statistics: list[InputStatistics]
-    batch_size: int
-    lr: float
-    theta_lr: float
-    teacher: Teacher
+    size: Size
 
     def load(self) -> PreTrainedModel:
         """The base model anew, in full precision."""
         return _load(self.model, self.benchmark)
 
-    def full_precision(self) -> float:
-        """The metric of the base without quantization and adapter."""
-        tables = self.tables
-        adapted = AdaptedModel(
-            self.load(), tables.layers, tables.space, self.benchmark.task, method="none", recipe=AdapterRecipe(), seed=0
-        )
-        return score(adapted, self.benchmark.validation, batch_size=64).metric
-
 
 def prepare(
-    name: str, source: Path | None, model: str | None, space: str = "bits", rounding: Rounding = "feedback"
+    name: str,
+    files: Mapping[str, Path | None],
+    model: str | None,
+    size: Size,
+    space: str = "bits",
+    rounding: Rounding = "feedback",
 ) -> Setting:
     """The setting `name` with the choices `SPACES[space]`; a decoder is pre-trained where it has no base of its own.
+
+    Args:
+        files: `text` of tinyshakespeare or folder of SST-2; `train` and `test` of smollm2.
 
     Raises:
         CoaloraError: the setting reads a file or a model that was not named.
     """
-    CACHE.mkdir(exist_ok=True)
-    if name != "pydoc" and source is None:
-        raise CoaloraError(f"Setting {name} reads a file", remedy="Name it with --text")
-    if name == "sst2" and model is None:
-        raise CoaloraError("Setting sst2 adapts an encoder", remedy="Name it with --model")
-    content = [file_sha256(p) for p in sorted(source.rglob("*.tsv")) or [source]] if source is not None else []
-    base = digest([name, content, model, vars(DECODER)])
-    identity = digest([base, SPACES[space], rounding])
-    folder = CACHE / f"{name}-{base[:12]}"
-    folder.mkdir(exist_ok=True)
-    language = name != "sst2"
-    where = str(folder / "model") if language else str(model)
-    if language:
-        texts = pydoc_topics() if source is None else text_file(source)
-        parts = split_documents(texts, {"search": 0.1, "validation": 0.1}, seed=0)
-        if not (folder / "model" / "model.safetensors").is_file():
-            print(f"{name}: pre-training the base model ({DECODER.steps} steps)", flush=True)
-            (folder / "model").mkdir(exist_ok=True)
-            pretrain(parts["train"], DECODER, folder / "model", seed=0, device=torch.device("cpu"))
-        limits = {"train": None, "search": 32, "validation": 96}
-        made = language_modeling(name, load_tokenizer(where), parts, max_length=128, limits=limits)
+    wanted: dict[str, tuple[str, ...]] = {"pydoc": (), "smollm2": ("train", "test")}
+    named = {part: path for part in wanted.get(name, ("text",)) if (path := files.get(part))}
+    if missing := [f"--{part}" for part in wanted.get(name, ("text",)) if part not in named]:
+        raise CoaloraError(f"Setting {name} reads files", remedy=f"Name them with {' and '.join(missing)}")
+    if name not in TEXTS and model is None:
+        raise CoaloraError(f"Setting {name} adapts a model of yours", remedy="Name it with --model")
+    content = {part: [file_sha256(p) for p in sorted(at.rglob("*.tsv")) or [at]] for part, at in named.items()}
+    identity = digest([name, content, model, vars(DECODER), vars(replace(size, steps=0)), SPACES[space], rounding])
+    folder = CACHE / f"{name}-{identity[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = _decoder(TEXTS[name][0], named.get("text")) if name in TEXTS else str(model)
+    if name == "sst2":
+        made = _sst2(named["text"], where, size)
     else:
-        assert source is not None
-        made = _sst2(source, where)
-    tables, statistics = _calibrated(folder, _load(where, made), made, identity, space, rounding)
-    return Setting(
-        identity, where, made, tables, statistics, 8 if language else 32, 3e-3 if language else 1e-3, 3e-4,
-        "base" if language else "adapted",
-    )  # fmt: skip
+        if name == "smollm2":
+            parts = {**_split(text_file(named["train"]), "search"), "validation": text_file(named["test"])}
+        else:
+            parts = _texts(TEXTS[name][1], named.get("text"))
+        limits = {"train": None, "search": size.search, "validation": size.validation}
+        made = language_modeling(name, load_tokenizer(where), parts, max_length=size.length, limits=limits)
+    if not (folder / "tables.safetensors").is_file():
+        base, choices = _load(where, made), ChoiceSpace("nf", **SPACES[space])
+        recipe = CalibrationRecipe(rounding=rounding, n_samples=min(size.samples, len(made.train)), batch_size=4)
+        layers = find_target_layers(base)
+        tables, statistics = calibrate(base, layers, made.train, choices, recipe, base_digest=identity)
+        save_statistics(folder, layers, statistics, choices)
+        tables.save(folder / "tables.safetensors")
+    tables = CalibrationTables.load(folder / "tables.safetensors")
+    return Setting(identity, where, made, tables, load_statistics(folder, tables.layers, tables.space), size)
+
+
+def _split(texts: Sequence[str], *parts: str) -> dict[str, list[str]]:
+    return split_documents(texts, dict.fromkeys(parts, 0.1), seed=0)
+
+
+def _texts(name: str, file: Path | None) -> dict[str, list[str]]:
+    texts = pydoc_topics() if name == "pydoc" else text_file(file) if file else []
+    return _split(texts, "search", "validation")
+
+
+def _decoder(name: str, file: Path | None) -> str:
+    """Folder of the decoder that is pre-trained on a text; where it does not exist yet, it is made."""
+    content = "" if name == "pydoc" or file is None else file_sha256(file)
+    folder = CACHE / f"decoder-{name}-{digest([content, vars(DECODER)])[:12]}"
+    if not (folder / "model.safetensors").is_file():
+        print(f"{name}: pre-training the base model ({DECODER.steps} steps)", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        pretrain(_texts(name, file)["train"], DECODER, folder, seed=0, device=torch.device("cpu"))
+    return str(folder)
 
 
 def _load(model: str, benchmark: Benchmark) -> PreTrainedModel:
@@ -109,24 +159,9 @@ def _load(model: str, benchmark: Benchmark) -> PreTrainedModel:
     )
 
 
-def _sst2(folder: Path, model: str) -> Benchmark:
+def _sst2(folder: Path, model: str, size: Size) -> Benchmark:
     train, validation = (read_table(folder / f"{part}.tsv", ["sentence"], "label") for part in ("train", "dev"))
     return classification(
-        "sst2", load_tokenizer(model), train, validation, search=None, n_search=256, max_length=64, num_labels=2,
-        limits={"train": None, "search": 256, "validation": None}, seed=0,
+        "sst2", load_tokenizer(model), train, validation, search=None, n_search=size.search, max_length=size.length,
+        num_labels=2, limits={"train": None, "search": size.search, "validation": size.validation}, seed=0,
     )  # fmt: skip
-
-
-def _calibrated(
-    folder: Path, model: PreTrainedModel, benchmark: Benchmark, identity: str, space: str, rounding: Rounding
-) -> tuple[CalibrationTables, list[InputStatistics]]:
-    kept = folder / f"{space}-{rounding}"
-    if not (kept / "tables.safetensors").is_file():
-        layers, choices = find_target_layers(model), ChoiceSpace("nf", **SPACES[space])
-        recipe = CalibrationRecipe(rounding=rounding)
-        tables, statistics = calibrate(model, layers, benchmark.train, choices, recipe, base_digest=identity)
-        kept.mkdir(exist_ok=True)
-        save_statistics(kept, layers, statistics, choices)
-        tables.save(kept / "tables.safetensors")
-    tables = CalibrationTables.load(kept / "tables.safetensors")
-    return tables, load_statistics(kept, tables.layers, tables.space)

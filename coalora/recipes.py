@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # this module is read without torch
     from coalora.models.targets import TargetLayer
 
 Task = Literal["classification", "language-modeling"]
-Sampling = Literal["uniform", "low-bits", "sandwich", "adaptive"]
+Sampling = Literal["uniform", "low-bits", "low-bits-first", "sandwich", "adaptive"]
 Rounding = Literal["absmax", "searched", "feedback"]
 Inputs = Literal["original", "quantized"]
 Tie = Literal["none", "fused"]
@@ -204,6 +204,14 @@ class AdapterRecipe(Recipe):
         "auto: compensation for language models, which then lose least to quantization, zero for classifiers, which "
         "have more to learn than to make good.",
     )
+    leading_ranks: int = hyper(
+        0,
+        "Ranks of high bits",
+        "Cascaded ranks: choices above 3 bits use so many leading ranks of the shared pair, those of 3 bits half of "
+        "the others too, those of 2 bits all; 0: all choices use all.",
+        ge=0,
+        le=4096,
+    )
     rank_pattern: Mapping[str, int] = hyper(
         dict,
         "Ranks by layer",
@@ -265,7 +273,8 @@ class AdapterRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Objective(Recipe):
-    """Loss of a training step: (1 - distillation) * task loss + distillation * (KL + hidden * hidden-state error)."""
+    """Loss of a training step: (1 - distillation) * task loss + distillation * (outputs * KL + hidden * hidden-state
+    error)."""
 
     distillation: float | None = hyper(
         None,
@@ -281,6 +290,12 @@ class Objective(Recipe):
         "How much their error counts beside the outputs'; 0 leaves it out.",
         ge=0,
         le=1_000_000,
+    )
+    states: Literal["all", "last"] = hyper(
+        "all", "Hidden states", "Those that are compared: of all blocks, or of the last one."
+    )
+    outputs: float = hyper(
+        1.0, "Weight of outputs", "How much their KL divergence counts; 0 leaves it out.", ge=0, le=1_000_000
     )
     teacher: Teacher = hyper(
         "auto",
@@ -315,11 +330,23 @@ class TrainingRecipe(Recipe):
     sampling: Sampling = hyper(
         "low-bits",
         "Sampling of configurations",
-        "Draw of a step's configuration: uniform, towards low bits, by the sandwich rule, or adaptive, which spends "
-        "steps where the loss is in excess.",
+        "Draw of a step's configuration: uniform, towards low bits, towards low bits first and uniform in the end, by "
+        "the sandwich rule, or adaptive, which spends steps where the loss is in excess.",
     )
     sampling_power: float = hyper(
         2.5, "Strength of the sampling", "Of low-bits (1 is uniform) and of adaptive.", ge=1, le=100
+    )
+    paired: bool = hyper(
+        False,
+        "Two configurations a step",
+        "Half of a step's examples train one configuration, half its counterpart at the other end of the bits.",
+    )
+    lr_by_bits: float = hyper(
+        0.0,
+        "Learning rate by bits",
+        "Power of a configuration's bits, relative to the set's mean, that scales its steps' learning rate.",
+        ge=-4,
+        le=4,
     )
     objective: Objective = hyper(Objective, "Objective", "Loss that a step minimises.")
     gradient_checkpointing: bool = hyper(
@@ -327,6 +354,14 @@ class TrainingRecipe(Recipe):
         "Gradient checkpointing",
         "Compute activations again in the backward pass: less memory, a third more time.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paired and (self.sampling == "adaptive" or self.batch_size < 2):
+            raise CoaloraError(
+                f"Two configurations a step were asked for with {self.sampling} draws and batches of {self.batch_size}",
+                remedy="Take other draws than adaptive and batches of at least 2, or set paired to false",
+            )
 
     def resolved(self, goal: Goal = "fine-tune") -> "TrainingRecipe":
         """The same with what was left open as the goal wants it.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coalora.adapt.compensation import CompensationTable, as_large_as_lora, compensating_lora_B, compensation
-from coalora.adapt.experts import Experts, adjusted_choices
+from coalora.adapt.experts import Experts, adjusted_choices, cascaded, used_ranks
 from coalora.adapt.lora import ADAPTER, attach, lora_config
 from coalora.adapt.methods import METHODS
 from coalora.adapt.theta import ConfigurationAwareModel
@@ -99,6 +99,8 @@ class AdaptedModel:
                 hidden_dim=recipe.hidden_dim,
                 adjusted=adjusted_choices(space, recipe) if described.theta == "recipe" else None,
             ).to(self.device)
+        used = used_ranks(space, recipe, max(trained)) if described.follows_choices else None
+        self.used_ranks = None if used is None else used.to(self.device)
         self.experts: Experts | None = None
         if described.follows_choices and recipe.expert_bits:
             self.experts = Experts(space, layers, trained, max_bits=recipe.expert_bits).to(self.device)
@@ -174,10 +176,12 @@ class AdaptedModel:
         self.refresh()
 
     def adjustments(self, configuration: np.ndarray) -> Tensor | None:
-        """U (N, r, r) of a configuration; None without theta."""
-        if self.theta is None:
+        """U (N, r, r) of a configuration; None without theta, where all ranks are used."""
+        if self.theta is None and self.used_ranks is None:
             return None
-        return self.theta(torch.as_tensor(configuration, dtype=torch.int64, device=self.device))
+        chosen = torch.as_tensor(configuration, dtype=torch.int64, device=self.device)
+        U = None if self.theta is None else self.theta(chosen)
+        return U if self.used_ranks is None else cascaded(U, self.used_ranks[chosen])
 
     def switch(self, configuration: np.ndarray) -> None:
         """Quantize the base to `configuration` (N,) and adjust the adapter to it; gradients flow into theta.

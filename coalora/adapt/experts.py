@@ -87,3 +87,27 @@ def adjusted_choices(space: ChoiceSpace, recipe: AdapterRecipe) -> list[bool]:
     """Whether theta adjusts the pair to each choice (K,): not to those with an expert, where the recipe says so."""
     experts = expert_of_choice(space, recipe.expert_bits or 0)
     return [recipe.theta == "all" or expert == NO_EXPERT for expert in experts]
+
+
+def used_ranks(space: ChoiceSpace, recipe: AdapterRecipe, r: int) -> Tensor | None:
+    """Ones and zeros (K, r): the leading ranks of the shared pair that each choice uses; None where all use all.
+
+    Cascaded LoRA (QuEPT, arXiv 2602.12609): what low bits need beyond high bits has ranks of its own in the one pair.
+    """
+    high = recipe.leading_ranks
+    if not high:
+        return None
+    widths = [16 if choice.width is None else choice.width for choice in space.choices]
+    used = torch.tensor([high if b > 3 else (high + r) // 2 if b == 3 else r for b in widths])
+    return (torch.arange(r) < used[:, None]).float()
+
+
+def cascaded(U: Tensor | None, used: Tensor) -> Tensor:
+    """U' (N, r, r) with I + U' = diag(used) (I + U): the rows of (I + U') A that a layer does not use are zero.
+
+    Args:
+        U: theta's; None is zero.
+        used: (N, r) of `used_ranks`.
+    """
+    identity = torch.eye(used.shape[-1], device=used.device)
+    return used[..., None] * (identity if U is None else identity + U) - identity

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from coalora.adapt.effective import fold
-from coalora.adapt.experts import NO_EXPERT, adjusted_choices, expert_of_choice
+from coalora.adapt.experts import NO_EXPERT, adjusted_choices, cascaded, expert_of_choice, used_ranks
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.costs import CostKind, parse_budget
@@ -143,6 +143,7 @@ class Bundle:
         self.adapter_dtype = adapter_dtype
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
+        self._trained = max(self.ranks) - (recipe.compensation_rank or 0)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
@@ -150,7 +151,7 @@ class Bundle:
             self.theta = ConfigurationAwareModel(
                 tables.space,
                 tables.layers,
-                max(self.ranks) - (recipe.compensation_rank or 0),
+                self._trained,
                 embedding_dim=recipe.embedding_dim,
                 hidden_dim=recipe.hidden_dim,
                 adjusted=adjusted_choices(tables.space, recipe),
@@ -270,7 +271,10 @@ class Bundle:
     def adapt_to(self, configuration: np.ndarray) -> Adapted:
         """The adapter of one configuration (N,): theta's U folded into lora_A."""
         content = configuration_dict(configuration, self.tables)
-        U = None if self.theta is None else self.theta(torch.as_tensor(configuration))
+        chosen = torch.as_tensor(configuration)
+        U = None if self.theta is None else self.theta(chosen)
+        if (used := used_ranks(self.tables.space, self.recipe, self._trained)) is not None:
+            U = cascaded(U, used[chosen])
         own = ("theta.", "experts.")
         tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith(own)}
         for index, (layer, k) in enumerate(zip(self.tables.layers, configuration, strict=True)):

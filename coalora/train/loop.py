@@ -105,10 +105,11 @@ def train(
             remedy="Ask for fewer steps, or raise total_steps",
         )
     optimizer = _optimizer(parameters, recipe, state)
-    sampler = Sampler(
-        average_bits, sampling=recipe.sampling, power=recipe.sampling_power, seed=seed, estimates=_read_estimates(state)
-    )
     parallel = parallel or Parallel()
+    sampler = Sampler(
+        average_bits, sampling=recipe.sampling, power=recipe.sampling_power, seed=seed,
+        total_steps=parallel.world_size * total_steps, estimates=_read_estimates(state),
+    )  # fmt: skip
     records: list[dict[str, float]] = list(resumed.records) if resumed else []
     pending: list[tuple[int, Tensor]] = [(n, v.to(adapted.device)) for n, v in resumed.pending] if resumed else []
     done, whole = start, True  # whole: the state is that after `done` steps, and of no other
@@ -152,8 +153,9 @@ def train(
                 raise Stopped(f"stopped at step {done}")
 
     recipe = recipe.resolved()
-    if graph and recipe.gradient_checkpointing:
-        raise CoaloraError("A CUDA graph was asked for with gradient checkpointing", remedy="Turn one of them off")
+    if graph and (recipe.gradient_checkpointing or recipe.paired):
+        what = "gradient checkpointing" if recipe.gradient_checkpointing else "two configurations a step"
+        raise CoaloraError(f"A CUDA graph was asked for with {what}", remedy="Turn one of them off")
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
@@ -161,16 +163,25 @@ def train(
     adapted.peft_model.train()
     try:
         for step in range(start, span[1]):
-            member = sampler.draw(parallel.draw_step(step))
+            sides = (False, True) if recipe.paired else (False,)
+            drawn = [sampler.draw(parallel.draw_step(step), opposite=side) for side in sides]
+            rate = _schedule(step, recipe.warmup_steps, total_steps)
+            if recipe.lr_by_bits:
+                rate *= float(np.mean(average_bits[drawn]) / np.mean(average_bits)) ** recipe.lr_by_bits
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _schedule(step, recipe.warmup_steps, total_steps)
+                group["lr"] = group["peak_lr"] * rate
             indices = batch_indices(len(split), recipe.batch_size, seed=seed, step=parallel.batch_step(step))
-            batch = split.batch(indices, adapted.device)
-            teacher = ask_teacher(adapted, batch, recipe.objective)
-            # Dropout: a resumed step equals an undisturbed one.
-            torch.manual_seed(seed * 1_000_003 + parallel.batch_step(step))
-            adapted.switch(configurations[member])
-            loss, task_loss = gradients(batch, teacher)
+            losses = []
+            for member, part in zip(drawn, indices.chunk(len(drawn)), strict=True):
+                batch = split.batch(part, adapted.device)
+                teacher = ask_teacher(adapted, batch, recipe.objective)
+                # Dropout: a resumed step equals an undisturbed one.
+                torch.manual_seed(seed * 1_000_003 + parallel.batch_step(step))
+                adapted.switch(configurations[member])
+                losses.append(gradients(batch, teacher))
+            loss, task_loss = (torch.stack(values).mean() for values in zip(*losses, strict=True))
+            if recipe.paired:
+                torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], len(drawn))
             parallel.average_gradients(list(parameters.values()))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm).float()
             # A finite loss can have a gradient that is not, and clipping spreads it everywhere: such a step is left out
@@ -178,7 +189,7 @@ def train(
             finite = torch.isfinite(norm) if parallel.world_size > 1 else torch.isfinite(norm + loss.detach())
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             # A member's number is exact in float32 up to 16 million members.
-            number = torch.full((), float(member), device=adapted.device)
+            number = torch.full((), float(drawn[0]), device=adapted.device)
             values = torch.stack([task_loss.detach().float(), torch.where(finite, norm, torch.nan), number])
             with uninterrupted():
                 whole = False

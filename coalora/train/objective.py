@@ -1,8 +1,8 @@
 """Loss of a training step: the task's loss, distillation from the full-precision model, or both.
 
 Distillation (Hinton et al. 2015, arXiv 1503.02531): tau^2 KL(teacher || student) of the softened outputs, averaged over
-examples or predicted tokens; optionally the mean squared difference of the hidden states of every block, relative to
-the teacher's own mean square. Two teachers:
+examples or predicted tokens; optionally the mean squared difference of the hidden states of every block, or of the last
+one (RILQ, arXiv 2412.01129), relative to the teacher's own mean square. Two teachers:
 
 `base`    the full-precision base without adapter: what quantization took away, and no more. To recover.
 `adapted` the full-precision base with the shared adapter as it is now, without gradient (the in-place distillation of
@@ -72,17 +72,19 @@ def step_loss(
         log_target=True, reduction="none",
     ).sum(-1)  # fmt: skip
     # A product instead of an index: indexing by a mask would wait for the device.
-    distance = tau**2 * (divergence * counted).sum() / counted.sum()
+    distance = objective.outputs * tau**2 * (divergence * counted).sum() / counted.sum()
     if hidden:
-        distance = distance + objective.hidden * _hidden_error(out.hidden_states, teacher.hidden_states, batch)
+        # The first hidden states are the embeddings, which nothing changes.
+        compared = slice(-1 if objective.states == "last" else 1, None)
+        error = _hidden_error(out.hidden_states[compared], teacher.hidden_states[compared], batch)
+        distance = distance + objective.hidden * error
     return (1 - weight) * out.loss + weight * distance, out.loss.detach()
 
 
 def _hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
     mask = batch["attention_mask"][..., None].float()
     errors = []
-    # The first hidden states are the embeddings, which nothing changes.
-    for own, wanted in zip(student[1:], teacher[1:], strict=True):
+    for own, wanted in zip(student, teacher, strict=True):
         difference = ((own.float() - wanted.float()).square() * mask).sum()
         errors.append(difference / (wanted.float().square() * mask).sum())
     return torch.stack(errors).mean()

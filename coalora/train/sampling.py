@@ -1,9 +1,10 @@
 """Draws of a training step: its configuration, and its examples.
 
-Where training spends its steps is the largest lever on low-bit configurations, and costs nothing. Four modes:
+Where training spends its steps is the largest lever on low-bit configurations, and costs nothing. Five modes:
 
 `uniform`   all members alike (CoA-LoRA, arXiv 2509.25214, section 3).
 `low-bits`  rank u^power of the members in rising order of bits: a fixed preference for low bits.
+`low-bits-first` the same with a power that falls to 1 over the steps: low bits first, uniform draws in the end.
 `sandwich`  smallest, largest and a random member in turn (the sandwich rule of slimmable networks, Yu and Huang 2019,
             arXiv 1903.05134, spread over three steps so that a step costs what it costs elsewhere).
 `adaptive`  in proportion to each member's own excess loss, estimated as training goes on: a member that full training
@@ -91,6 +92,7 @@ class Sampler:
         power: at least 1. `low-bits`: exponent of the rank; `adaptive`: exponent of the excess. 1 is uniform for
             `low-bits`, and in proportion to the excess for `adaptive`. Other modes do not use it.
         seed: of the draws.
+        total_steps: those that `low-bits-first` falls over.
         estimates: of an earlier round or an interrupted one (`adaptive`).
 
     Raises:
@@ -104,21 +106,24 @@ class Sampler:
         sampling: Sampling,
         power: float,
         seed: int,
+        total_steps: int = 1,
         estimates: LossEstimates | None = None,
     ) -> None:
         if power < 1:
             raise CoaloraError(
                 f"A sampling power of {power} is below 1", remedy="Set it to 1 (uniform) or more; 2.5 favors low bits"
             )
-        self.sampling, self.power, self.seed = sampling, power, seed
+        self.sampling, self.power, self.seed, self.total_steps = sampling, power, seed, total_steps
         self.order = np.argsort(average_bits, kind="stable")
         self._rank = np.argsort(self.order)
         bits = np.asarray(average_bits, dtype=np.float64)[self.order]
         self.estimates = LossEstimates.empty(bits) if estimates is None else estimates.moved_to(bits)
 
-    def draw(self, step: int) -> int:
-        """Index of the member that step `step` trains on."""
+    def draw(self, step: int, *, opposite: bool = False) -> int:
+        """Index of the member that step `step` trains on, or of its counterpart at the other end of the bits, which is
+        drawn from 1 - u in place of u, and so distributed alike."""
         u = float(np.random.default_rng([self.seed, step, 1]).random())
+        u = 1 - u if opposite else u
         n = len(self.order)
         if self.sampling == "sandwich" and step % 3 < 2:
             return int(self.order[0 if step % 3 == 0 else n - 1])
@@ -129,6 +134,8 @@ class Sampler:
             return int(self.order[min(int(np.searchsorted(np.cumsum(share), u, side="right")), n - 1)])
         if self.sampling == "low-bits":
             u = u**self.power
+        elif self.sampling == "low-bits-first":
+            u = u ** (1 + (self.power - 1) * max(0.0, 1 - step / self.total_steps))
         return int(self.order[min(int(u * n), n - 1)])
 
     def observe(self, member: int, loss: float) -> None:

@@ -30,6 +30,18 @@ def test_theta_leaves_choices_with_an_expert_alone_where_the_recipe_says_so(smal
     assert all(adjusted_choices(small_space, AdapterRecipe(theta="others")))  # no experts: theta adjusts everything
 
 
+def test_high_bits_use_the_leading_ranks_of_the_pair_and_low_bits_all(tiny_llama, make_adapted) -> None:
+    adapted = make_adapted(tiny_llama(), perturb=0.3, expert_bits=0, leading_ranks=2)
+    for k, choice in enumerate(adapted.base.space.choices):
+        adapted.switch(at(adapted, k))
+        used = {2: 4, 3: 3}.get(choice.bits, 2)
+        U = adapted.theta(torch.as_tensor(at(adapted, k)))
+        for index, lora_A in enumerate(adapted.lora_A):
+            whole = (torch.eye(4) + U[index]) @ lora_A.weight
+            torch.testing.assert_close(adapted.terms.factor(0, index)[:used], whole[:used], rtol=1e-4, atol=1e-5)
+            assert not adapted.terms.factor(0, index)[used:].any()
+
+
 def test_untrained_experts_change_nothing(tiny_llama, make_adapted, text_split) -> None:
     batch = text_split.batch(torch.arange(4))
     losses = []

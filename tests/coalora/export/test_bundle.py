@@ -58,7 +58,7 @@ def test_adapters_hold_exactly_the_effective_weights_of_the_model_in_memory(tiny
         assert len(made.tensors) == len(rest) + len(adapted.layers)
 
 
-RICH = {"r": 6, "compensation_rank": 2, "expert_bits": 3, "rank_pattern": {"*.0.*": 5}}
+RICH = {"r": 6, "compensation_rank": 2, "expert_bits": 3, "rank_pattern": {"*.0.*": 5}, "leading_ranks": 2}
 
 
 @pytest.mark.parametrize(

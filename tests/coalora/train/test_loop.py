@@ -142,6 +142,42 @@ def test_a_first_step_is_adamw_on_the_drawn_batch_and_configuration(tiny_llama, 
         torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_paired_step_takes_the_mean_gradient_of_two_configurations(tiny_llama, make_adapted, go, text_split) -> None:
+    adapted, plain = make_adapted(tiny_llama(), "shared"), make_adapted(tiny_llama(), "shared")
+    recipe = replace(RECIPE, paired=True, max_grad_norm=1e9)
+    state, _ = go(adapted, 1, recipe=recipe)
+    configurations = np.random.default_rng(4).integers(8, size=(5, len(plain.layers)))
+    bits = np.array([plain.base.space.nominal_bits[c].mean() for c in configurations])
+    sampler = Sampler(bits, sampling="low-bits", power=2.5, seed=0)
+    gradients = []
+    for part, opposite in zip(batch_indices(len(text_split), 4, seed=0, step=0).chunk(2), (False, True), strict=True):
+        plain.switch(configurations[sampler.draw(0, opposite=opposite)])
+        loss = plain.peft_model(**text_split.batch(part)).loss
+        names = [name for name in plain.named_parameters() if ".lora_B." in name]
+        gradients.append(torch.autograd.grad(loss, [plain.named_parameters()[name] for name in names]))
+    for name, one, other in zip(names, *gradients, strict=True):
+        mean = (one + other) / 2
+        torch.testing.assert_close(state.tensors[f"exp_avg.{name}"], 0.1 * mean, rtol=1e-4, atol=1e-7)
+
+
+def test_the_learning_rate_follows_the_bits_where_it_is_asked_to(tiny_llama, make_adapted, go) -> None:
+    steps = {}
+    for power in (0.0, 1.0):
+        adapted = make_adapted(tiny_llama(), "shared")
+        before = adapted.state_dict()
+        state, records = go(adapted, 1, recipe=replace(RECIPE, lr_by_bits=power))
+        steps[power] = max(float((state.tensors[name] - start).abs().max()) for name, start in before.items())
+    configurations = np.random.default_rng(4).integers(8, size=(5, len(adapted.layers)))
+    bits = np.array([adapted.base.space.nominal_bits[c].mean() for c in configurations])
+    assert steps[1.0] / steps[0.0] == pytest.approx(records[0]["bits"] / bits.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"sampling": "adaptive"}, {"batch_size": 1}])
+def test_two_configurations_a_step_need_two_examples_and_draws_that_observe_nothing(change) -> None:
+    with pytest.raises(CoaloraError, match="Two configurations a step"):
+        TrainingRecipe(paired=True, **change)
+
+
 def test_schedule_warms_up_and_falls_to_a_tenth(tiny_llama, make_adapted, go) -> None:
     recipe = replace(RECIPE, warmup_steps=4, lr=1.0e-3)
     _, records = go(make_adapted(tiny_llama(), "shared"), 10, recipe=recipe)

@@ -76,6 +76,18 @@ def test_hidden_states_add_their_error_relative_to_the_teacher(tiny_llama, make_
     assert float(losses[2.0] - losses[0.0]) == pytest.approx(2 * np.mean(errors), rel=1e-4)
 
 
+def test_the_last_hidden_state_alone_may_be_compared(tiny_llama, make_adapted, batch) -> None:
+    adapted = make_adapted(tiny_llama(), perturb=0.05)
+    objective = Objective(0.5, hidden=3.0, states="last", outputs=0.0)
+    teacher = ask_teacher(adapted, batch, objective)
+    adapted.switch(lowest(adapted))
+    total, task = step_loss(adapted, batch, objective, teacher)
+    own = adapted.peft_model(**batch, output_hidden_states=True).hidden_states[-1]
+    mask, wanted = batch["attention_mask"][..., None], teacher.hidden_states[-1]
+    error = ((own - wanted).square() * mask).sum() / (wanted.square() * mask).sum()
+    assert float(total) == pytest.approx(float(0.5 * task + 1.5 * error), rel=1e-4)
+
+
 def test_distillation_alone_brings_the_student_to_its_teacher(tiny_llama, make_adapted, batch) -> None:
     adapted = make_adapted(tiny_llama(), r=8)
     objective = Objective().resolved("recover")

@@ -36,6 +36,23 @@ def test_low_bits_draws_rank_u_to_the_power(power: float) -> None:
         assert stats.chisquare(counts).pvalue < 1e-6
 
 
+def test_low_bits_come_first_and_uniform_draws_last() -> None:
+    sampler = Sampler(BITS, sampling="low-bits-first", power=6.0, seed=0, total_steps=8000)
+    ranks = np.argsort(np.argsort(BITS))[[sampler.draw(step) for step in range(8000)]]
+    first, last = np.bincount(ranks[:400], minlength=5), np.bincount(ranks[-400:], minlength=5)
+    assert first[0] > 250
+    assert stats.chisquare(last).pvalue > 1e-3
+
+
+def test_a_counterpart_lies_at_the_other_end_and_is_drawn_alike() -> None:
+    sampler = Sampler(BITS, sampling="low-bits", power=2.5, seed=0)
+    ranks = np.argsort(np.argsort(BITS))
+    one, other = (ranks[[sampler.draw(s, opposite=side) for s in range(4000)]] for side in (False, True))
+    assert np.corrcoef(one, other)[0, 1] < -0.5
+    expected = 4000 * np.diff((np.arange(6) / 5) ** (1 / 2.5))
+    assert stats.chisquare(np.bincount(other, minlength=5), expected).pvalue > 1e-3
+
+
 def test_draws_depend_on_seed_and_step_alone() -> None:
     assert np.array_equal(draw(50), draw(50))
     assert not np.array_equal(draw(50), draw(50, seed=1))
