@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -216,7 +217,11 @@ def input_statistics(layers: list[TargetLayer], seed: int) -> list[InputStatisti
 
 @pytest.fixture(scope="session")
 def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
-    """`tables_for(model, space=small_space)`: tables of the default target layers; input statistics drawn, seeded."""
+    """`tables_for(model, space=small_space)`: tables of the default target layers; input statistics drawn, seeded.
+
+    Errors of the same weights are measured once: most tests begin with the same few models.
+    """
+    measured: dict[tuple[object, ...], np.ndarray] = {}
 
     def make(
         model: nn.Module, space: ChoiceSpace | None = None, *, base_digest: str = "0" * 64, seed: int = 0
@@ -225,7 +230,11 @@ def tables_for(small_space: ChoiceSpace) -> Callable[..., CalibrationTables]:
         statistics = input_statistics(layers, seed)
         weights = [layer.matrix(model.get_submodule(layer.name).get_parameter("weight").data) for layer in layers]
         space = space or small_space
-        return calibration_tables(layers, space, error_table(weights, statistics, space), base_digest)
+        content = sha256(b"".join(weight.contiguous().view(torch.uint8).numpy().tobytes() for weight in weights))
+        key = (content.digest(), *((weight.dtype, weight.shape) for weight in weights), *space.choices, seed)
+        if key not in measured:
+            measured[key] = error_table(weights, statistics, space)
+        return calibration_tables(layers, space, measured[key].copy(), base_digest)
 
     return make
 
