@@ -3,7 +3,8 @@
 Hypervolume of (validation loss, cost), both minimised; by default the cost is average bits. The scale depends on the
 benchmark and the choice space alone, so that values compare between methods, runs and versions: the ideal is a loss of
 zero at the space's smallest cost, the reference point the loss of a guess at its largest: a uniform one (ln of the
-number of classes, or of tokens), or for a regression the labels' mean (their variance). A value is the dominated
+number of classes, or of tokens), or for a regression the labels' mean (their variance). To recover, the loss is the
+KL divergence from the base, of which a uniform guess has at most as much. A value is the dominated
 fraction of the rectangle between them; a configuration worse than guessing adds nothing.
 """
 
@@ -16,15 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from coalora.data.benchmark import Split
+from coalora.recipes import Goal
 from coalora.search.pareto import normalized_hypervolume
 
 
-def normalization(cost: str) -> str:
+def normalization(cost: str, goal: Goal = "fine-tune") -> str:
     """The scale in words; `cost` as in "average bits"."""
-    return (
-        f"fraction of the rectangle between zero loss at the space's smallest {cost} and the loss of a guess at "
-        "its largest"
-    )
+    loss, guess = ("KL divergence", "ln of the vocabulary") if goal == "recover" else ("loss", "the loss of a guess")
+    return f"fraction of the rectangle between zero {loss} at the space's smallest {cost} and {guess} at its largest"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _loss_panel(ax: Axes, result: Result) -> None:
     names = result.arm_names
     panel_title(ax, "Loss fronts of the set", "faint: dominated members; number beside a name: hypervolume ↑")
     ax.set_xlabel(result.cost.label)
-    ax.set_ylabel(f"loss, {result.loss_unit} (lower is better ↓)")
+    ax.set_ylabel(f"loss, {result.searched_unit} (lower is better ↓)")
     shown = {name: [member.loss[name] for member in result.members] for name in names}
     bounds = _limits(shown, [])
     _cost_axis(ax, [member.at for member in result.members], result)

@@ -13,7 +13,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import ConfigurationSet
 from coalora.data.benchmark import Benchmark
 from coalora.evaluate.compare import compare, guess_loss, normalization
-from coalora.evaluate.metrics import reported_metrics
+from coalora.evaluate.metrics import KL, reported_metrics
 from coalora.recipes import Goal
 from pipeline.report.schema import Cost, Round, Step, as_result
 from pipeline.settings.sections import Settings
@@ -60,8 +60,11 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
     data, measured, members, measures, alone = run.data, run.tables, run.members, run.scores, run.references
     bits = measured.average_bits(members.configurations)
     nbytes, costs = measured.total_nbytes(members.configurations), measured.costs(members.configurations)
+    # What the search minimised (`searched_against`), so that training, search and report have one objective.
+    searched = {m: s["members"] for m, s in measures.items()}
+    losses = {m: s["metrics"][KL] if settings.goal == "recover" else s["loss"] for m, s in searched.items()}
     comparison = compare(
-        {method: np.array(s["members"]["loss"]) for method, s in measures.items()},
+        {method: np.array(values) for method, values in losses.items()},
         costs,
         cost_range=measured.cost_range(),
         guess_loss=guess_loss(data.validation, data.num_labels or run.model["vocab_size"]),
@@ -114,7 +117,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
                 "cost": float(costs[i]),
                 "nbytes": int(nbytes[i]),
                 "round": int(members.joined[i]),
-                "loss": {method: s["members"]["loss"][i] for method, s in measures.items()},
+                "loss": {method: values[i] for method, values in losses.items()},
                 "metric": {method: s["members"]["metrics"][headline.name][i] for method, s in measures.items()},
             }
             for i in range(len(members))
@@ -122,7 +125,7 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
         "hypervolume": {
             "ref_point": comparison.ref_point,
             "ideal": comparison.ideal,
-            "normalization": normalization(measured.cost_unit.words),
+            "normalization": normalization(measured.cost_unit.words, settings.goal),
             "values": comparison.values,
         },
         "rounds": [Round.of_record(record).model_dump() for record in run.rounds],

@@ -41,7 +41,7 @@ def rounds_figure(result: Result) -> Figure:
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.25]})
         figure.subplots_adjust(left=0.75 / FIGURE_WIDTH, right=0.917, top=0.84, bottom=0.13, wspace=0.28)
         _volume_panel(left, result)
-        _fronts_panel(right, result.rounds, result.cost, result.loss_unit)
+        _fronts_panel(right, result.rounds, result.cost, result.searched_unit)
     return figure
 
 

@@ -290,6 +290,11 @@ class Result(_Part):
         return loss_unit(self.benchmark.task, squared=self.benchmark.metric in ("pearson", "spearman"))
 
     @property
+    def searched_unit(self) -> str:
+        """The same of the loss that the search minimised: of members, rounds and hypervolumes."""
+        return "KL divergence in nats per token" if self.benchmark.goal == "recover" else self.loss_unit
+
+    @property
     def arrow(self) -> str:
         """The direction in which the metric improves."""
         return "↑" if self.benchmark.higher_is_better else "↓"

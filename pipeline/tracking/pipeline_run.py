@@ -90,9 +90,10 @@ def version_tags(pipeline: str, result: Mapping[str, Any], benchmark: Artifact, 
     """What a registered version was trained and measured on."""
     volume = result["hypervolume"]
     bits = [member["average_bits"] for member in result["members"]]
+    goal = ["recover"] if result["benchmark"]["goal"] == "recover" else []  # the loss is another one
     tags = {
         "pipeline": pipeline,
-        REFERENCE: digest([benchmark.digest, volume["ideal"], volume["ref_point"]])[:16],
+        REFERENCE: digest([benchmark.digest, volume["ideal"], volume["ref_point"], *goal])[:16],
         "benchmark": result["benchmark"]["name"],
         "average_bits_range": f"{min(bits):.3f} to {max(bits):.3f}",
         "base_model": result["model"]["name"],

@@ -64,6 +64,9 @@ def test_to_recover_is_reported_by_the_divergence_from_the_base(recovered) -> No
         selected = read_json(default_store().path(graph.selection) / "selected.json")
     losses = [member["loss"] for member in selected["members"]]
     assert max(losses) < min(budget.loss["coa"] for budget in result.budgets)  # KL, and not the task's loss
+    for member in result.members:
+        assert member.loss == member.metric
+    assert "zero KL divergence" in result.hypervolume.normalization
     assert "which has" not in markdown_table(result)
 
 
