@@ -32,7 +32,7 @@ SPACES: dict[str, dict[str, list[int | str]]] = {
     "bits": {"scale_bits": [8], "scale_dtype": ["bf16"], "block_size": [64], "scale_block_size": [256]},
     "all": {},
 }
-DECODER = PretrainRecipe(steps=1400, batch_size=8, lr=4e-3)
+DECODER = PretrainRecipe(steps=1000, batch_size=4, lr=5e-3)  # that of pipeline `tiny`
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Size:
     lr: float
     length: int = 128
     search: int = 32
-    validation: int | None = 96
+    validation: int | None = 64
     samples: int = 64
     searches: int = 64
 
@@ -59,7 +59,7 @@ class Size:
 SIZES = {
     "decoder": Size(80, 4, 3e-3, search=16),
     "sst2": Size(100, 32, 1e-3, length=64, search=256, validation=None),
-    "cpu": Size(60, 4, 1e-3, search=4, validation=64, searches=24),
+    "cpu": Size(60, 4, 1e-3, search=4, searches=24),
     "gpu": Size(50, 8, 1e-3, length=512, search=4, validation=96, samples=32, searches=24),
 }
 DECODERS = ("pydoc", "tinyshakespeare")  # texts that a decoder is pre-trained on

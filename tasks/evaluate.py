@@ -50,6 +50,7 @@ def merge_shards(parts: Sequence[dict], inverse: np.ndarray, n_members: int, n_d
     return {"full_precision": full} | {
         name: {
             "loss": [rows[i]["loss"] for i in index],
+            "blocks": [rows[i].get("blocks", ()) for i in index],
             "metrics": {metric: [rows[i]["metrics"][metric] for i in index] for metric in full["metrics"]},
         }
         for name, index in dealt.items()

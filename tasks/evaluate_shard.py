@@ -66,6 +66,7 @@ def evaluate_shard(
             asked,
             batch_size=batch_size,
             reference=reference_of(model, reference),
+            by_block=True,
             progress=Progress(label),
         )
     scores = [vars(one) for one in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Score:
 
     loss: float
     metrics: dict[str, float]
+    blocks: tuple[float, ...] = ()  # losses of the blocks of a text, where they are asked for
 
     @property
     def metric(self) -> float:
@@ -43,8 +44,9 @@ class _Tally:
     Sums and predictions stay on the device until the last batch: no batch waits for the one before it.
     """
 
-    def __init__(self, adapted: AdaptedModel, split: Split) -> None:
-        self._adapted, self._split = adapted, split
+    def __init__(self, adapted: AdaptedModel, split: Split, by_block: bool = False) -> None:
+        self._adapted, self._split, self._by_block = adapted, split, by_block
+        self._blocks: list[Tensor] = []
         self._total = torch.zeros((), dtype=torch.float64, device=adapted.device)
         self._count = torch.zeros((), dtype=torch.int64, device=adapted.device)
         self._predictions: list[Tensor] = []
@@ -62,6 +64,10 @@ class _Tally:
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             self._total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             self._count += (labels != IGNORED).sum()
+            if self._by_block:
+                each = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+                each, counted = (x.view(len(batch["labels"]), -1).sum(1) for x in (each, labels != IGNORED))
+                self._blocks.append(each / counted.clamp(min=1))
             if reference is not None:
                 nats, same = divergence(logits, reference[:, :-1].flatten(0, 1), labels != IGNORED)
                 before = self._from_reference or (0.0, 0.0)
@@ -101,7 +107,8 @@ class _Tally:
             **beside,
         )
         known = metrics_of(_kind(self._split), self._n_classes, reference=self._from_reference is not None)
-        return Score(outcome.loss, {m.name: m.compute(outcome) for m in known})
+        blocks = tuple(_array(self._blocks).tolist())
+        return Score(outcome.loss, {m.name: m.compute(outcome) for m in known}, blocks)
 
 
 def score(adapted: AdaptedModel, split: Split, *, batch_size: int) -> Score:
@@ -123,6 +130,7 @@ def scores(
     *,
     batch_size: int,
     reference: Reference | None = None,
+    by_block: bool = False,
 ) -> Iterator[Score]:
     """Scores of configurations (n, N) on one and the same split, one by one: paired by construction.
 
@@ -132,9 +140,10 @@ def scores(
     Args:
         reference: what KL divergence and agreement of a language model are measured against; None leaves them out, as
             classes do.
+        by_block: of text also the loss of every block, the longest first.
     """
     batches, done, n_batches = split.batches(batch_size, adapted.device), 0, -(-len(split) // batch_size)
-    tallies = [_Tally(adapted, split) for _ in configurations]
+    tallies = [_Tally(adapted, split, by_block) for _ in configurations]
     while tallies and done < n_batches:
         if reference is None or split.labels is not None:
             group: list[tuple[dict[str, Tensor], Tensor | None]] = [(batch, None) for batch in batches]
@@ -158,11 +167,13 @@ def measure_configurations(
     *,
     batch_size: int,
     reference: Reference | None = None,
+    by_block: bool = False,
     progress: Callable[..., None] | None = None,
 ) -> list[Score]:
     """All of `scores`; `progress` listens to (done, total, loss=...)."""
-    found = []
-    for one in scores(adapted, split, configurations, batch_size=batch_size, reference=reference):
+    found: list[Score] = []
+    options: dict[str, Any] = {"batch_size": batch_size, "reference": reference, "by_block": by_block}
+    for one in scores(adapted, split, configurations, **options):
         found.append(one)
         if progress:
             progress(len(found), len(configurations), loss=one.loss)

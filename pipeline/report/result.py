@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,27 @@ def build_result(pipeline: str, settings: Settings, run: RunMeasures) -> dict[st
             | {key: e[key] for key in _OF_AN_EXPORT}
             for b, e in zip(budgets, run.exports, strict=True)
         ],
-        "notes": _notes(data.task, list(measures), ceiling=settings.ceiling, goal=settings.goal),
+        "notes": _notes(data.task, list(measures), ceiling=settings.ceiling, goal=settings.goal)
+        + noise(budgets, measures["coa"]["budgets"]["blocks"]),
     }
     return as_result(content).model_dump(mode="json")
+
+
+def noise(budgets: Sequence[float], blocks: Sequence[Sequence[float]]) -> list[str]:
+    """Sentences about neighbouring budgets whose losses by block (paired, one row a budget) differ by less than twice
+    the standard error: another text might turn their order round."""
+    found, order = [], np.argsort(budgets)
+    for low, high in pairwise(order):
+        difference = np.subtract(blocks[low], blocks[high])
+        if len(difference) < 2 or not difference.any():
+            continue  # no text, or one configuration
+        gain, error = difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
+        if abs(gain) < 2 * error:
+            found.append(
+                f"{budgets[high]:g} is {gain:.3f} ± {error:.3f} nats a token better than {budgets[low]:g} (CoA-LoRA, "
+                f"standard error over {len(difference)} validation blocks): too little to tell them apart."
+            )
+    return found
 
 
 def _budget(

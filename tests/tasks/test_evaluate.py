@@ -142,7 +142,11 @@ def test_shards_that_do_not_cover_every_configuration_once_are_refused(kept: lis
         {"start": 2, "scores": [row], "full_precision": None},
     ]
     inverse = np.array([0, 2, 1, 1])
-    assert merge_shards(shards[::-1], inverse, 3, 3)["budgets"] == {"loss": [1.0], "metrics": {"accuracy": [0.5]}}
+    assert merge_shards(shards[::-1], inverse, 3, 3)["budgets"] == {
+        "loss": [1.0],
+        "blocks": [()],
+        "metrics": {"accuracy": [0.5]},
+    }
     with pytest.raises(CoaloraError, match="do not cover the configurations 0 to 3 once each"):
         merge_shards([shards[i] for i in kept], inverse, 3, 3)
 

@@ -111,6 +111,17 @@ def test_scoring_leaves_nothing_behind(tiny_bert_classifier, make_adapted, class
         assert torch.equal(module.base_layer.weight, fresh.get_submodule(layer.name).weight)
 
 
+def test_the_losses_of_blocks_are_those_of_each_alone(tiny_llama, make_adapted, text_split) -> None:
+    adapted = make_adapted(tiny_llama())
+    lowest = np.zeros((1, len(adapted.layers)), dtype=np.int64)
+    (found,) = measure_configurations(adapted, text_split, lowest, batch_size=3, by_block=True)
+    assert len(found.blocks) == len(text_split)
+    with torch.no_grad():
+        each = [float(adapted.peft_model(**one).loss) for one in text_split.batches(1)]
+    assert found.blocks == pytest.approx(each, rel=1e-5)
+    assert score(adapted, text_split, batch_size=3).blocks == ()
+
+
 def test_no_configurations_give_no_scores(tiny_llama, make_adapted, text_split) -> None:
     meter = LossMeter(make_adapted(tiny_llama()), text_split, 4)
     assert meter(np.zeros((0, 14), dtype=np.int64), "losses").shape == (0,)
