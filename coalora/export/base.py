@@ -3,14 +3,15 @@
 `quantized.safetensors` holds the bit-packed target layers and nothing else, so that its size is the reported bits
 (its header aside); `rest.safetensors` every other tensor; `configuration.json` the choice of every layer and the sha256
 of both files, which are checked at loading; beside them
-the model's config and tokenizer. Loading dequantizes into an ordinary transformers model: the same weights, bit for
-bit, as the model that was evaluated.
+the model's config and tokenizer. Loading dequantizes into an ordinary transformers model, or leaves the target layers
+packed, to make their weights while they multiply: the same weights, bit for bit, as the model that was evaluated.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding, read_adapter
 from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
+from coalora.models.switching.packed import move_rest, pack_layer
 from coalora.models.targets import TargetLayer, other_tensors
-from coalora.quant.scheme import Choice, InputStatistics
-from coalora.recipes import Task
+from coalora.quant.scheme import Choice, InputStatistics, Scheme
+from coalora.recipes import Task, WeightMode
 
 PACKED, REST, CONFIGURATION = "quantized.safetensors", "rest.safetensors", "configuration.json"
 
@@ -122,11 +124,14 @@ def load_base(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    weights: WeightMode = "dequantized",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The dequantized model of a packed base, with `coalora_digest` set to its configuration's digest.
+    """The model of a packed base, with `coalora_digest` set to its configuration's digest.
 
     Args:
+        weights: `packed` keeps the target layers as they are stored: memory is that of the packed base, its other
+            tensors and one layer's weight, and each forward pass dequantizes anew. `device` says where for good.
         trust_remote_code: run the code in the folder, where the architecture is one that came with its checkpoint.
 
     Raises:
@@ -140,11 +145,11 @@ def load_base(
         64
     """
     with reading(Path(folder)):
-        return _dequantized(Path(folder), device, dtype, trust_remote_code)
+        return _loaded(Path(folder), device, dtype, weights, trust_remote_code)
 
 
-def _dequantized(
-    folder: Path, device: torch.device | None, dtype: torch.dtype | None, trust_remote_code: bool
+def _loaded(
+    folder: Path, device: torch.device | None, dtype: torch.dtype | None, weights: WeightMode, trust_remote_code: bool
 ) -> PreTrainedModel:
     content = _read_configuration(folder)
     check_files(folder, content.get("files"), (PACKED, REST))
@@ -164,15 +169,20 @@ def _dequantized(
         name, part = key.rsplit(".", 1)
         parts.setdefault(name, {})[part] = tensor
     state, _ = read_tensors(folder / REST)
-    for name, (scheme, choice) in choices.items():
-        shape = tuple(content["shapes"][name])
-        weight = scheme.dequantize(scheme.unpack(parts.get(name, {}), choice, shape), choice, shape)
-        state[f"{name}.weight"] = weight.T.contiguous() if name in content["transposed"] else weight
     device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    for name, (scheme, choice) in choices.items():
+        shape, own = tuple(content["shapes"][name]), parts.get(name, {})
+        unpacked, transposed = scheme.unpack(own, choice, shape), name in content["transposed"]
+        if weights == "packed":  # a weight of no memory, for transformers to be content with
+            state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(shape[::-1] if transposed else shape)
+        else:
+            weight = scheme.dequantize(unpacked, choice, shape)
+            state[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
     # The Auto classes load a state only from a file; the architecture's own class takes it as it is.
     own_class: Any = type(meta_model(config, content["task"], trust_remote_code=trust_remote_code))
     model, info = own_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or default_dtype(device), output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     if wrong := sorted({*info["missing_keys"], *info["unexpected_keys"]}):  # transformers would make weights up
         raise CoaloraError(
@@ -181,7 +191,38 @@ def _dequantized(
         )
     model.requires_grad_(False)
     model.coalora_digest = content["digest"]
-    return model.to(device).eval()
+    if weights == "dequantized":
+        return model.to(device).eval()
+    modules = {name: model.get_submodule(name) for name in choices}
+    for name, module in modules.items():
+        scheme, choice = choices[name]
+        own = {part: tensor.to(device) for part, tensor in parts[name].items()}
+        shape, transposed = tuple(content["shapes"][name]), name in content["transposed"]
+        kind = module.get_parameter("weight").dtype
+        pack_layer(module, _Packed(scheme, choice, own, shape, kind, device, transposed), device)
+    move_rest(model, {id(module) for module in modules.values()}, device)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Maker of the weight of one packed layer, as its module stores it."""
+
+    scheme: Scheme
+    choice: Choice
+    parts: dict[str, Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    transposed: bool
+
+    def __call__(self) -> Callable[[], Tensor]:
+        return self.make
+
+    def make(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.scheme.dequantize_packed(self.parts, self.choice, self.shape, out)
+        return out.T.contiguous() if self.transposed else out
 
 
 def load_adapted(base_folder: Path, adapter_folder: Path, **options: Any) -> PeftModel:

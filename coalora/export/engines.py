@@ -7,6 +7,7 @@ a package that need not be installed (`pip install 'coalora[engines]'`); scheme 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base
 from coalora.export.formats import EXPORT_FORMATS
 from coalora.files import read_json
+from coalora.quant.gptq.solver import process_state_kept
 from coalora.trust import require_trust
 
 
@@ -91,6 +93,23 @@ def _compressed_tensors(folder: Path, ids: Sequence[int]) -> Tensor:
     return _of(model(input_ids=torch.tensor([list(ids)])).logits[0])
 
 
+@torch.no_grad()
+def _gptq(folder: Path, ids: Sequence[int]) -> Tensor:
+    with torch.compiler.set_stance("force_eager"):  # each layer would be compiled, for a text
+        return _of(open_gptq(folder)(input_ids=torch.tensor([list(ids)])).logits[0])
+
+
+def open_gptq(folder: Path) -> PeftModel:
+    """A pair in format `gptq` in GPTQModel with its torch kernel, on the CPU."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # some defaults raise on machines of two cores
+    with process_state_kept():
+        from gptqmodel import BACKEND, GPTQModel
+
+        kernel = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.float16}
+        base = GPTQModel.load(str(folder / "base"), **kernel).model
+        return PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+
+
 def _mlx(folder: Path, ids: Sequence[int]) -> Tensor:
     import mlx.core as mx
     import numpy as np
@@ -155,4 +174,5 @@ ENGINES = {
     "compressed-tensors": Engine("compressed_tensors", _compressed_tensors),
     "mlx": Engine("mlx_lm", _mlx),
     "gguf": Engine("xllamacpp", _llama_cpp),
+    "gptq": Engine("gptqmodel", _gptq),
 }

@@ -157,6 +157,7 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry(
         "compressed-tensors": "coalora.export.compressed_tensors:CompressedTensorsFormat",
         "mlx": "coalora.export.mlx:MlxFormat",
         "gguf": "coalora.export.gguf:GGUFFormat",
+        "gptq": "coalora.export.gptq:GPTQFormat",
     },
 )
 

@@ -1,12 +1,12 @@
-"""Integers of scheme `int` as the files of other engines hold them.
+"""Integers of schemes `int` and `gptq` as the files of other engines hold them.
 
-compressed-tensors and MLX store what the scheme packs, in other shapes: the codes of a row are one LSB-first bit stream
-in 32-bit words, and since groups (a multiple of 32) divide the rows, that is the scheme's own stream, bit for bit.
+compressed-tensors, MLX and GPTQModel store what the scheme packs, in other shapes: the codes of a row are one LSB-first
+bit stream in 32-bit words, and since groups (a multiple of 32) divide the rows, that is the scheme's own, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +20,24 @@ from coalora.export.base import CONFIGURATION, inference_config, packed_layers
 from coalora.export.formats import ExportSource
 from coalora.files import file_digests, write_json, write_tensors
 from coalora.models.targets import TargetLayer, other_tensors
+from coalora.quant.gptq.scheme import GPTQChoice
 from coalora.quant.integer.scheme import IntChoice
 from coalora.recipes import Task
 
 MODEL = "model.safetensors"
-Choices = Mapping[str, IntChoice]
+Integers = IntChoice | GPTQChoice
+Choices = Mapping[str, Any]  # of Integers; of IntChoice alone where the format holds no others
 
 
-def check_integers(tables: CalibrationTables, task: Task, name: str, *, mode: str | None = None) -> None:
+def check_integers(
+    tables: CalibrationTables, task: Task, name: str, *, mode: str | None = None, schemes: Sequence[str] = ("int",)
+) -> None:
     """Look whether all choices of all layers are integers in groups that divide the rows of an `nn.Linear`.
 
     Args:
         name: of the format, for the error.
         mode: the only one that the format holds; None: any.
+        schemes: that it holds, `int` first.
 
     Raises:
         CoaloraError: names the first layer that may take something else, and what to train with.
@@ -49,12 +54,12 @@ def check_integers(tables: CalibrationTables, task: Task, name: str, *, mode: st
             )
         for k in np.flatnonzero(may):
             scheme, choice = tables.space.scheme_of(int(k)), tables.space.choices[int(k)]
-            if scheme.name != "int":
+            if scheme.name not in schemes:
                 raise CoaloraError(
                     f"{layer.name} may take {choice} of scheme {scheme.name}, and format {name} holds integers",
-                    remedy="Train with choices.scheme: int",
+                    remedy=f"Train with choices.scheme: {' or '.join(schemes)}",
                 )
-            own = cast(IntChoice, choice)
+            own = cast(Any, choice)
             if mode and own.mode != mode:
                 raise CoaloraError(
                     f"{layer.name} may take {choice}, and format {name} holds mode {mode}",
@@ -79,7 +84,7 @@ def write_integers(
     folder: Path,
     source: ExportSource,
     *,
-    tensors_of: Callable[[TargetLayer, IntChoice, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    tensors_of: Callable[[TargetLayer, Any, Mapping[str, Tensor]], Mapping[str, Tensor]],
     settings: Callable[[dict[str, Any], Choices], Mapping[str, Any]],
     library: str,
 ) -> None:
@@ -93,11 +98,11 @@ def write_integers(
     model = source.load_model()
     layers = packed_layers(model, source.tables, source.adapted.choices, source.load_statistics())
     folder.mkdir(parents=True)
-    choices: dict[str, IntChoice] = {}
+    choices: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for layer, choice, packed in layers:
-        choices[layer.name] = cast(IntChoice, choice)
-        made = tensors_of(layer, choices[layer.name], packed)
+        choices[layer.name] = choice
+        made = tensors_of(layer, choice, packed)
         tensors |= {f"{layer.name}.{part}": tensor for part, tensor in made.items()}
     tensors |= other_tensors(model, list(choices), source.rest_dtype)
     write_tensors(folder / MODEL, tensors, format=library)

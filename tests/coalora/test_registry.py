@@ -105,7 +105,7 @@ def test_built_in_names_are_listed_without_torch_and_scipy() -> None:
         "bert,roberta,llama,mistral,qwen2,qwen3,gpt2",
         "ehvi,random,frozen",
         "none,shared,paper,coa,qlora,lq-lora",
-        "peft,packed,compressed-tensors,mlx,gguf",
+        "peft,packed,compressed-tensors,mlx,gguf,gptq",
     ]
 
 

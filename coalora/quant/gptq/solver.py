@@ -164,7 +164,7 @@ def _gptqmodel() -> tuple[Any, Any]:
     """Its `GPTQ` and `GPTQConfig`, imported on first use (2 s)."""
     check_installed()
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # some defaults raise on machines of two cores
-    with _process_state_kept():
+    with process_state_kept():
         from logbar import LogBar
 
         LogBar.shared().setLevel("ERROR")  # its own logger, which prints a banner and every module's progress
@@ -174,7 +174,7 @@ def _gptqmodel() -> tuple[Any, Any]:
 
 
 @contextmanager
-def _process_state_kept() -> Iterator[None]:
+def process_state_kept() -> Iterator[None]:
     """Undo what importing gptqmodel does to everyone else: it moves HF_HOME and sets other variables, gives the root
     logger a handler, and replaces safetensors' `save_file`."""
     environ, root = dict(os.environ), logging.getLogger()

@@ -86,11 +86,12 @@ def integer_export(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> Callable[..., IntegerExport]:
     """`integer_export(architecture, mode, dtype=torch.float32, tie="fused")`: bits 2 to 8, groups of 32 and 64, ranks
-    4 and 6; `dtype` is the checkpoint's."""
+    4 and 6; `dtype` is the checkpoint's; `uniform` the one choice of all layers, `targets` some of them."""
 
     def make(
-        architecture: str = "llama", mode: str = "asym", dtype: torch.dtype = torch.float32, tie: Tie = "fused"
-    ) -> IntegerExport:
+        architecture: str = "llama", mode: str = "asym", dtype: torch.dtype = torch.float32, tie: Tie = "fused",
+        uniform: int | None = None, targets: tuple[str, ...] | None = None,
+    ) -> IntegerExport:  # fmt: skip
         config = AutoConfig.for_model(
             architecture, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16, vocab_size=320, max_position_embeddings=128, pad_token_id=0,
@@ -110,10 +111,12 @@ def integer_export(
             return model
 
         space = ChoiceSpace("int", bits=[2, 3, 4, 8], group_size=[32, 64], mode=[mode])
-        layers = find_target_layers(load())
+        layers = find_target_layers(load(), targets)
         err = np.repeat(4.0 ** -space.nominal_bits[None], len(layers), 0)
         tables = calibration_tables(layers, space, err, "0" * 64, tie=tie)
         choices = np.random.default_rng(0).integers(len(space), size=len(tables.search_err))
+        if uniform is not None:
+            choices[:] = uniform
         recipe = AdapterRecipe(
             r=4, lora_alpha=6, expert_bits=0, compensation_rank=0, theta="all", rank_pattern={"mlp.down_proj": 6}
         )
