@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from coalora.errors import CoaloraError
@@ -51,6 +52,13 @@ def require_home() -> Path:
             remedy=f"Mend its owner or permissions, or set {HOME_VARIABLE} to another folder",
         ) from error
     return home
+
+
+def used_now(folder: Path) -> Path:
+    """The folder, where it is there, with the time of this use: `coalora prune` frees what was not used for long."""
+    with suppress(OSError):  # not there, or a home that is only read
+        os.utime(folder)
+    return folder
 
 
 def set_defaults() -> None:

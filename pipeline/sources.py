@@ -1,6 +1,7 @@
 """Bundles behind addresses: a finished run with its store, a published run in a bucket, a version in MLflow's registry.
 
-Downloads stay under `COALORA_HOME/downloads`, checked by the bundle's own digests when they are read.
+Downloads stay under `COALORA_HOME/downloads` until `coalora prune` frees them, checked by the bundle's own digests when
+they are read.
 """
 
 import os
@@ -19,7 +20,7 @@ from coalora.export.bundle import HEADER
 from coalora.export.source import Source
 from coalora.files import digest, read_json
 from coalora.parse import parse_yaml
-from pipeline.environment import coalora_home
+from pipeline.environment import coalora_home, used_now
 from pipeline.inputs.fingerprint import model_digest
 from pipeline.inputs.loaders import MODEL, BaseModel, load_input_statistics
 from pipeline.s3.client import S3Address
@@ -154,4 +155,4 @@ def registered_version(address: str) -> tuple[Any, Any]:
 
 
 def _downloads(address: str) -> Path:
-    return coalora_home() / "downloads" / digest(address)[:16]
+    return used_now(coalora_home() / "downloads" / digest(address)[:16])

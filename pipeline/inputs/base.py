@@ -9,7 +9,7 @@ import filelock
 
 from coalora.errors import CoaloraError
 from coalora.models.files import gguf_path, package_folder
-from pipeline.environment import coalora_home
+from pipeline.environment import coalora_home, used_now
 from pipeline.inputs.fingerprint import files_digest, model_digest
 from pipeline.settings.sections import ModelSettings
 
@@ -62,4 +62,4 @@ def _unpacked(file: Path) -> Path:
                 partial.mkdir()
                 unpack_gguf(file, partial)
                 partial.rename(folder)
-    return folder
+    return used_now(folder)

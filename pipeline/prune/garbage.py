@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.environment import coalora_home
 from pipeline.inputs.loaders import SET
 from pipeline.prune.roots import Journal, Roots, Used, artifact_digests, set_md5
 from pipeline.s3.client import S3Object
@@ -33,6 +34,13 @@ _RECORD = re.compile(r"[a-z0-9-]+-[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNUSED = "no run, version or DVC file refers to it"
 _NO_ARTIFACT, _UNREADABLE = "of an artifact that goes or is gone", "unreadable"
+
+
+# Kind -> folder in COALORA_HOME, and what happens to whoever asks for it later.
+HAD_AGAIN = {
+    "download": ("downloads", "fetched again when asked for"),
+    "unpacked": ("gguf", "unpacked again when asked for"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,13 @@ def find_garbage(store: Store, roots: Roots, results: Path, *, older_than: float
         used, roots, older_than,
     )  # fmt: skip
     journals = [_item("journal", journal.path, "its run is gone") for journal in dead]
-    return [*_unfinished(store, older_than), *unused, *_checkpoints(used, older_than), *journals]
+    return [
+        *_unfinished(store, older_than),
+        *unused,
+        *_checkpoints(used, older_than),
+        *_had_again(older_than),
+        *journals,
+    ]
 
 
 def remove(store: Store, item: Garbage, *, older_than: float) -> bool:
@@ -76,6 +90,10 @@ def remove(store: Store, item: Garbage, *, older_than: float) -> bool:
             shutil.rmtree(path, ignore_errors=True)
         finally:
             lock.release()
+    elif item.kind in HAD_AGAIN and _age(path) < older_than:
+        return False
+    elif item.kind in HAD_AGAIN:
+        shutil.rmtree(path, ignore_errors=True)
     elif item.kind == "unfinished":
         shutil.rmtree(path, ignore_errors=True)
         path.with_suffix(".lock").unlink(missing_ok=True)
@@ -192,6 +210,13 @@ def _checkpoints(used: Used, older_than: float) -> Iterator[Garbage]:
         newest = min((_age(file) for file in files_below(folder).values()), default=_age(folder))
         if newest >= older_than and folder.name not in used.keys:
             yield Garbage("checkpoint", folder, _size(folder), newest, "no run came back to it")
+
+
+def _had_again(older_than: float) -> Iterator[Garbage]:
+    """Bundles that were fetched and models that were unpacked, which every use makes young."""
+    for kind, (room, why) in HAD_AGAIN.items():
+        folders = [folder for folder in sorted((coalora_home() / room).glob("*")) if folder.is_dir()]
+        yield from (_item(kind, folder, why) for folder in folders if _age(folder) >= older_than)
 
 
 def _item(kind: str, path: Path, why: str = "") -> Garbage:

@@ -29,7 +29,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_
 
 from coalora.errors import CoaloraError
 from pipeline.environment import coalora_home
-from pipeline.progress import get_logger
 from pipeline.scrub import is_secret, scrub, scrub_text
 from pipeline.tracking.server import place_of_runs
 
@@ -90,10 +89,7 @@ class Tracker:
         database = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
         on_disk = database is not None and database[1] != ":memory:"
         if database and on_disk:
-            file = Path(database[1])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if not file.exists() and not file.resolve().is_relative_to(coalora_home()):  # a mistyped address?
-                get_logger().warning("There was no MLflow database %s: it is made now", file)
+            Path(database[1]).parent.mkdir(parents=True, exist_ok=True)
         self.tracking_uri, self.experiment = tracking_uri, experiment
         # Opening a database migrates it: of two processes that both begin, one would find the other's half.
         with filelock.FileLock(f"{database[1]}.lock") if database and on_disk else nullcontext():

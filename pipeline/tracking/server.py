@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing, suppress
+from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from pipeline.scrub import has_login, scrub_text
 
 T = TypeVar("T")
 AGAIN = "run the same command again: what was computed is kept, and only what is missing is logged"
+DATABASE = "mlflow.db"  # in COALORA_HOME, which runs make where nothing else is named
 DELAYS = (1.0, 2.0, 4.0)  # seconds; MLflow lets SQLite wait 20 at each try
 
 _FULL = re.compile(r"database or disk is full|No space left on device", re.IGNORECASE)
@@ -45,7 +47,7 @@ def place_of_runs(tracking_uri: str | None = None) -> str:
     Raises:
         CoaloraError: the address of a server holds a login. A database's may, in the variable.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / 'mlflow.db'}"
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{coalora_home() / DATABASE}"
     if uri.startswith(("http://", "https://")) and has_login(uri):
         raise CoaloraError(
             f"The address of MLflow's server {scrub_text(uri)} was given with a login in it",
@@ -60,7 +62,8 @@ def require_server(uri: str, *, experiment: str | None = None, existing: bool = 
 
     Args:
         experiment: it must not be a deleted one.
-        existing: refuse a database that would have to be made: nothing can be read from it.
+        existing: refuse the default database, too, where it would have to be made: nothing can be read from it. One
+            at another place is made only of an empty file, which somebody who mistypes its name has not made.
     """
     if not uri.startswith(("http://", "https://")):
         _require_database(uri, experiment, existing=existing)
@@ -106,12 +109,13 @@ def _require_database(uri: str, experiment: str | None, *, existing: bool) -> No
     path = Path(place.partition("?")[0].removeprefix("/"))
     if not place.startswith("/") or not path.name:
         raise _closed(uri, "the address of a file has three slashes, and four where it is absolute")
+    default = path.resolve() == coalora_home() / DATABASE
     if not path.exists():
-        if existing:
-            raise _closed(uri, f"there is no file {path}")
-        if path.parent != coalora_home() and not os.access(path.parent, os.W_OK | os.X_OK):
-            raise _closed(uri, f"{path.parent} is no folder that can be written")
+        if existing or not default:
+            raise _missing(path, make=not existing)
         return
+    if not (existing or all(os.access(at, os.W_OK) for at in (path, path.parent))):
+        raise _closed(uri, f"{path}, or its folder, cannot be written")
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -126,6 +130,17 @@ def _require_database(uri: str, experiment: str | None, *, existing: bool) -> No
         ):
             row = database.execute("select lifecycle_stage from experiments where name = ?", [experiment]).fetchone()
             _refuse_deleted(row and row[0], experiment, uri)
+
+
+def _missing(path: Path, *, make: bool) -> CoaloraError:
+    """A file that is none of a mistyped address: only the default database is made without being asked for."""
+    names = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
+    near = " or ".join(get_close_matches(path.name, names, n=2))
+    correct = "Correct MLFLOW_TRACKING_URI or tracking.tracking_uri" + (f" ({near}?)" if near else "")
+    return CoaloraError(
+        f"There is no MLflow database {path}",
+        remedy=f"{correct}, or make a new one by an empty file: `touch {path}`" if make else correct,
+    )
 
 
 def _refuse_deleted(stage: object, experiment: str, uri: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
 from coalora.cli import main
+from pipeline import sources
 from pipeline.prune.garbage import find_garbage, remove
 from pipeline.prune.roots import Journal, Roots
 from pipeline.stages.runner import DirectRunner, stage
@@ -268,3 +269,17 @@ def test_a_record_that_cannot_be_read_goes_and_files_of_others_stay(home: Home) 
     home.age()
     home.prune("--delete")
     assert [p.name for p in results.iterdir()] == ["0123456789abcdef"]
+
+
+def test_what_can_be_had_again_goes_when_it_was_not_used_for_long(home: Home) -> None:
+    asked, left = sources._downloads("s3://b/runs/demo/1"), sources._downloads("s3://b/runs/demo/2")
+    unpacked, beside = home.home / "gguf" / ("0" * 64), home.home / "other"
+    for folder in (asked, left, unpacked, beside):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"x")
+    home.age()
+    sources._downloads("s3://b/runs/demo/1")
+    home.prune()
+    assert unpacked.exists()
+    home.prune("--delete")
+    assert [folder.exists() for folder in (asked, left, unpacked, beside)] == [True, False, False, True]

@@ -192,17 +192,6 @@ def test_artifacts_of_a_database_lie_under_the_artifact_root(tracker: Tracker, h
     assert tracker.client.get_run(run.run_id).info.artifact_uri.startswith((home / "mlartifacts").as_uri())
 
 
-def test_a_database_that_is_made_at_another_place_than_the_home_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("COALORA_HOME", str(tmp_path / "home"))
-    for _ in range(2):
-        Tracker(f"sqlite:///{tmp_path / 'mistyped.db'}", "e", tmp_path)
-    assert caplog.text.count("mistyped.db: it is made now") == 1
-    Tracker(f"sqlite:///{tmp_path / 'home' / 'own.db'}", "e", tmp_path)
-    assert "own.db" not in caplog.text
-
-
 def test_a_second_tracker_finds_the_experiment_and_its_runs(tracker: Tracker, database: str, run: TrackedRun) -> None:
     again = Tracker(database, "tests")
     assert again.experiment_id == tracker.experiment_id

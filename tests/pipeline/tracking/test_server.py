@@ -118,7 +118,8 @@ def test_a_healthy_server_one_with_a_login_and_a_database_pass(tmp_path: Path) -
         require_server(uri)
     with answering(401, b"") as uri:
         require_server(uri)
-    require_server(f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "empty.db").touch()
+    require_server(f"sqlite:///{tmp_path}/empty.db")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_a_login_in_a_servers_address_is_refused_by_the_variables_for_it(
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("sqlite:///{}/none/mlflow.db", "no folder that can be written"),
+        ("sqlite:///{}/none/mlflow.db", r"There is no MLflow database .*none/mlflow.db\. Correct"),
         ("sqlite://mlflow.db", "three slashes"),
         ("sqlite:///", "three slashes"),
         ("sqlite:///{}/text.db", "no database of SQLite"),
@@ -184,10 +185,17 @@ def test_a_database_that_cannot_be_opened_is_refused(tmp_path: Path, uri: str, w
         require_server(uri.format(tmp_path))
 
 
-def test_a_mistyped_database_is_not_made_to_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CoaloraError, match="there is no file"):
-        require_server(f"sqlite:///{tmp_path}/mlfow.db", existing=True)
-    assert not list(tmp_path.iterdir())
+def test_only_the_default_database_is_made_without_being_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COALORA_HOME", str(tmp_path))
+    require_server(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(CoaloraError, match=r"no MLflow database .*mlflow.db\. Correct [^`]*$"):
+        require_server(f"sqlite:///{tmp_path}/mlflow.db", existing=True)
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(CoaloraError, match=r"no MLflow database .*mlfow.db\. .*\(mlflow.db\?\).*`touch .*mlfow.db`"):
+        require_server(f"sqlite:///{tmp_path}/mlfow.db")
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_deleted_experiment_is_refused(run: TrackedRun) -> None:
