@@ -60,9 +60,11 @@ def stage(
     """
     settings = _settings(name, file, changes)
     log_to_terminal()
-    from flows.parts import recall
+    from flows.parts import INPUTS, recall, write_inputs
 
-    if refresh or not recall(part, name, settings):
+    if part == INPUTS:
+        write_inputs(name, settings)
+    elif refresh or not recall(part, name, settings):
         from flows.stage import run_stage
 
         run_stage(part, name, settings, refresh)

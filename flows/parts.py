@@ -24,6 +24,7 @@ from pipeline.stages.keys import strings, versions
 from pipeline.store.store import Artifact, default_store
 from pipeline.tracking.server import place_of_runs, require_server
 
+INPUTS = "inputs"  # what decides the others
 REGISTRATION = "registration"  # acts on other systems, and makes one file
 ROOT = Path(__file__).parents[1]
 
@@ -42,8 +43,7 @@ def part_key(part: str, name: str, settings: Settings) -> str | None:
     content = settings.model_dump(mode="json")
     if settings.evaluation.harness_tasks or any(map(added_modules, strings(content))):
         return None
-    named = [settings.cost.table, settings.initial_set.file]
-    files = [*input_files(settings.benchmark), *map(Path, filter(None, named))]
+    files = _files(settings)
     if not all(file.is_file() for file in files):
         return None
     if part != REGISTRATION:
@@ -56,6 +56,35 @@ def part_key(part: str, name: str, settings: Settings) -> str | None:
             [sorted(map(str, Path("/dev").glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")],
         ]
     )
+
+
+def _files(settings: Settings) -> list[Path]:
+    named = [settings.cost.table, settings.initial_set.file]
+    return [*input_files(settings.benchmark), *map(Path, filter(None, named))]
+
+
+def write_inputs(name: str, settings: Settings) -> None:
+    """Write `outputs/inputs`: digests of all that decides a result, and the few settings that runs are compared by.
+
+    DVC shows a column for each dependency and each setting that it knows: so these stand for all of them. As with any
+    dependency of DVC's, packages and GPUs do not count.
+    """
+    folder = Path("outputs", INPUTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [file for file in _files(settings) if file.is_file()]  # one that is not is told by whoever reads it
+    decides = {
+        "code": digest(_CODE),
+        "settings": digest([name, settings.model_dump(mode="json")]),
+        "data": digest([model_content(settings.model), files_digest(files)]),
+    }
+    write_json(folder / "digests.json", decides)
+    rounds = settings.search.rounds
+    compared = {
+        "adapter": {"r": settings.adapter.r},
+        "training": {"steps": settings.training.total_steps(rounds)},
+        "search": {"rounds": rounds},
+    }
+    write_json(folder / "settings.json", compared)
 
 
 def remember(part: str, name: str, key: str | None, made: Iterable[tuple[str, Artifact]] | dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """One part of a pipeline without a server, for `dvc repro`; and `dvc.yaml` itself.
 
-    coalora stage calibration|training|evaluation|export|registration NAME [--file ...] [--set ...]
+    coalora stage inputs|calibration|training|evaluation|export|registration NAME [--file ...] [--set ...]
     coalora dvc [--check]
 
 Runs the same stages as the flow under the same cache keys: what either has computed, the other reuses. Results are
@@ -17,31 +17,29 @@ import yaml
 
 from coalora.errors import CoaloraError
 from flows.graph import PARTS, Graph, Rounds, start
-from flows.parts import REGISTRATION, ROOT, part_key, remember, write_registration
+from flows.parts import INPUTS, REGISTRATION, ROOT, part_key, remember, write_registration
 from pipeline.preflight import preflight
 from pipeline.settings.sections import Settings
-from pipeline.stages.keys import source_closure
 from pipeline.stages.runner import DirectRunner
 from pipeline.store.store import Artifact
 
 DVC_FILE = "dvc.yaml"
 # Part -> what DVC keeps of it, below outputs/.
 OUTPUTS = {part: [part] for part in PARTS} | {"export": ["export", "report"], "registration": ["registration.json"]}
-# Rooms that a part needs besides those of its stages' code.
-_EFFECTS = {"registration": ("pipeline/s3", "pipeline/tracking", "tasks")}
 _HEAD = """\
 # The pipeline's parts for `dvc repro`; written by `coalora dvc` from flows/graph.py.
 # Which pipeline: definitions.repro in pipelines.yaml, or for once
 #   dvc exp run -S 'pipelines.yaml:definitions.repro=sst2-minilm'
-# Dependencies are whole folders, and all settings: which file and which setting matter to a stage is known to the cache
-# that the command looks into.
+# Stage `inputs` runs every time, in two seconds: it writes digests of code, settings and input files, which every part
+# depends on, in place of a column of `dvc exp show` for each of them. All settings that differ:
+#   dvc params diff --targets pipelines.yaml -- HEAD
 """
 
 
 def run_stage(part: str, name: str, settings: Settings, refresh: Sequence[str] = ()) -> None:
     """Bring a part up to date and copy it to `outputs/`."""
     if part not in PARTS:
-        raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join(PARTS)}")
+        raise CoaloraError(f"A pipeline has no part {part!r}", remedy=f"Choose from {', '.join((INPUTS, *PARTS))}")
     key = part_key(part, name, settings)
     run = start(name, settings, DirectRunner(), refresh)
     preflight(settings, root=Path.cwd())
@@ -86,37 +84,27 @@ def _results(part: str, graph: Graph) -> Iterator[tuple[str, Artifact]]:
 
 
 def dvc_yaml() -> str:
-    """Content of `dvc.yaml`: each part of the graph with the folders of its code and the outputs that it reads."""
-    stages = {
-        part: {
-            "cmd": f"python -m coalora stage {part} ${{definitions.repro}}",
-            "deps": sorted({*_rooms(part), *(f"outputs/{out}" for out in before)}),
-            "params": [{"pipelines.yaml": ["definitions.repro", "definitions.pipelines.${definitions.repro}"]}],
+    """Content of `dvc.yaml`: what decides a result, then each part of the graph behind the outputs that it reads."""
+    command = "python -m coalora stage {} ${{definitions.repro}}"
+    stages: dict[str, Any] = {
+        INPUTS: {"cmd": command.format(INPUTS), "always_changed": True, "outs": [f"outputs/{INPUTS}"]}
+    }
+    for part, before in zip(PARTS, [None, *PARTS], strict=False):
+        read = [OUTPUTS[before][-1]] if before else []
+        stages[part] = {
+            "cmd": command.format(part),
+            "deps": [f"outputs/{out}" for out in (INPUTS, *read)],
             "outs": [f"outputs/{out}" for out in OUTPUTS[part]],
         }
-        for part, before in zip(PARTS, [[], *OUTPUTS.values()], strict=False)
-    }
     content = {
         "vars": ["pipelines.yaml:definitions"],
         "stages": stages,
+        "params": [f"outputs/{INPUTS}/settings.json"],
         "metrics": ["outputs/report/metrics.json"],
         # Pictures, since the page that DVC draws curves with loads its scripts from the network.
         "plots": ["outputs/report/front.png", "outputs/report/curves.png"],
     }
     return _HEAD + yaml.safe_dump(content, sort_keys=False, width=120)
-
-
-def _rooms(part: str) -> set[str]:
-    """The folders of code that a part's results depend on: packages, and the rooms of `pipeline`."""
-    files = {file for stage in PARTS[part] for file in source_closure(stage.fn.__module__).values()}
-    rooms = {"flows/graph.py", *_EFFECTS.get(part, ())}
-    for file in files:
-        package, *inside = file.relative_to(ROOT).parts
-        if package != "pipeline":
-            rooms.add(package)
-        elif len(inside) > 1:
-            rooms.add(f"{package}/{inside[0]}")
-    return rooms
 
 
 def write_dvc_yaml(*, check: bool = False) -> None:

@@ -35,8 +35,20 @@ def test_repro_after_the_flow_computes_nothing(finished: tuple[Checkout, str]) -
     assert by_repro == (checkout.latest / "report" / "metrics.json").read_bytes()
 
 
-def test_a_second_repro_runs_no_stage(cold: tuple[Checkout, str]) -> None:
-    assert "Data and pipelines are up to date" in cold[0].repro()
+def test_a_second_repro_looks_at_the_inputs_and_runs_no_part(cold: tuple[Checkout, str]) -> None:
+    output = cold[0].repro()
+    assert re.findall(r"Running stage '(\w+)'", output) == ["inputs"]
+    assert re.findall(r"Stage '(\w+)' didn't change", output) == list(PARTS)
+
+
+def test_experiments_have_a_column_for_what_runs_are_compared_by(cold: tuple[Checkout, str]) -> None:
+    header, *_ = cold[0].run("-m", "dvc", "exp", "show", "--csv").splitlines()
+    columns = set(header.split(","))
+    compared = {"adapter.r", "training.steps", "search.rounds", "hypervolume.coa", "bits_per_byte.2.5"}
+    assert compared <= columns
+    hashes = {column for column in columns if column.startswith("outputs/")}
+    assert len(hashes) <= 5
+    assert len(columns - hashes - {"rev", "typ", "parent"}) <= 12
 
 
 def test_repro_versions_every_rounds_set_from_inside_its_stage(cold: tuple[Checkout, str]) -> None:

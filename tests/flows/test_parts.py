@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import parts
-from flows.parts import part_key, recall, remember
+from flows.parts import part_key, recall, remember, write_inputs
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.store.store import Artifact, default_store
@@ -88,6 +88,26 @@ def test_seeing_that_nothing_is_to_be_done_imports_nothing_slow() -> None:
     code = f"import sys, flows.parts; print({slow} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_inputs_differ_with_code_settings_and_input_files_alone(
+    made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests(*changes: str) -> dict[str, str]:
+        write_inputs("tiny", settings(*changes))
+        found: dict[str, str] = json.loads(Path("outputs/inputs/digests.json").read_text())
+        return found
+
+    def differing(found: dict[str, str]) -> list[str]:
+        return [name for name in before if found[name] != before[name]]
+
+    before = digests()
+    assert differing(digests("seed=1")) == ["settings"]
+    for change, key in {"package": None, "GPU": None, "input": "data", "code": "code"}.items():
+        with monkeypatch.context() as patch:
+            CHANGES[change](patch)
+            assert differing(digests()) == ([key] if key else []), change
+            Path("set.json").write_text("{}")
 
 
 def test_templates_and_tables_of_the_rooms_count_as_code() -> None:
