@@ -36,7 +36,7 @@ from coalora.train.pretrain import llama_config, train_tokenizer
 from pipeline.environment import require_home
 from pipeline.inputs.base import base_source
 from pipeline.inputs.choices import choices_of, priced_tables
-from pipeline.inputs.corpus import content_key, documents, examples
+from pipeline.inputs.corpus import content_key, documents, examples, look_at_hub
 from pipeline.inputs.fingerprint import input_files
 from pipeline.inputs.loaders import read_set_file
 from pipeline.settings.sections import BenchmarkSettings, Settings
@@ -172,7 +172,7 @@ def _check_sizes(settings: Settings, model: PreTrainedModel) -> None:
 
 
 def _check_data(settings: Settings, model: PreTrainedModel) -> None:
-    """Read local data as the stages will, and refuse too little of it, and a tokenizer that is none of the model's."""
+    """Read local data as the stages will, look at the hub's; refuse too little of it, and another tokenizer."""
     source, benchmark = settings.model, settings.benchmark
     tokenizer = None
     if source.pretrain is None:
@@ -182,21 +182,18 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
         if benchmark.task == "classification":
             check_pads(tokenizer)
             check_padding(model, tokenizer.pad_token_id)
-    if benchmark.hub is not None:
-        return
     n_samples = settings.calibration.n_samples
+    if benchmark.hub is not None:
+        n_train = look_at_hub(benchmark)["train"]
+        if benchmark.task == "classification" and n_train is not None:
+            _check_rest(settings, n_train, benchmark.n_search)
+        return
     if benchmark.task == "classification":
         train, validation, search = examples(benchmark)
         for part, found in {"train": train, "validation": validation, "search": search}.items():
             if found is not None:
                 check_classes(found, benchmark.num_labels, part)
-        rest = len(train.texts) - (benchmark.n_search if search is None else 0)
-        if rest < n_samples:
-            raise CoaloraError(
-                f"{len(train.texts)} training examples leave {max(rest, 0)} beside the search's, and "
-                f"calibration.n_samples is {n_samples}",
-                remedy="Lower calibration.n_samples or benchmark.n_search, or give more examples",
-            )
+        _check_rest(settings, len(train.texts), benchmark.n_search if search is None else 0)
         splits = (
             {
                 "train": example_split(
@@ -221,6 +218,16 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
         raise CoaloraError(
             f"The tokenizer gives token {highest}, and the model embeds {embedded(model)}",
             remedy="Put the model's own tokenizer into its folder",
+        )
+
+
+def _check_rest(settings: Settings, n_train: int, n_search: int) -> None:
+    n_samples, rest = settings.calibration.n_samples, n_train - n_search
+    if rest < n_samples:
+        raise CoaloraError(
+            f"{n_train} training examples leave {max(rest, 0)} beside the search's, and calibration.n_samples is "
+            f"{n_samples}",
+            remedy="Lower calibration.n_samples or benchmark.n_search, or give more examples",
         )
 
 

@@ -5,10 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from coalora.data.classification import FORMATS, Examples, read_table, read_texts, to_examples
+from coalora.data.classification import FORMATS, Examples, check_classes, read_table, read_texts, to_examples
 from coalora.data.text import pydoc_topics, split_documents, text_file
 from coalora.errors import CoaloraError
 from pipeline.inputs.fingerprint import input_files
+from pipeline.progress import get_logger
 from pipeline.settings.sections import BenchmarkSettings, HubSettings
 
 # Far above any tokenizer's mean, so that a stream that is cut by bytes fills the blocks that are wanted.
@@ -154,10 +155,72 @@ def _rows(hub: HubSettings, split: str) -> Iterator[dict[str, Any]]:
         yield from datasets.load_dataset(
             hub.path, hub.name, revision=hub.revision, split=split, streaming=hub.streaming
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = " ".join(word for word in (hub.path, hub.name, split) if word)
-        raise CoaloraError(
-            f"Data set {what} cannot be read from the hub: {reason}",
-            remedy="Check benchmark.hub and the network, or use benchmark.files with local files",
-        ) from error
+    except Exception as error:  # of any kind: among them those of whatever HTTP library the hub's client uses
+        raise _unreadable(hub, split, error) from error
+
+
+def _unreadable(hub: HubSettings, split: str, error: Exception) -> CoaloraError:
+    what = " ".join(word for word in (hub.path, hub.name, split) if word)
+    return CoaloraError(
+        f"Data set {what} cannot be read from the hub: {_reason(error)}",
+        remedy="Check benchmark.hub and the network, or use benchmark.files with local files",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def look_at_hub(settings: BenchmarkSettings) -> dict[str, int | None]:
+    """Rows of the hub's training and validation split, None where it tells none, after a look at the first of each.
+
+    A hub that does not answer is told and refuses nothing: what is cached needs none.
+
+    Raises:
+        CoaloraError: no such data set, configuration, split or column; no texts, or labels that are no classes.
+    """
+    return _looked_at(settings.data_only().model_dump_json())
+
+
+@lru_cache(maxsize=1)  # a run is checked twice
+def _looked_at(benchmark: str) -> dict[str, int | None]:
+    settings = BenchmarkSettings.model_validate_json(benchmark)
+    hub = settings.hub
+    assert hub is not None
+    found: dict[str, int | None] = {}
+    for part, split in {"train": hub.train_split, "validation": hub.validation_split}.items():
+        try:
+            found[part] = _look(settings, hub, split)
+        except CoaloraError:
+            raise
+        except (ValueError, FileNotFoundError) as error:  # `datasets` says by them what there is not
+            raise _unreadable(hub, split, error) from error
+        except Exception as error:  # no answer, or nothing that can be streamed
+            get_logger().warning(
+                "Columns and size of data set %s are seen when it is read: the hub does not tell them now (%s)",
+                hub.path, _reason(error),
+            )  # fmt: skip
+            return dict.fromkeys(("train", "validation"))
+    return found
+
+
+def _look(settings: BenchmarkSettings, hub: HubSettings, split: str) -> int | None:
+    """Rows of a split, which may be a sum of slices where it is not streamed; its first row is one that can be used."""
+    import datasets
+
+    labels = [settings.label_column] if settings.task == "classification" else []
+    for name in [split] if hub.streaming else [part.partition("[")[0].strip() for part in split.split("+")]:
+        data = datasets.load_dataset(hub.path, hub.name, revision=hub.revision, split=name, streaming=True)
+        row: dict[str, Any] | None = next(iter(data), None)
+        if row is None:
+            raise CoaloraError(
+                f"Split {name} of data set {hub.path} has no rows", remedy="Set benchmark.hub to another"
+            )
+        _check_row(row, [*settings.text_columns, *labels], settings.text_columns)
+        for label in labels:
+            where = f"{hub.path} {name}"
+            seen = to_examples([()], [row[label]], where, regression=settings.num_labels == 1)
+            classes = getattr((data.features or {}).get(label), "num_classes", 0)
+            check_classes(Examples([], [*seen.labels, classes - 1]), settings.num_labels, where)
+    told = (data.info.splits or {}).get(split)
+    return None if told is None else told.num_examples or None

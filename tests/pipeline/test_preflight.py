@@ -253,6 +253,15 @@ def test_checks_write_nothing_and_make_the_home_alone(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [".coalora"]
 
 
+def test_a_hub_data_set_with_too_few_examples_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.preflight.look_at_hub", lambda benchmark: {"train": 8, "validation": 4})
+    changes = ["benchmark.files=null", "benchmark.hub.path=a/b", "benchmark.n_search=5", "calibration.n_samples=4"]
+    settings = classifier(tmp_path, *changes)
+    assert "8 training examples leave 3 beside the search's, and calibration.n_samples is 4" in refused(settings)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_models_of_the_pipelines_have_the_layers_and_weights_that_are_stated(tmp_path: Path, name: str) -> None:
     known = ARCHITECTURES[name]

@@ -11,7 +11,7 @@ import pytest
 
 from coalora.data.classification import Examples
 from coalora.errors import CoaloraError
-from pipeline.inputs.corpus import documents, examples
+from pipeline.inputs.corpus import _looked_at, documents, examples, look_at_hub
 from pipeline.inputs.fingerprint import input_files
 from pipeline.settings.sections import BenchmarkSettings
 
@@ -197,6 +197,64 @@ def test_a_stream_that_breaks_off_is_reported_the_same_way(hub: Callable[..., An
     hub(train=[{"text": "x"}, ConnectionError("reset by peer")], validation=[])
     with pytest.raises(CoaloraError, match="reset by peer"):
         documents(text(hub={"path": "p", "streaming": True}, n_train=10, n_validation=10))
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set of `datasets` in a folder, with its card: what the hub serves, without a network."""
+    (tmp_path / "own").mkdir()
+    for part, n in (("train", 9), ("validation", 4), ("test", 0)):
+        rows = "".join(f"words {i},{i % 3},{i}\n" for i in range(n))
+        (tmp_path / "own" / f"{part}.csv").write_text(f"sentence,label,idx\n{rows}")
+    splits = "".join(
+        f"  - name: {p}\n    num_bytes: 1\n    num_examples: {n}\n" for p, n in (("train", 9), ("validation", 4))
+    )
+    classes_ = "    dtype:\n      class_label:\n        names:\n          '0': a\n          '1': b\n          '2': c\n"
+    columns = f"  - name: sentence\n    dtype: string\n  - name: label\n{classes_}  - name: idx\n    dtype: int32\n"
+    card = f"---\ndataset_info:\n  features:\n{columns}  splits:\n{splits}---\n"
+    (tmp_path / "own" / "README.md").write_text(card)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    _looked_at.cache_clear()
+    return "own"
+
+
+def test_a_data_set_of_the_hub_tells_its_rows_before_they_are_read(stand_in: str) -> None:
+    asked = classes(hub={"path": stand_in}, text_columns=["sentence"], num_labels=3)
+    assert look_at_hub(asked) == {"train": 9, "validation": 4}
+    part = {"path": stand_in, "train_split": "train[:50%]+validation"}
+    assert look_at_hub(text(hub=part, text_columns=["sentence"])) == {"train": None, "validation": 4}
+
+
+@pytest.mark.parametrize(
+    ("hub_", "fields", "words"),
+    [
+        ({"name": "other"}, {}, "BuilderConfig 'other' not found"),
+        ({"validation_split": "dev"}, {}, "own dev cannot be read.*Available splits"),
+        ({"validation_split": "test"}, {}, "Split test of data set own has no rows"),
+        ({"train_split": "train+none"}, {}, "none.*Available splits"),
+        ({}, {"text_columns": ["text"]}, "no column text.*idx, label, sentence"),
+        ({}, {"text_columns": ["idx"]}, "'idx' holds no texts.*sentence"),
+        ({}, {"label_column": "y"}, "no column y"),
+        ({}, {"text_columns": ["label"], "label_column": "sentence"}, "'label' holds no texts"),
+        ({}, {"num_labels": 2}, "own train has the label 2, and the model 2 classes"),
+    ],
+)
+def test_what_a_data_set_of_the_hub_has_not_is_refused_before_it_is_read(
+    stand_in: str, hub_: dict[str, str], fields: dict[str, Any], words: str
+) -> None:
+    asked = {"text_columns": ["sentence"], "num_labels": 3, **fields}
+    with pytest.raises(CoaloraError, match=words):
+        look_at_hub(classes(hub={"path": stand_in, **hub_}, **asked))
+
+
+def test_a_hub_that_does_not_answer_is_told_and_refuses_nothing(
+    hub: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub(train=ConnectionError("Couldn't reach 'p' on the Hub\nmore"))
+    _looked_at.cache_clear()
+    assert look_at_hub(text(hub={"path": "p"})) == {"train": None, "validation": None}
+    assert "the hub does not tell them now (Couldn't reach 'p' on the Hub)" in caplog.text
 
 
 def test_input_files_are_those_that_are_named() -> None:
