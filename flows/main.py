@@ -53,8 +53,8 @@ def pipeline(
     found = preflight(settings, root=Path.cwd())
     low, high = found.cost_range
     get_logger().info(
-        "%d target layers, %d weights, %d choices for each: %.4g to %.4g %s%s",
-        len(found.layers), found.n_weights, found.n_choices, low, high, found.cost_words,
+        "%d target layers, %s weights, %d choices for each: %.4g to %.4g %s%s",
+        len(found.layers), f"{found.n_weights:,}", found.n_choices, low, high, found.cost_words,
         f"; {found.kept_mb:,.0f} MB of quantized weights are kept" if found.kept_mb else "",
     )  # fmt: skip
     from pipeline.tracking.pipeline_run import followed  # imports MLflow, which is slow

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from coalora.errors import CoaloraError
+from coalora.quiet import be_quiet
 
 HOME_VARIABLE = "COALORA_HOME"
 STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
@@ -26,7 +27,6 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5",  # a minute for a server that is started again, and not four
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the closing lines name the run
     "DVC_NO_ANALYTICS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -67,6 +67,7 @@ def set_defaults() -> None:
     Child processes inherit the absolute path. Warns where Prefect has read its settings already and keeps its records
     elsewhere: in a run that a worker started, with `COALORA_HOME` and without Prefect's own variable.
     """
+    be_quiet()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if any(os.environ.get(name) for name in _RESULTS):

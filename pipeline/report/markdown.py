@@ -9,8 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coalora.files import read_json
+from pipeline.report.page import pictures
 from pipeline.report.rounds import fronts_png
-from pipeline.report.schema import Cost, Round, loss_unit
+from pipeline.report.schema import RESULT, Cost, Round, as_result, loss_unit
+from pipeline.report.style import figure_png
+from pipeline.report.table import cell
 from pipeline.settings.sections import Settings
 from pipeline.words import number, signed
 
@@ -60,24 +64,45 @@ def round_markdown(
 def result_markdown(
     pipeline: str, files: Path, folder: str, run_id: str, url: str, registered: Mapping[str, Any]
 ) -> str:
-    """The page of a finished run."""
+    """The page of a finished run: the report's tables and pictures, since a browser opens no file from Prefect's UI.
+
+    Args:
+        files: folder of the report.
+        folder: of the run.
+        url: of the MLflow run, or the command that shows it.
+    """
+    result = as_result(read_json(files / RESULT))
     where = f"`{Path(folder).resolve() / 'report' / 'report.html'}` on {socket.gethostname()}"
     served = url.startswith("http")
     report = f"[report.html]({url}/artifacts/report/report.html) in MLflow, and {where}" if served else where
-    return "\n".join(
-        [
-            f"# {pipeline}",
+    front, *others = pictures(result).values()
+    lines = [
+        f"# {pipeline}",
+        "",
+        (files / "table.md").read_text(encoding="utf-8").strip(),
+        "",
+        _picture(figure_png(front[0]), front[1]),
+        "",
+        f"- Report: {report}",
+        f"- MLflow: {_link('run ' + run_id, url)}",
+        f"- Registered: {registered['name']}, version {registered['version']} ({registered['reason']})",
+        f"- Another budget: `coalora adapt {folder} --bits 3.5 --out adapted/3.5-bits`",
+    ]
+    for said in result.continued:
+        lines += [
             "",
-            (files / "table.md").read_text(encoding="utf-8").strip(),
+            f"## {cell(said.prompt)}",
             "",
-            _picture((files / "front.png").read_bytes(), "Pareto front"),
+            f"Continued at {result.cost.text(said.budget)}:",
             "",
-            f"- Report: {report}",
-            f"- MLflow: {_link('run ' + run_id, url)}",
-            f"- Registered: {registered['name']}, version {registered['version']} ({registered['reason']})",
-            f"- Another budget: `coalora adapt {folder} --bits 3.5 --out adapted/3.5-bits`",
+            "| | |",
+            "|---|---|",
         ]
-    )
+        arms = {"no adapter": said.none, "CoA-LoRA": said.coa, "the original": said.full_precision}
+        lines += [f"| {name} | {cell(text)} |" for name, text in arms.items()]
+    for figure, title in others:
+        lines += ["", f"## {title}", "", _picture(figure_png(figure), title)]
+    return "\n".join(lines)
 
 
 def front_of(at: Round) -> list[tuple[float, float]]:

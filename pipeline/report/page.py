@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from coalora.evaluate.metrics import AGREEMENT
 from pipeline.report.curves import curves_figure
@@ -43,14 +44,6 @@ def render_page(result: Result) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    pictures = {
-        "front": (front_figure(result), f"Metric and loss of every arm against {result.cost.label}"),
-        "heatmap": (heatmap_figure(result), "Bits of every layer at every budget"),
-    }
-    if result.rounds:
-        pictures["rounds"] = (rounds_figure(result), "Hypervolume and fronts by search round")
-    if any(result.curves.values()):
-        pictures["curves"] = (curves_figure(result), "Training loss and learning rate by step")
     names, rows = result.arm_names, result.budgets_in_order
     best = [best_of(result, row) for row in rows]
     longest = max(result.seconds.values(), default=0.0) or 1.0
@@ -71,8 +64,21 @@ def render_page(result: Result) -> str:
         stages=[(stage, spent, 100 * spent / longest) for stage, spent in result.seconds.items()],
         settings=json.dumps(result.settings, indent=2, ensure_ascii=False),
         palette=PALETTE,
-        svg={key: Markup(themed_svg(fig, key, title)) for key, (fig, title) in pictures.items()},
+        svg={key: Markup(themed_svg(fig, key, title)) for key, (fig, title) in pictures(result).items()},
     )
+
+
+def pictures(result: Result) -> dict[str, tuple[Figure, str]]:
+    """The figures of a result with what they show, by the word by which the page has them."""
+    found = {
+        "front": (front_figure(result), f"Metric and loss of every arm against {result.cost.label}"),
+        "heatmap": (heatmap_figure(result), "Bits of every layer at every budget"),
+    }
+    if result.rounds:
+        found["rounds"] = (rounds_figure(result), "Hypervolume and fronts by search round")
+    if any(result.curves.values()):
+        found["curves"] = (curves_figure(result), "Training loss and learning rate by step")
+    return found
 
 
 def _bits_bar(budget: Budget) -> list[tuple[str, str, float]]:

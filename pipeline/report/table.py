@@ -56,10 +56,10 @@ def used_less(result: Result) -> list[str]:
 def markdown_table(result: Result) -> str:
     """The budget table in GitHub's Markdown, best arm of each row in bold, ending in a newline."""
     names = result.arm_names
-    arms = [_cell(result.arms[name].label) for name in names]
-    single = [_cell(arm.label) for arm in result.references.values()]
+    arms = [cell(result.arms[name].label) for name in names]
+    single = [cell(arm.label) for arm in result.references.values()]
     head = ["budget", *other_cost(result), "bits a weight", "size", "of the original"]
-    columns = [f"{arm}, {_cell(result.metric_name)} {result.arrow}" for arm in [*arms, *single]]
+    columns = [f"{arm}, {cell(result.metric_name)} {result.arrow}" for arm in [*arms, *single]]
     lines = ["| " + " | ".join([*head, *columns]) + " |", "|" + " ---: |" * (len(head) + len(columns))]
     for budget in result.budgets_in_order:
         best = best_of(result, budget)
@@ -96,6 +96,6 @@ def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """User text that cannot end a cell or a row."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -991,6 +991,7 @@ run tiny --file TINY --set a=b
 run tiny --file TINY --set search.rounds=x
 run tiny --file TINY --set search.rounds=010
 run tiny --file TINY --refresh no_such
+run tiny --file TINY --set versioning.enabled=false tracking.tracking_uri=sqlite:///HERE/none.db
 run ../tiny --file TINY
 stage no_such tiny --file TINY
 stage calibration no_such --file TINY

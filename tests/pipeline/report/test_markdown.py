@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coalora.files import write_json
 from pipeline.report.markdown import front_of, result_markdown, round_markdown
 from pipeline.report.schema import Round
 from pipeline.settings.definitions import load_settings
@@ -44,12 +47,17 @@ def test_the_initial_set_has_no_picture(settings: Settings) -> None:
     ("url", "link"),
     [("http://h/runs/1", "[run 1](http://h/runs/1)"), ("mlflow ui --x", "run 1, `mlflow ui --x`")],
 )
-def test_a_result_is_its_table_its_picture_and_what_to_do_next(tmp_path: Path, url: str, link: str) -> None:
+def test_a_result_is_the_report_with_what_to_do_next(
+    tmp_path: Path, result: dict[str, Any], url: str, link: str
+) -> None:
+    result["continued"] = [{"prompt": "Once | upon", "budget": 2.5, "none": "a", "coa": "b", "full_precision": "c"}]
+    write_json(tmp_path / "result.json", result)
     (tmp_path / "table.md").write_text("| a |\n")
-    (tmp_path / "front.png").write_bytes(b"png")
     registered = {"name": "coalora-demo", "version": 3, "reason": "the first champion"}
     text = result_markdown("demo", tmp_path, "runs/demo/1", "1", url, registered)
-    for part in ("| a |", "data:image/png;base64,cG5n", link, "coalora-demo, version 3 (the first champion)"):
+    for part in ("| a |", link, "coalora-demo, version 3 (the first champion)", "## Once \\| upon", "| CoA-LoRA | b |"):
         assert part in text
+    shown = re.findall(r"!\[([^]]*)\]\(data:image/png;base64,iVBOR", text)
+    assert [words.split()[0] for words in shown] == ["Metric", "Bits", "Hypervolume", "Training"]
     assert "`coalora adapt runs/demo/1 --bits 3.5 --out adapted/3.5-bits`" in text
     assert ("in MLflow" in text) == url.startswith("http")
