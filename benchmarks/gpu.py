@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import time
@@ -38,8 +39,8 @@ from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import Scheme
 from coalora.quant.space import ChoiceSpace
-from coalora.train.graph import GraphedGradients, eager_gradients
-from coalora.train.objective import Objective, ask_teacher
+from coalora.train.graph import Ask, GraphedGradients, GraphedTeacher, eager_gradients, eager_teacher
+from coalora.train.objective import Objective
 
 MODELS = ["SmolLM2-135M", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
 # Steps with theta and optimizer, over the base's own forward and backward passes.
@@ -181,10 +182,7 @@ def steps(run: Run, name: str) -> None:
     start = adapted.state_dict()
     objective = Objective()
     eager = eager_gradients(adapted, objective)
-    kinds = {
-        kind: _step(adapted, inputs, eager, objective, theta=kind != "Shared-LoRA")
-        for kind in ("Shared-LoRA", "with theta")
-    }
+    kinds = {kind: _step(adapted, inputs, eager, theta=kind != "Shared-LoRA") for kind in ("Shared-LoRA", "with theta")}
     _measure(run, name, kinds, base, per_round)
     run.attempt(f"step {name}: graph", partial(_graphed, run, name, adapted, start, inputs, kinds, base, per_round))
     if name == "SmolLM2-135M":
@@ -240,20 +238,21 @@ def _step(
     adapted: AdaptedModel,
     inputs: dict[str, Tensor],
     gradients: Callable[..., tuple[Tensor, Tensor]],
-    objective: Objective,
+    teach: Ask | None = None,
     *,
     theta: bool = True,
 ) -> Callable[[], None]:
-    """As `coalora.train.loop` does it: teacher where one is asked, theta, forward, backward, clipping, AdamW; without
-    waiting for the device."""
+    """As `coalora.train.loop` does it: teacher where one is given, theta, forward, backward, clipping, AdamW; without
+    waiting for the device. A step with a teacher has another configuration than the step before it."""
     own, C = adapted.theta, adapted.base.configuration.copy()
+    turns = itertools.cycle([C] if teach is None else [C, (C + 1) % len(FEW)])
     parameters = [p for n, p in adapted.named_parameters().items() if theta or not n.startswith("theta.")]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def step() -> None:
         adapted.theta = own if theta else None
-        teacher = ask_teacher(adapted, inputs, objective)
-        adapted.switch(C)
+        teacher = None if teach is None else teach(inputs)
+        adapted.switch(next(turns))
         loss, _ = gradients(inputs, teacher)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.found_inf = (~torch.isfinite(norm + loss.detach())).float()  # type: ignore[attr-defined]
@@ -291,9 +290,7 @@ def _graphed(
 ) -> None:  # fmt: skip
     gradients = GraphedGradients(adapted, Objective(), capture=CUDA)
     _agree(run, name, adapted, start, inputs, gradients)
-    kinds = {
-        f"{kind}, graph": _step(adapted, inputs, gradients, Objective(), theta=kind != "Shared-LoRA") for kind in eager
-    }
+    kinds = {f"{kind}, graph": _step(adapted, inputs, gradients, theta=kind != "Shared-LoRA") for kind in eager}
     _measure(run, name, kinds, base, per_round)
 
 
@@ -344,12 +341,14 @@ def _agree(
 def _teacher(run: Run, name: str, adapted: AdaptedModel, inputs: dict[str, Tensor], per_round: int) -> None:
     objective = Objective(distillation=0.5)
     adapted.base.cache.limit = 1 << 30
-    for how, gradients in (
-        ("", eager_gradients(adapted, objective)),
-        (", graph", GraphedGradients(adapted, objective, capture=CUDA)),
-    ):
-        cost = _median(_step(adapted, inputs, gradients, objective), per_round)
-        note = "restoring, teacher, switching back, step"
+    for how in ("", ", graph"):
+        gradients: Callable[..., tuple[Tensor, Tensor]] = eager_gradients(adapted, objective)
+        teach: Ask = eager_teacher(adapted, objective)
+        if how:
+            gradients = GraphedGradients(adapted, objective, capture=CUDA)
+            teach = GraphedTeacher(adapted, objective, capture=CUDA)
+        cost = _median(_step(adapted, inputs, gradients, teach), per_round)
+        note = "teacher on the masters, switching all layers, step"
         run.add(f"step with theta and a teacher{how}, {name}", cost * 1e3, "ms", SMOLLM_TEACHER_LIMIT, note)
 
 

@@ -17,6 +17,7 @@ from coalora.recipes import (
     SearchRecipe,
     Tie,
     TrainingRecipe,
+    check_compile,
     hyper,
 )
 
@@ -74,6 +75,10 @@ class CoaLoraConfig(RuntimeRecipe, AdapterRecipe):
     initial_set: InitialSetRecipe = hyper(InitialSetRecipe, "Initial set", "Configuration set of round 0.")
     search: SearchRecipe = hyper(SearchRecipe, "Search", "Pareto search over configurations.")
     seed: int = hyper(0, "Seed", "Of everything that is drawn.", ge=0, lt=2**31)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_compile(self, self, self.training)
 
     @property
     def adapter(self) -> AdapterRecipe:

@@ -257,6 +257,7 @@ class CoaLoraModel:
             reference=reference,
             progress=progress,
             checkpoint_dir=checkpoint_dir,
+            compile=config.compile,
         )
         meter = LossMeter(self._adapted, data, recipe.batch_size, progress, reference=reference)
         final, selected = select_budgets(meter, self.fitted.members, tables, budgets)
@@ -274,7 +275,7 @@ class CoaLoraModel:
             recipe=config.adapter,
             seed=config.seed,
             statistics=self.statistics,
-            cache_bytes=config.cache_mib << 20,
+            cache_bytes=config.cache_bytes,
             master=config.master,
             weights=config.weights,
             checkpoint=self.folder if config.master == "mmap" else None,

@@ -28,6 +28,7 @@ Goal = Literal["recover", "fine-tune"]
 Teacher = Literal["auto", "base", "adapted"]
 MasterMode = Literal["device", "cpu", "mmap"]
 WeightMode = Literal["dequantized", "packed"]
+Compile = Literal["auto", "none", "cuda-graph"]
 
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -437,10 +438,17 @@ class RuntimeRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16"] = hyper(
         "auto", "Number type", "Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
     )
-    cache_mib: int = hyper(
-        512,
+    compile: Compile = hyper(
+        "auto",
+        "Launches of a training step",
+        "cuda-graph launches its passes as CUDA graphs; auto does so on a GPU where the model allows it and batches "
+        "have one shape, as blocks of text do; none launches kernel by kernel.",
+    )
+    cache_mib: int | None = hyper(
+        None,
         "Cache of layers",
-        "Memory for layers of configurations in use: packed and, on a CPU, weights that wait.",
+        "Memory for layers of configurations in use: packed and, on a CPU, weights that wait. By default a quarter of "
+        "the GPU's memory that is free, or an eighth of the RAM that is available, at most 2048.",
         unit="MiB",
         ge=0,
         le=100_000_000,
@@ -455,6 +463,11 @@ class RuntimeRecipe(Recipe):
         "Quantized weights",
         "packed keeps the target layers at their bits and dequantizes on the fly: slower, far less memory.",
     )
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_mib` as `QuantizedBase` takes it."""
+        return None if self.cache_mib is None else self.cache_mib << 20
 
 
 @dataclass(frozen=True)
@@ -472,6 +485,27 @@ class PretrainRecipe(Recipe):
     steps: int = hyper(600, "Training steps", "Batches that it sees.", ge=1, le=10_000_000)
     batch_size: int = hyper(16, "Batch size", "Blocks a step.", ge=1, le=65_536)
     lr: float = hyper(3e-3, "Learning rate", "Peak learning rate.", gt=0, le=10)
+
+
+def check_compile(runtime: RuntimeRecipe, adapter: AdapterRecipe, training: TrainingRecipe) -> None:
+    """Refuse CUDA graphs beside what they cannot hold, before anything is loaded.
+
+    Raises:
+        CoaloraError: cuda-graph is asked for, with a CPU, packed weights, LoRA dropout, gradient checkpointing or two
+            configurations a step.
+    """
+    obstacles = {
+        "runtime.device cpu": runtime.device == "cpu",
+        "runtime.weights packed": runtime.weights == "packed",
+        "adapter.lora_dropout": adapter.lora_dropout > 0,
+        "training.gradient_checkpointing": training.gradient_checkpointing,
+        "training.paired": training.paired,
+    }
+    there = [name for name, found in obstacles.items() if found]
+    if runtime.compile == "cuda-graph" and there:
+        raise CoaloraError(
+            f"runtime.compile is cuda-graph, beside {', '.join(there)}", remedy="Set runtime.compile to auto"
+        )
 
 
 def check_goal(goal: Goal, task: Task) -> None:

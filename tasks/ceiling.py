@@ -43,6 +43,7 @@ def train_ceiling(*, model: ModelInputs, training: TrainingRecipe, steps: int, b
             steps=steps,
             total_steps=steps,
             seed=model.seed,
+            compile=model.runtime.compile,
             progress=Progress("training in full precision"),
             checkpoints=None if scratch is None else scratch.checkpoints(tell),
         )

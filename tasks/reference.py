@@ -47,6 +47,7 @@ def train_reference(
             steps=steps,
             total_steps=steps,
             seed=model.seed,
+            compile=model.runtime.compile,
             progress=Progress(f"training {method} at {bits[0]:.2f} bits"),
             checkpoints=None if scratch is None else scratch.checkpoints(tell),
         )

@@ -7,7 +7,7 @@ terms for low bit-widths and the closed-form compensation of each choice beside 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -221,14 +221,25 @@ class AdaptedModel:
             self.switch(self.base.configuration)
 
     @contextmanager
-    def base_alone(self) -> Iterator[PeftModel]:
-        """Within: the base in full precision without adapter, in eval mode. The base stays in full precision."""
-        self.full_precision()
-        self.peft_model.eval()
-        with self.peft_model.disable_adapter():
-            yield self.peft_model
-        if not METHODS[self.method].has_lora:
-            self._drop_lora()
+    def in_full_precision(self, *, adapter: bool) -> Iterator[PeftModel]:
+        """Within: the base in full precision with the plain shared adapter, or without any, in eval mode.
+
+        Afterwards the model is as it was before, or in full precision where `QuantizedBase.in_full_precision` leaves
+        it so: switch it.
+        """
+        training, terms = self.peft_model.training, self.terms.of_configuration()
+        with self.base.in_full_precision():
+            self.terms.set()
+            self.peft_model.eval()
+            try:
+                with nullcontext() if adapter else self.peft_model.disable_adapter():
+                    yield self.peft_model
+            finally:
+                self.peft_model.train(training)
+                if not adapter and not METHODS[self.method].has_lora:
+                    self._drop_lora()
+        if not (self.base.configuration == FULL_PRECISION).all():
+            self.terms.set(*terms)
 
     def full_precision(self) -> None:
         """The base without quantization and the plain shared adapter."""

@@ -55,6 +55,10 @@ class Terms:
         self.U, self.experts, self.compensation = U, experts or nothing, compensation or nothing
         self._pairs = None
 
+    def of_configuration(self) -> tuple[Tensor | None, Sequence[Pair | None], Sequence[Pair | None]]:
+        """What `set` was given last."""
+        return self.U, self.experts, self.compensation
+
     def make(self) -> None:
         """Make all pairs of the parameters as they are now; layers use them until the next `make` or `set`."""
         if not self._given:
@@ -63,6 +67,15 @@ class Terms:
     def stacks(self) -> list[Tensor]:
         """The factors of every group of layers of one shape: (layers, r, in) and (layers, out, r)."""
         return [self._stack(side, group) for side, groups in enumerate(self._groups) for group in groups]
+
+    def plain_stacks(self) -> list[Tensor]:
+        """`stacks` of the trained pairs alone, without gradient."""
+        kept = self.of_configuration()
+        self.set()
+        with torch.no_grad():
+            found = self.stacks()
+        self.set(*kept)
+        return found
 
     @contextmanager
     def using(self, stacks: Sequence[Tensor]) -> Iterator[None]:

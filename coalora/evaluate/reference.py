@@ -63,9 +63,9 @@ class Reference:
 
     @contextmanager
     def held_by(self, adapted: AdaptedModel) -> Iterator[Any]:
-        """Within, `adapted` computes as the reference does; afterwards it is in full precision: switch it."""
+        """Within, `adapted` computes as the reference does; afterwards switch it."""
         with ExitStack() as stack:
-            model = stack.enter_context(adapted.base_alone())
+            model = stack.enter_context(adapted.in_full_precision(adapter=False))
             for layer, (A, B) in zip(adapted.layers, self.pairs or (), strict=False):
 
                 def add(_: object, inputs: tuple[Tensor, ...], out: Tensor, A: Tensor = A, B: Tensor = B) -> Tensor:

@@ -20,7 +20,7 @@ from coalora.evaluate.losses import LossMeter
 from coalora.evaluate.reference import Reference
 from coalora.files import digest
 from coalora.method.search import search_round
-from coalora.recipes import SearchRecipe, TrainingRecipe
+from coalora.recipes import Compile, SearchRecipe, TrainingRecipe
 from coalora.train.checkpoint import Checkpoint, Checkpoints
 from coalora.train.loop import TrainingState, train
 
@@ -59,6 +59,7 @@ def fit(
     reference: Reference | None = None,
     progress: Callable[[str], Callable[..., None]] | None = None,
     checkpoint_dir: Path | str | None = None,
+    compile: Compile = "none",
 ) -> Fitted:
     """Train `adapted` in place: `initial_steps` on `members`, then for each round a search and `round_steps`.
 
@@ -69,6 +70,7 @@ def fit(
         progress: makes a listener (done, total, **values) for what is named.
         checkpoint_dir: folder from which the same call, if it broke off, goes on with the same numbers bit for bit;
             training is not done again, searches are. What another call wrote there is left alone.
+        compile: as of `coalora.train.loop.train`.
 
     The pipeline runs the same steps as cached stages, with the same numbers bit for bit.
 
@@ -121,6 +123,7 @@ def fit(
             state=fitted.state if round_index else None,
             progress=progress(f"training, {label}") if progress else None,
             checkpoints=checkpoints,
+            compile=compile,
         )
         if checkpoints and records:
             step = fitted.state.step
@@ -159,7 +162,7 @@ def train_round(
         split: examples to train on.
         rounds: search rounds of the whole run: the learning-rate schedule spans them all.
         state: where the round before stopped; None starts from the model as it is.
-        options: `parallel`, `progress` and `checkpoints` of `coalora.train.loop.train`.
+        options: `parallel`, `progress`, `checkpoints` and `compile` of `coalora.train.loop.train`.
 
     A method that draws configurations its own way does so whatever the recipe says. One with nothing to learn (a
     language model without an adapter) returns an empty state.

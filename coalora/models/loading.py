@@ -35,7 +35,7 @@ def resolved(runtime: R) -> R:
     """The same with `auto` replaced by what this machine has: results of CPU and GPU are kept apart.
 
     Raises:
-        CoaloraError: a GPU is asked for, and there is none.
+        CoaloraError: a GPU or a CUDA graph is asked for, and there is no GPU.
     """
     device, dtype = runtime.device, runtime.dtype
     if device == "cuda" and not torch.cuda.is_available():
@@ -44,7 +44,12 @@ def resolved(runtime: R) -> R:
         device = "cuda" if default_device().type == "cuda" else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if default_dtype(torch.device(device)) is torch.bfloat16 else "float32"
-    return replace(runtime, device=device, dtype=dtype)
+    if device == "cpu" and runtime.compile == "cuda-graph":
+        raise CoaloraError(
+            "runtime.compile is cuda-graph, and the run is on a CPU", remedy="Set runtime.compile to auto"
+        )
+    # On a GPU model and data decide.
+    return replace(runtime, device=device, dtype=dtype, compile="none" if device == "cpu" else runtime.compile)
 
 
 def default_device() -> torch.device:

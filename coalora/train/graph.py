@@ -1,9 +1,13 @@
-"""A step's forward and backward passes as one CUDA graph, launched at once instead of kernel by kernel.
+"""A step's forward and backward passes as one CUDA graph, launched at once instead of kernel by kernel, and the
+teacher's pass as another.
 
 What is captured is the model: from the factors of all layers and a batch to the losses and the gradients of those
 factors. It depends on the configuration by numbers alone, which stay where they are: a switch writes weights in place,
 and factors are copied in. What depends on it by structure stays outside: theta, the experts of a configuration's bits,
 the sums and products that make the factors, clipping, and AdamW; a few dozen launches that a GPU does not wait for.
+
+The teacher is captured on the masters themselves (`QuantizedBase.in_full_precision`), which never move: a step writes
+no weights for it, and its graph is of no configuration.
 """
 
 from __future__ import annotations
@@ -16,16 +20,51 @@ import torch
 from torch import Tensor, nn
 
 from coalora.adapt.adapted import AdaptedModel
+from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
-from coalora.recipes import Objective
-from coalora.train.objective import TeacherOutput, step_loss
+from coalora.recipes import Compile, Objective, TrainingRecipe
+from coalora.train.objective import TeacherOutput, ask_teacher, step_loss
 
 _WARMUP = 3  # passes before a capture: libraries choose their kernels and take their workspaces
 # Shapes of batches with a graph each, the first to come; a graph keeps the memory of its activations, so others run
 # without one.
 _SHAPES = 8
+_STATIC = 0.9  # share of examples of full length from which nearly all batches have one shape
 
 Losses = tuple[Tensor, Tensor]
+Ask = Callable[[dict[str, Tensor]], TeacherOutput | None]
+
+
+def captured(compile: Compile, adapted: AdaptedModel, split: Split, recipe: TrainingRecipe) -> bool:
+    """Whether a training captures its steps: where it is asked to, and for `auto` where it can and shapes are static.
+
+    Shapes of which each comes a few times cost a capture and the memory of a graph each, and save little.
+
+    Raises:
+        CoaloraError: it is asked to and cannot.
+    """
+    obstacle = _obstacle(adapted, recipe)
+    if compile == "cuda-graph" and obstacle:
+        raise CoaloraError(f"runtime.compile is cuda-graph, with {obstacle}", remedy="Set runtime.compile to auto")
+    full = (split.lengths == split.lengths.max()).float().mean()
+    return compile == "cuda-graph" or (compile == "auto" and obstacle is None and bool(full >= _STATIC))
+
+
+def _obstacle(adapted: AdaptedModel, recipe: TrainingRecipe) -> str | None:
+    """What a graph cannot hold."""
+    obstacles = {
+        f"a model on {adapted.device.type}": adapted.device.type != "cuda",
+        "LoRA dropout": adapted.recipe.lora_dropout > 0,
+        "weights that are made in each pass": adapted.base.weight_mode == "packed",
+        "gradient checkpointing": recipe.gradient_checkpointing,
+        "two configurations a step": recipe.paired,
+    }
+    return next((obstacle for obstacle, there in obstacles.items() if there), None)
+
+
+def eager_teacher(adapted: AdaptedModel, objective: Objective) -> Ask:
+    """batch -> `ask_teacher`."""
+    return lambda batch: ask_teacher(adapted, batch, objective)
 
 
 def eager_gradients(adapted: AdaptedModel, objective: Objective) -> Callable[..., Losses]:
@@ -39,31 +78,59 @@ def eager_gradients(adapted: AdaptedModel, objective: Objective) -> Callable[...
     return gradients
 
 
-class GraphedGradients:
-    """`eager_gradients` by a graph for each shape of a batch.
+class _Graphed:
+    """A computation on a batch and on factors, by a graph for each shape of a batch.
 
     Args:
         adapted: the model, on a GPU.
         objective: what a step minimises.
         capture: False runs what would be captured, on any device.
-
-    The losses it returns are overwritten by the next call. Gradients that a parameter has already are replaced.
-
-    Raises:
-        CoaloraError: the model cannot be captured: no GPU, LoRA dropout, or layers that make their weights in
-            each pass.
     """
 
     def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
-        problems = {
-            f"A CUDA graph was asked for on {adapted.device.type}": capture and adapted.device.type != "cuda",
-            "A CUDA graph was asked for with LoRA dropout": adapted.recipe.lora_dropout > 0,
-            "A CUDA graph was asked for with weights that are made in each pass": adapted.base.weight_mode == "packed",
-        }
-        for problem, occurs in problems.items():
-            if occurs:
-                raise CoaloraError(problem, remedy="Train without a graph")
-        self._adapted, self._objective, self._capture = adapted, objective, capture
+        self._adapted, self._objective, self._capture = adapted, objective.resolved(), capture
+        self._recorded: dict[Any, _Recorded] = {}
+
+    def run(self, names: Sequence[str], given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        """What is captured: outputs that depend on tensors `given`, the first of which have `names`, and factors."""
+        raise NotImplementedError
+
+    def _outputs(self, names: Sequence[str], given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        """`run` by the graph of this shape; overwritten by the next call."""
+        key = (*names, *((tensor.shape, tensor.dtype) for tensor in given))
+        if key not in self._recorded and len(self._recorded) < _SHAPES:
+            self._recorded[key] = _Recorded(self.run, names, given, factors, self._capture)
+        if key in self._recorded:
+            return self._recorded[key](given, factors)
+        return self.run(names, given, [factor.detach().requires_grad_() for factor in factors])
+
+
+class GraphedTeacher(_Graphed):
+    """`eager_teacher` by a graph for each shape of a batch, on masters that the model can compute with."""
+
+    def __call__(self, batch: dict[str, Tensor]) -> TeacherOutput | None:
+        if self._objective.distillation == 0 or not self._adapted.base.masters_serve:
+            return ask_teacher(self._adapted, batch, self._objective)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        alone = self._objective.teacher == "base"
+        factors = [] if alone else self._adapted.terms.plain_stacks()
+        logits, *hidden = self._outputs(list(inputs), list(inputs.values()), factors)
+        return TeacherOutput(logits, tuple(hidden))
+
+    def run(self, names: Sequence[str], given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        """Logits and hidden states of a batch."""
+        batch = dict(zip(names, given, strict=True))
+        found = ask_teacher(self._adapted, batch, self._objective, factors=factors)
+        assert found is not None
+        return [found.logits, *found.hidden_states]
+
+
+class GraphedGradients(_Graphed):
+    """`eager_gradients` by a graph for each shape of a batch; the losses it returns are overwritten by the next call,
+    and gradients that a parameter has already are replaced."""
+
+    def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
+        super().__init__(adapted, objective, capture=capture)
         heads = {id(p) for name, p in adapted.named_parameters().items() if name.startswith("head.")}
         self._heads = [
             (module, name, parameter)
@@ -71,18 +138,11 @@ class GraphedGradients:
             for name, parameter in module.named_parameters(recurse=False)
             if id(parameter) in heads
         ]
-        self._recorded: dict[Any, _Recorded] = {}
 
     def __call__(self, batch: dict[str, Tensor], teacher: TeacherOutput | None) -> Losses:
         factors = self._adapted.terms.stacks()
         given = [*batch.values(), *([] if teacher is None else [teacher.logits, *teacher.hidden_states])]
-        key = (tuple(batch), *((tensor.shape, tensor.dtype) for tensor in given))
-        if key not in self._recorded and len(self._recorded) < _SHAPES:
-            self._recorded[key] = _Recorded(self, list(batch), given, factors)
-        if key in self._recorded:
-            losses, gradients = self._recorded[key](given, factors)
-        else:
-            losses, gradients = self.run(list(batch), given, [f.detach().requires_grad_() for f in factors])
+        losses, gradients = self._outputs(list(batch), given, factors)
         trained = [(f, g) for f, g in zip(factors, gradients, strict=False) if f.requires_grad and g is not None]
         if trained:
             torch.autograd.backward([f for f, _ in trained], [g for _, g in trained])
@@ -121,13 +181,18 @@ class _Recorded:
     """The graph of one shape: its inputs, its outputs, and how to run it."""
 
     def __init__(
-        self, owner: GraphedGradients, names: list[str], given: Sequence[Tensor], factors: Sequence[Tensor]
+        self,
+        run: Callable[..., Any],
+        names: Sequence[str],
+        given: Sequence[Tensor],
+        factors: Sequence[Tensor],
+        capture: bool,
     ) -> None:
-        self._owner, self._names = owner, names
+        self._run_on, self._names = run, list(names)
         self._given = [tensor.clone() for tensor in given]
         self._factors = [factor.detach().clone().requires_grad_() for factor in factors]
         self._graph: torch.cuda.CUDAGraph | None = None
-        if not owner._capture:
+        if not capture:
             return
         generator = torch.cuda.get_rng_state()
         aside = torch.cuda.Stream()
@@ -143,13 +208,14 @@ class _Recorded:
         torch.cuda.set_rng_state(generator)
 
     def _run(self) -> Any:
-        return self._owner.run(self._names, self._given, self._factors)
+        return self._run_on(self._names, self._given, self._factors)
 
     def __call__(self, given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
         with torch.no_grad():
             for own, tensor in zip(self._given, given, strict=True):
                 own.copy_(tensor)
-            torch._foreach_copy_(self._factors, list(factors))
+            if self._factors:
+                torch._foreach_copy_(self._factors, list(factors))
         if self._graph is None:
             return self._run()
         self._graph.replay()

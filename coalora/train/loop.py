@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
-from coalora.recipes import TrainingRecipe
+from coalora.recipes import Compile, TrainingRecipe
 from coalora.train.checkpoint import Checkpoint, Checkpoints, uninterrupted
-from coalora.train.graph import GraphedGradients, eager_gradients
-from coalora.train.objective import ask_teacher
+from coalora.train.graph import GraphedGradients, GraphedTeacher, captured, eager_gradients, eager_teacher
 from coalora.train.parallel import Parallel, Stopped, stop_asked
 from coalora.train.sampling import LossEstimates, Sampler, batch_indices
 
@@ -61,7 +60,7 @@ def train(
     parallel: Parallel | None = None,
     progress: Callable[..., None] | None = None,
     checkpoints: Checkpoints | None = None,
-    graph: bool = False,
+    compile: Compile = "none",
 ) -> tuple[TrainingState, list[dict[str, float]]]:
     """Train for `steps` more steps and return the new state with one record a step (step, loss, lr, bits).
 
@@ -74,14 +73,15 @@ def train(
         checkpoints: where the same call, if it broke off, goes on from. It is written as time goes by, and when an
             interrupt, a termination signal or a time limit stops the call; who made it removes it. The steps that are
             done again after a kill, and so the result, are those of an undisturbed call bit for bit.
-        graph: launch the forward and backward passes of a step as one CUDA graph (`coalora.train.graph`): for models
-            whose steps are many small kernels. Losses are those of a call without up to rounding.
+        compile: cuda-graph launches the passes of a step as CUDA graphs (`coalora.train.graph`), auto where it can and
+            batches have one shape. Losses are those of a call without up to rounding.
 
     Afterwards the model is in eval mode and holds the last step's configuration, adjusted by theta as it is now.
 
     Raises:
         CoaloraError: an empty set or one without its bits; nothing to train; too many steps; the state of another
-            model; a loss or a gradient that is not finite (before it has reached any parameter).
+            model; graphs where there can be none; a loss or a gradient that is not finite (before it has reached any
+            parameter).
     """
     if len(configurations) == 0 or len(configurations) != len(average_bits):
         raise CoaloraError(
@@ -153,10 +153,9 @@ def train(
                 raise Stopped(f"stopped at step {done}")
 
     recipe = recipe.resolved()
-    if graph and (recipe.gradient_checkpointing or recipe.paired):
-        what = "gradient checkpointing" if recipe.gradient_checkpointing else "two configurations a step"
-        raise CoaloraError(f"A CUDA graph was asked for with {what}", remedy="Turn one of them off")
+    graph = captured(compile, adapted, split, recipe)
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
+    teach = (GraphedTeacher if graph else eager_teacher)(adapted, recipe.objective)
     model = cast(PreTrainedModel, adapted.peft_model.get_base_model())
     if recipe.gradient_checkpointing:  # activations are computed again in the backward pass instead of kept
         _checkpointing(model, "enable")({"use_reentrant": False})
@@ -174,7 +173,7 @@ def train(
             losses = []
             for member, part in zip(drawn, indices.chunk(len(drawn)), strict=True):
                 batch = split.batch(part, adapted.device)
-                teacher = ask_teacher(adapted, batch, recipe.objective)
+                teacher = teach(batch)
                 # Dropout: a resumed step equals an undisturbed one.
                 torch.manual_seed(seed * 1_000_003 + parallel.batch_step(step))
                 adapted.switch(configurations[member])

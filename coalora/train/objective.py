@@ -12,6 +12,7 @@ one (RILQ, arXiv 2412.01129), relative to the teacher's own mean square. Two tea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -32,24 +33,26 @@ class TeacherOutput:
     hidden_states: tuple[Tensor, ...]
 
 
-def ask_teacher(adapted: AdaptedModel, batch: dict[str, Tensor], objective: Objective) -> TeacherOutput | None:
-    """The teacher's outputs for a batch; None where nothing is distilled. Leaves the base in full precision.
+def ask_teacher(
+    adapted: AdaptedModel, batch: dict[str, Tensor], objective: Objective, *, factors: Sequence[Tensor] = ()
+) -> TeacherOutput | None:
+    """The teacher's outputs for a batch; None where nothing is distilled. Switch the model afterwards.
 
     What the objective leaves open is as to fine-tune.
+
+    Args:
+        factors: of the shared adapter (`Terms.stacks`); without, they are made.
     """
     objective = objective.resolved()
     if objective.distillation == 0:
         return None
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    training = adapted.peft_model.training
-    adapted.full_precision()
-    adapted.peft_model.eval()
-    try:
-        alone = adapted.peft_model.disable_adapter() if objective.teacher == "base" else nullcontext()
-        with torch.no_grad(), alone:
-            out = adapted.peft_model(**inputs, output_hidden_states=objective.hidden > 0)
-    finally:
-        adapted.peft_model.train(training)
+    with (
+        torch.no_grad(),
+        adapted.in_full_precision(adapter=objective.teacher != "base") as teacher,
+        adapted.terms.using(factors) if factors else nullcontext(),
+    ):
+        out = teacher(**inputs, output_hidden_states=objective.hidden > 0)
     return TeacherOutput(out.logits, tuple(out.hidden_states or ()))
 
 

@@ -130,7 +130,7 @@ class ModelInputs:
             seed=self.seed,
             statistics=load_input_statistics(self.tables, self.measured),
             start=start,
-            cache_bytes=self.runtime.cache_mib << 20,
+            cache_bytes=self.runtime.cache_bytes,
             master=self.runtime.master,
             weights=self.runtime.weights,
             checkpoint=self.source.path if self.runtime.master == "mmap" else None,

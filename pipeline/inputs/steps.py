@@ -64,6 +64,7 @@ def _take(round_of: tuple[Any, ...], scratch: Place | None, progress: Progress |
             seed=model.seed,
             state=None if previous is None else load_state(previous),
             parallel=among,
+            compile=runtime.compile,
             progress=(progress or _post_progress) if among.rank == 0 else None,
             checkpoints=None if scratch is None else scratch.checkpoints(tell if progress else _post_words(among.rank)),
         )

@@ -41,6 +41,7 @@ from coalora.recipes import (
     Task,
     Tie,
     TrainingRecipe,
+    check_compile,
     check_goal,
     described,
     hyper,
@@ -672,6 +673,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _goal_can_be_met(self) -> Self:
         check_goal(self.goal, self.benchmark.task)
+        check_compile(self.runtime, self.adapter, self.training)
         needed = {"base": "none", "shared": "shared"}.get(self.ceiling)
         if self.ceiling == "base" and self.benchmark.task != "language-modeling":
             raise ValueError("a classifier's base has no trained head: set baselines.ceiling to own or shared")

@@ -22,8 +22,10 @@ K choices never exist side by side: nothing grows with the size of the choice sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -59,7 +61,8 @@ class QuantizedBase:
         space: the K choices; a configuration is an int array (N,) of indices into it.
         statistics: of the layers' inputs, for calibrated schemes.
         cache_bytes: limit of the cache of packed layers and, on a CPU, of weights that wait; 0 turns it off. None: a
-            quarter of the GPU's memory that is free now, on a CPU 256 MiB.
+            quarter of the GPU's memory that is free now; on a CPU an eighth of the RAM that is available now, at most
+            2 GiB.
         master: where the full-precision weights live.
         weights: `dequantized` writes weights into the model; `packed` makes its layers dequantize on the fly, forward
             and backward, bit for bit alike.
@@ -204,6 +207,32 @@ class QuantizedBase:
                 self._slots.holds(index, FULL_PRECISION)
         self.configuration = target
 
+    @property
+    def masters_serve(self) -> bool:
+        """Whether the model can compute with the masters where they are."""
+        return self._held is not None or (
+            self.masters.mode == "device" and not any(layer.transposed for layer in self.layers)
+        )
+
+    @contextmanager
+    def in_full_precision(self) -> Iterator[None]:
+        """Within, the model computes with the masters; nothing is to be switched. Where `masters_serve` no weight is
+        written, and afterwards it computes with what it held before; otherwise it is left restored.
+        """
+        before = self.configuration
+        if not self.masters_serve:
+            self.restore()
+            yield
+        elif self._slots is None:
+            self.configuration = np.full_like(before, FULL_PRECISION)
+            try:
+                yield
+            finally:
+                self.configuration = before
+        else:
+            with self._slots.pointed_at(list(self.masters)):
+                yield
+
     def residual(self, index: int, choice: int) -> Tensor:
         """W - q(W, c) (out, in) of layer `index` under choice `choice`, in float32; nothing is switched."""
         master = self.masters[index]
@@ -299,7 +328,14 @@ class _Source:
 
 def _share_of_free_memory(device: torch.device) -> int:
     # The rest is for activations, gradients and the optimizer; the training set's packed layers mostly fit.
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 1 << 28
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    try:
+        kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # other systems than Linux
+        kilobytes = None
+    available = int(kilobytes[1]) << 10 if kilobytes else 1 << 32
+    return min(available // 8, 1 << 31)
 
 
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:

@@ -8,7 +8,8 @@ weights here. Not used on a GPU, where one launch writes all layers at the memor
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ class WeightSlots:
     def holds(self, index: int, choice: int) -> None:
         """Say that the weight of `choice` has been written to `weights[index]`."""
         self._holds[index] = choice
+
+    @contextmanager
+    def pointed_at(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Within, the layers compute with other tensors, as they are stored."""
+        own = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                parameter.data = weight
+            yield
+        finally:
+            for parameter, weight in zip(self._parameters, own, strict=True):
+                parameter.data = weight
 
     def shrink(self, limit: int, index: int = -1) -> Tensor | None:
         """Drop what is parked above `limit` bytes, and what is layer `index`'s first: a layer keeps its share.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,12 @@ from peft import LoraConfig, get_peft_model
 
 from coalora.cache import nbytes
 from coalora.errors import CoaloraError
-from coalora.models.switching.quantized import FULL_PRECISION, QuantizedBase, check_configuration
+from coalora.models.switching.quantized import (
+    FULL_PRECISION,
+    QuantizedBase,
+    _share_of_free_memory,
+    check_configuration,
+)
 from coalora.models.targets import find_target_layers
 from coalora.quant.nf.scheme import NFScheme
 from coalora.quant.scheme import InputStatistics
@@ -253,3 +260,36 @@ class CalibratedScheme(NFScheme):
     def quantize(self, weight, choice, statistics=None):
         self.seen.append(statistics)
         return super().quantize(weight, choice, statistics)
+
+
+@pytest.mark.parametrize(("master", "weights"), [("device", "dequantized"), ("cpu", "dequantized"), ("cpu", "packed")])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_full_precision_for_a_while_computes_with_the_masters_and_keeps_what_was_held(
+    tiny_models, small_space, configuration, master, weights, family
+) -> None:
+    model = tiny_models[family]()
+    layers = find_target_layers(model)
+    C, ids = configuration[: len(layers)], torch.arange(8)[None]
+    original = model(ids).logits
+    base = QuantizedBase(model, layers, small_space, master=master, weights=weights)
+    base.switch(C)
+    quantized = model(ids).logits
+    with base.in_full_precision():
+        assert torch.equal(model(ids).logits, original)
+    held = base.masters_serve
+    assert held == (weights == "packed" or (master == "device" and family != "gpt2"))
+    assert (base.configuration == (C if held else FULL_PRECISION)).all()
+    base.switch(C)
+    assert torch.equal(model(ids).logits, quantized)
+
+
+def test_by_default_the_cache_takes_a_share_of_the_memory_that_is_free(tiny_llama, small_space, monkeypatch) -> None:
+    gib, found = 1 << 30, []
+    for kilobytes in (4 << 20, 100 << 20, None):
+        text = "" if kilobytes is None else f"MemTotal: 1 kB\nMemAvailable:   {kilobytes} kB\n"
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        model = tiny_llama()
+        found.append(QuantizedBase(model, find_target_layers(model), small_space).cache.limit)
+    assert found == [gib // 2, 2 * gib, gib // 2]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
+    assert _share_of_free_memory(torch.device("cuda")) == 5 * gib
