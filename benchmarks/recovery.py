@@ -214,31 +214,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if short := [name for name in trained if steps_for(ARMS[name], setting, size.steps) < 1]:
         parser.error(f"--steps {size.steps} must be larger: search alone costs what {', '.join(short)} may spend")
     where = options.setting if options.choices == "bits" else f"{options.setting}-{options.choices}"
-    full, rows = full_precision(setting), []
+    full = full_precision(setting)
+    rows: list[dict] = []
     for name in methods:
         arm, runs = ARMS[name], []
         steps = steps_for(arm, setting, size.steps)
         for seed in range(1 if arm.method == "none" else options.seeds):
             runs.append(run(arm, setting, seed, size.steps))
+            print(f"{where}, {name}, seed {seed}: {runs[-1]}", flush=True)
             if options.mlflow:
                 _log(options.mlflow, where, name, seed, steps, runs[-1])
         for part in runs[0]:
-            if part == "perplexity":
-                continue
             values = np.array([one[part] for one in runs])
-            cells = {
-                f"{b:g}": f"{m:.4f} ± {s:.4f}" for b, m, s in zip(BUDGETS, values.mean(0), _spread(values), strict=True)
-            }
-            rows.append({"what": part, "method": name, "steps": steps, **cells})
-        print(f"{where}, {name}: {rows[-len(runs[0]) + (1 if 'perplexity' in runs[0] else 0)]}", flush=True)
+            spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(BUDGETS))
+            cells = [f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in zip(values.mean(0), spread, strict=True)]
+            found = dict(zip(map("{:g}".format, BUDGETS), cells, strict=True))
+            rows.append({"measure": part, "method": name, "steps": steps, **found})
     bits = setting.tables.average_bits(allocate(setting.tables.err, setting.tables.bits, BUDGETS))
     notes = f"mean ± standard deviation over {options.seeds} seeds; {size}; stored bits {np.round(bits, 3).tolist()}; "
     notes += f"base in full precision: {', '.join(f'{part} {values[0]:.4f}' for part, values in full.items())}"
-    report(f"recovery-{where}", sorted(rows, key=lambda row: str(row["what"])), notes=notes)
-
-
-def _spread(values: np.ndarray) -> np.ndarray:
-    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    report(f"recovery-{where}", sorted(rows, key=lambda row: str(row["measure"])), notes=notes)
 
 
 def _log(uri: str, setting: str, name: str, seed: int, steps: int, measured: Mapping[str, list[float]]) -> None:
