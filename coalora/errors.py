@@ -42,7 +42,7 @@ def _short(text: str) -> str:
 class CoaloraError(ValueError):
     """Bad input or a broken surrounding, told so that the reader can mend it without opening the source.
 
-    Rendered as "<problem>. <remedy>.": one or two lines, with control characters escaped and at most 200 characters of
+    Rendered as "problem. remedy.": one or two lines, with control characters escaped and at most 200 characters of
     what is quoted.
 
     Args:

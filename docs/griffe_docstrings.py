@@ -8,6 +8,8 @@ import griffe
 
 # `mean, sigma: text`, with the lines that go on with it.
 _TOGETHER = re.compile(r"^( +)(\w+(?:, \w+)+)(: .*(?:\n\1 +.*)*)", flags=re.MULTILINE)
+# What stands before a colon would be taken for the type; the signature has that.
+_RETURNED = re.compile(r"^Returns:\n.*", flags=re.MULTILINE)
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -17,7 +19,8 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
-            obj.docstring.value = _TOGETHER.sub(_each, text)
+            text = _TOGETHER.sub(_each, text)
+            obj.docstring.value = _RETURNED.sub(lambda line: line[0].replace(": ", "&#58; "), text)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Before signatures of dataclasses are made of their fields."""
