@@ -119,7 +119,7 @@ class QuantizedBase:
         self._slots = None if packed else WeightSlots(modules, self.layers, [FULL_PRECISION] * len(layers))
         self.configuration = np.full(len(self.layers), FULL_PRECISION, dtype=np.int64)
         self._rows: HeldRows | None = None
-        self._clock, self._largest = 0, max(layer.n_weights for layer in layers)
+        self._largest = max(layer.n_weights for layer in layers)
         if self._slots is not None and all(scheme.has_kernels for scheme in space.schemes):
             by_kernels = all(use_triton(weight) and weight.is_contiguous() for weight in self._weights)
             self._rows = HeldRows(len(layers), len(space), self._device) if by_kernels else None
@@ -132,10 +132,10 @@ class QuantizedBase:
         """
         target = check_configuration(configuration, len(self.layers), len(self.space.choices))
         if self._rows is not None:
-            changed_layers = np.flatnonzero(target != self.configuration)
+            (changed_layers,) = (target != self.configuration).nonzero()
             self.configuration[changed_layers] = _UNFINISHED
             self._switch_together(self._rows, changed_layers, target[changed_layers])
-            self.configuration = target.copy()
+            self.configuration = target
             return
         changed = [int(index) for index in np.flatnonzero(target != self.configuration)]
         if self._held is not None:
@@ -159,19 +159,22 @@ class QuantizedBase:
 
     def _switch_together(self, rows: HeldRows, layers: Indices, choices: Indices) -> None:
         """On a GPU: one launch for what is held of a scheme, one group of launches for what is not."""
-        held, owners = rows.holds(layers, choices), self.space.scheme_index[choices]
-        self._clock += 1
-        rows.used[layers, choices] = self._clock
+        places, single = rows.use(layers, choices), len(self.space.schemes) == 1
+        owners = None if single else self.space.scheme_index[choices]
+        absent: list[tuple[Scheme, Indices, Indices]] = []
         # What is held first: what is quantized then may take its memory.
-        for scheme_number, scheme in enumerate(self.space.schemes):
-            now = held & (owners == scheme_number)
-            if now.any():
-                scheme.dequantize_rows(rows.gather(scheme.name, layers[now], choices[now]), self._largest)
-        for scheme_number, scheme in enumerate(self.space.schemes):
-            new = ~held & (owners == scheme_number)
-            parts = np.cumsum([self.layers[i].n_weights for i in layers[new]]) // _TOGETHER
+        for number, scheme in enumerate(self.space.schemes):
+            own = places if owners is None else places[owners == number]
+            held = own[own >= 0]
+            if held.size:
+                scheme.dequantize_rows(rows.gather(scheme.name, held), self._largest)
+            if held.size < own.size:
+                new = (places < 0) & (owners is None or owners == number)
+                absent.append((scheme, layers[new], choices[new]))
+        for scheme, of, under in absent:
+            parts = np.cumsum([self.layers[i].n_weights for i in of]) // _TOGETHER
             for part in np.unique(parts):
-                self._quantize_together(rows, scheme, layers[new][parts == part], choices[new][parts == part])
+                self._quantize_together(rows, scheme, of[parts == part], under[parts == part])
 
     def _quantize_together(self, rows: HeldRows, scheme: Scheme, layers: Indices, choices: Indices) -> None:
         own = [(self._weights[i], self.space.choices[k]) for i, k in zip(layers, choices, strict=True)]
@@ -341,7 +344,7 @@ def _share_of_free_memory(device: torch.device) -> int:
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:
     """`configuration` as an int64 array (N,), or an error that says what is wrong with it."""
     array = np.asarray(configuration)
-    if array.shape != (n_layers,) or not np.issubdtype(array.dtype, np.integer):
+    if array.shape != (n_layers,) or array.dtype.kind not in "iu":
         raise CoaloraError(
             f"A configuration of shape {array.shape} and dtype {array.dtype} does not fit {n_layers} target layers",
             remedy=f"Give integers of shape ({n_layers},): the index of a choice for each layer",
