@@ -204,4 +204,4 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|")
+    return f"<code>{_words(text)}</code>".replace("|", "&#124;")  # a backtick would keep the backslash of \|
