@@ -1,6 +1,8 @@
-"""Figures that only a GPU can give, in one command of a few minutes: kernels, steps, switches, memory.
+"""Figures that only a GPU can give, in one command of a few minutes: kernels, steps, switches, memory, evaluation, and
+a 7B in 24 GB.
 
     python -m benchmarks.gpu [--only kernels,step] [--models SmolLM2-135M,RoBERTa-large] [--seconds 330]
+    python -m benchmarks.gpu --recover MODEL TRAIN TEST    SmolLM2's recovery in its size for a GPU, alone
     python -m benchmarks.gpu --tiny       a rehearsal in tiny widths, on any machine; its times mean nothing
 
 It needs torch, transformers and peft, and no package of the pipeline, no hub and no data: weights are random, in the
@@ -29,6 +31,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks import recovery, throughput
 from benchmarks._models import SHAPES, adapt, batch, build, build_small, layers_of, seconds
 from benchmarks._report import RESULTS, machine, table
 from benchmarks.memory import measure_all
@@ -36,10 +39,14 @@ from benchmarks.switch import training_set
 from coalora.adapt.adapted import AdaptedModel
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.calibrate.calibrate import calibrate
+from coalora.data.benchmark import Split
 from coalora.models.targets import find_target_layers
 from coalora.quant.scheme import Scheme
 from coalora.quant.space import ChoiceSpace
+from coalora.recipes import CalibrationRecipe, TrainingRecipe
 from coalora.train.graph import Ask, GraphedGradients, GraphedTeacher, eager_gradients, eager_teacher
+from coalora.train.loop import train
 from coalora.train.objective import Objective
 
 MODELS = ["SmolLM2-135M", "RoBERTa-large", "Qwen2.5-1.5B", "Llama-2-7B"]
@@ -416,7 +423,67 @@ def memory(run: Run) -> None:
         run.add(what, row["held / limit"], "x", 1.0, note)
 
 
-SECTIONS = ("kernels", "step", "switch", "memory")
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(run: Run, name: str) -> None:
+    """Configurations in one pass over a text, against plain forward passes."""
+    size, tokens = (2, 8) if run.tiny else (8, 512)
+    for row in throughput.measure(name, DEVICE, batch_size=size, tokens=tokens, batches=4, rounds=3, tiny=run.tiny):
+        run.add(row["what"], row["measured"], row["unit"], row["limit"], row["note"])
+
+
+# ------------------------------------------------------------------------------------------------- a 7B in 24 GB
+
+
+def _beside(run: Run, blocks: int | None = None) -> PreTrainedModel:
+    """Llama-2-7B's shape in RAM, made on the device."""
+    model = build("Llama-2-7B", DEVICE, blocks=blocks) if not run.tiny else build_small("Llama-2-7B", blocks=2)
+    return model.to("cpu")  # type: ignore[arg-type]
+
+
+def _text(run: Run, n: int) -> Split:
+    tokens = 16 if run.tiny else 1024
+    ids = torch.randint(1, 60 if run.tiny else 32_000, (n, tokens), generator=torch.Generator().manual_seed(0))
+    return Split(ids, torch.full((n,), tokens), None)
+
+
+def _peak() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0
+
+
+def calibration(run: Run) -> None:
+    """Two blocks of Llama-2-7B's shape from RAM, each brought to the device: the peak is that of any number of them."""
+    model = _beside(run, blocks=2).eval()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    recipe = CalibrationRecipe(n_samples=4 if run.tiny else 64, batch_size=4, hessians_mb=0)
+    layers = find_target_layers(model)
+    space = ChoiceSpace("int", bits=[2, 4], group_size=[64], mode=["asym"])
+    start = time.perf_counter()
+    calibrate(model, layers, _text(run, recipe.n_samples), space, recipe, base_digest="0" * 64, device=DEVICE)
+    cost = (time.perf_counter() - start) / 2
+    note = f"{recipe.n_samples} x 1024 tokens, {len(space)} choices; {32 * cost / 60:.1f} minutes for 32 blocks"
+    run.add("calibrating a block of Llama-2-7B", cost, "s", note=note)
+    run.add("peak of calibrating Llama-2-7B block by block", _peak(), "GB", 24)
+
+
+def training(run: Run) -> None:
+    """Two steps of Llama-2-7B on packed layers, master in RAM, activations computed again."""
+    model = _beside(run)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    adapted = adapt(model, FEW, "coa", run.r, cache_bytes=0, weights="packed", master="cpu", device=DEVICE)
+    recipe = TrainingRecipe(batch_size=4, warmup_steps=0, gradient_checkpointing=True)
+    members = np.stack([(np.arange(len(adapted.layers)) + shift) % 3 for shift in range(2)])
+    started = time.perf_counter()
+    _, records = train(adapted, _text(run, 8), members, np.array([3.0, 3.0]), recipe, steps=2, total_steps=2, seed=0)
+    cost = (time.perf_counter() - started) / len(records)
+    run.add("peak of training Llama-2-7B, 4 x 1024 tokens", _peak(), "GB", 24, "packed, master in RAM")
+    run.add("such a step, switch included", cost, "s", note="every layer quantized anew from RAM")
+
+
+SECTIONS = ("kernels", "step", "switch", "memory", "evaluate", "large")
 NEEDS = {"SmolLM2-135M": 20.0, "RoBERTa-large": 20.0, "Qwen2.5-1.5B": 30.0, "Llama-2-7B": 60.0, "MiniLM-L6": 10.0}
 
 
@@ -427,7 +494,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=330, help="parts that would begin too late are left out")
     parser.add_argument("--steps", type=int, default=6, help="steps that are queued together and timed")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal in tiny widths")
+    parser.add_argument(
+        "--recover",
+        nargs=3,
+        metavar=("MODEL", "TRAIN", "TEST"),
+        help="SmolLM2's folder and two texts: only `benchmarks.recovery smollm2 --size gpu`, of about four minutes",
+    )
     given = parser.parse_args()
+    if given.recover:
+        model, train_on, test_on = given.recover
+        recovery.main(
+            ["smollm2", "--model", model, "--train", train_on, "--test", test_on, "--size", "gpu", "--seeds", "1"]
+        )
+        return
     wanted = given.only.split(",")
     run = Run(given.models.split(","), given.seconds, tiny=given.tiny, steps=1 if given.tiny else given.steps)
     run.attempt("card", partial(card, run))
@@ -445,6 +524,13 @@ def main() -> None:
             run.attempt(f"all U {name}", partial(adjustments, run, name))
     if "memory" in wanted:
         run.attempt("memory", partial(memory, run), 20)
+    if "evaluate" in wanted:
+        for name in run.models:
+            if "llama" in SHAPES[name]["kind"] and name != "Llama-2-7B":
+                run.attempt(f"evaluation {name}", partial(evaluation, run, name), NEEDS[name])
+    if "large" in wanted and "Llama-2-7B" in run.models:
+        run.attempt("calibration of Llama-2-7B", partial(calibration, run), 45)
+        run.attempt("training of Llama-2-7B", partial(training, run), 60)
     run.save()
     for name, failure in run.failures.items():
         print(f"\n{name}: {failure}")

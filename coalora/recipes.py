@@ -435,8 +435,11 @@ class RuntimeRecipe(Recipe):
     """Device, number type and memory of the model."""
 
     device: Literal["auto", "cpu", "cuda"] = hyper("auto", "Device", "auto takes a GPU where there is one.")
-    dtype: Literal["auto", "float32", "bfloat16"] = hyper(
-        "auto", "Number type", "Computing type of the base; auto is bfloat16 on a GPU, float32 on a CPU."
+    dtype: Literal["auto", "fast", "float32", "bfloat16"] = hyper(
+        "auto",
+        "Number type",
+        "Computing type of the base: auto is bfloat16 on a GPU and float32 on any CPU, so that no result depends on "
+        "which CPU it is; fast is bfloat16 on processors that multiply it (AMX, AVX512-BF16) as well.",
     )
     compile: Compile = hyper(
         "auto",

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from coalora.adapt.adapted import AdaptedModel
 
 _TOGETHER = 2**24  # logits in float32 at a time: 64 MB
-_HELD = 2**30  # bytes of reference logits that are kept for all configurations to be measured on
+_HELD = 2**30  # bytes of reference logits, at least, that are kept for all configurations to be measured on
 
 
 def divergence(logits: Tensor, reference: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +79,17 @@ class Reference:
     def with_logits(
         self, adapted: AdaptedModel, batches: Iterator[dict[str, Tensor]]
     ) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-        """The next batches with the reference's logits (n, L, V): as many as `_HELD` bytes of logits, at least one."""
+        """The next batches with the reference's logits (n, L, V), at least one: as many as `_HELD` bytes of logits, or
+        an eighth of a GPU's free memory. Configurations are switched to once for them all."""
         found: list[tuple[dict[str, Tensor], Tensor | None]] = []
-        nbytes = 0
+        nbytes, most = 0, _HELD
+        if adapted.device.type == "cuda":
+            most = max(most, torch.cuda.mem_get_info(adapted.device)[0] // 8)
         with self.held_by(adapted) as model:
             for batch in batches:
                 logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
                 found.append((batch, logits))
                 nbytes += logits.nbytes
-                if nbytes >= _HELD:
+                if nbytes >= most:
                     break
         return found

@@ -44,6 +44,8 @@ def resolved(runtime: R) -> R:
         device = "cuda" if default_device().type == "cuda" else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if default_dtype(torch.device(device)) is torch.bfloat16 else "float32"
+    if dtype == "fast":
+        dtype = "bfloat16" if device == "cuda" or multiplies_bfloat16() else "float32"
     if device == "cpu" and runtime.compile == "cuda-graph":
         raise CoaloraError(
             "runtime.compile is cuda-graph, and the run is on a CPU", remedy="Set runtime.compile to auto"
@@ -60,6 +62,12 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, where bfloat16 matrix products are many times slower."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products in bfloat16 (AMX or AVX512-BF16); others take many times as long as for float32."""
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in known)
 
 
 def load_model(

@@ -276,17 +276,29 @@ def test_a_text_benchmark_has_one_source_that_leaves_text_to_train_on(sources: d
         (True, {"device": "cpu"}, ("cpu", "float32")),
         (False, {"dtype": "bfloat16"}, ("cpu", "bfloat16")),
         (True, {"dtype": "float32"}, ("cuda", "float32")),
+        (True, {"dtype": "fast"}, ("cuda", "bfloat16")),
+        (False, {"dtype": "fast"}, ("cpu", "float32")),
     ],
 )
 def test_auto_becomes_what_the_machine_has_and_what_was_asked_for_stays(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, asked: dict[str, Any], found: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     runtime = RuntimeSettings(cache_mib=7, processes=2, **asked)
     here = resolved(runtime)
     assert (here.device, here.dtype, here.cache_mib, here.processes) == (*found, 7, 2)
     assert resolved(here) == here
     assert (runtime.device, runtime.dtype) == (asked.get("device", "auto"), asked.get("dtype", "auto"))
+
+
+@pytest.mark.parametrize("instructions", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_only_who_asks_for_it_gets_bfloat16_on_a_processor_that_multiplies_it(monkeypatch, instructions: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, instructions, lambda: True)
+    assert resolved(RuntimeSettings(dtype="fast")).dtype == "bfloat16"
+    assert resolved(RuntimeSettings()).dtype == "float32"
 
 
 @pytest.mark.parametrize(
