@@ -44,11 +44,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def part(match: re.Match[str]) -> str:
         name, section = match[1], match[2]
-        text = (DOCS.parent / name).read_text(encoding="utf-8")
-        found = re.search(rf"<!-- {section} -->\n(.*?)<!-- /{section} -->", text, flags=re.DOTALL)
+        whole = (DOCS.parent / name).read_text(encoding="utf-8")
+        found = re.search(rf"<!-- {section} -->\n(.*?)<!-- /{section} -->", whole, flags=re.DOTALL)
         if found is None:
             raise ValueError(f"{name} has no part {section!r}, which {page.file.src_uri} includes")
-        return re.sub(r"\]\((?!https?:)([^)]+)\)", lambda link: f"]({address(link[1])})", found[1])
+        text = re.sub(r"\[docs/([\w-]+)\.md\]", r"[\1]", found[1])
+        return re.sub(r"\]\((?!https?:)([^)]+)\)", lambda link: f"]({address(link[1])})", text)
 
     def address(path: str) -> str:
         inside = path.removeprefix("docs/")
