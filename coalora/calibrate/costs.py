@@ -19,7 +19,7 @@ CostKind = Literal["average_bits", "bytes", "file_bytes", "latency"]
 
 @dataclass(frozen=True)
 class CostUnit:
-    """How a cost is written: on an axis, in a sentence, behind a number, in a file's name."""
+    """Words for a cost: on an axis, in a sentence, behind a number, in a file's name."""
 
     label: str
     words: str

@@ -41,7 +41,7 @@ _TOGETHER, _ELEMENTS = 32, 2**26
 
 @dataclass(frozen=True)
 class CalibrationTables:
-    """What the search knows of the base model.
+    """Errors and sizes of every layer under every choice, as the search knows them.
 
     Attributes:
         layers: the N target layers.

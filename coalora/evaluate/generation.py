@@ -20,7 +20,7 @@ def continue_prompts(
     new_tokens: int,
     with_adapter: bool = True,
 ) -> list[str]:
-    """What the model as it is now most likely goes on with after each prompt (greedy decoding).
+    """Most likely continuation of each prompt by the model as it is now (greedy decoding).
 
     Args:
         new_tokens: at most so many tokens; an end-of-text token ends earlier.

@@ -28,7 +28,7 @@ from coalora.trust import require_trust
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a format.
+    """Runner of a format.
 
     Attributes:
         package: that is imported.

@@ -34,7 +34,7 @@ SHIPPED = Path(__file__).with_name("profiles")
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a device can hold.
+    """Limits of a device: its memory or budget, the choices that it can hold, its formats.
 
     Attributes:
         name: of its file.

@@ -68,7 +68,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What calibration knows of one layer: its inputs x (in_features,), and what it has quantized already.
+    """Calibration of one layer: its inputs x (in_features,), and what it has quantized already.
 
     Attributes:
         second_moment: float32 (in,), E[x_j^2].
