@@ -335,7 +335,7 @@ class TrainingRecipe(Recipe):
         "the sandwich rule, or adaptive, which spends steps where the loss is in excess.",
     )
     sampling_power: float = hyper(
-        2.5, "Strength of the sampling", "Of low-bits (1 is uniform) and of adaptive.", ge=1, le=100
+        2.5, "Strength of the sampling", "Of both low-bits (1 is uniform) and of adaptive.", ge=1, le=100
     )
     paired: bool = hyper(
         False,
