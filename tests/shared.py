@@ -49,6 +49,19 @@ def prefect_home(to: Path) -> Path:
     return shutil.copytree(folder() / "prefect-home", to, dirs_exist_ok=True)
 
 
+def mlflow_database(to: Path) -> str:
+    """Address of a new database of MLflow in folder `to`, whose tables are made: that takes seconds."""
+    from tests import preloaded
+
+    def migrate(place: Path) -> None:
+        code = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+        preloaded.run("-c", code, f"sqlite:///{place / 'mlflow.db'}", cwd=place)
+
+    once("mlflow", migrate)
+    to.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{shutil.copy(folder() / 'mlflow' / 'mlflow.db', to)}"
+
+
 def once(name: str, make: Callable[[Path], T]) -> T:
     """What `make` returns for a new folder of this name, made by the first process that asks for it."""
     from filelock import FileLock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,8 @@ pytestmark = pytest.mark.servers
 
 def test_two_first_runs_at_once_share_one_home_that_neither_has_made(make_checkout: Callable[[str], Checkout]) -> None:
     checkout = make_checkout("first")
-    del checkout.environment["PREFECT_HOME"]  # each home has its own database, which both migrate
+    del checkout.environment["PREFECT_HOME"]  # each home has databases of its own, which both migrate
+    shutil.rmtree(checkout.root / ".coalora")
     checkout.environment["HOME"] = str(checkout.root)
     runs = [checkout.start("-m", "coalora", "run", "tiny") for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:

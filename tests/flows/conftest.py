@@ -53,6 +53,7 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) 
         environment |= {"PREFECT_HOME": str(prefect_home), "OMP_NUM_THREADS": "1", "COLUMNS": "140"}
         programs = f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment |= {"PRELOADED_PYTHON": str(python), "PATH": programs}
+        shared.mlflow_database(root / ".coalora")
         return Checkout(root, environment)
 
     return make

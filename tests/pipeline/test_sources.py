@@ -17,6 +17,7 @@ from pipeline.settings.sections import storage_settings
 from pipeline.store.publish import publish
 from pipeline.tracking.registry import register
 from pipeline.tracking.runs import Tracker
+from tests import shared
 from tests.s3_server import bucket
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -64,7 +65,7 @@ def test_a_published_run_is_fetched_without_its_exports(
 def test_a_registered_version_is_opened_by_its_alias(
     run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "tests", tmp_path / "mlartifacts")
+    tracker = Tracker(shared.mlflow_database(tmp_path), "tests", tmp_path / "mlartifacts")
     stored = shutil.copytree(run.folder / "bundle", tmp_path / ("0" * 64))  # as the store names it
     register(
         tracker.open_run("a", "a run"), stored, "a", "phone",

@@ -16,6 +16,7 @@ from pipeline.sources import registered_version
 from pipeline.tracking.registry import register, tag_pairs
 from pipeline.tracking.runs import Tracker
 from tasks.pair import make_pair
+from tests import shared
 from tests.s3_server import bucket
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -65,7 +66,7 @@ def test_a_published_pair_is_that_of_the_folder(
 
 
 def test_a_version_carries_its_pairs(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "tests", tmp_path / "mlartifacts")
+    tracker = Tracker(shared.mlflow_database(tmp_path), "tests", tmp_path / "mlartifacts")
     register(
         tracker.open_run("a", "a run"), run.folder / "bundle", "a", "phone",
         hypervolume=1.0, tags={"hypervolume_reference": "x"}, description="a bundle",

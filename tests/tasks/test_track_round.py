@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.track_round import track_round
+from tests import shared
 from tests.tiny_run import TinyRun
 
 
 def test_a_round_is_one_nested_mlflow_run_however_often_it_is_logged(run: TinyRun, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = shared.mlflow_database(tmp_path)
     settings = run.settings.model_copy(
         update={"tracking": run.settings.tracking.model_copy(update={"tracking_uri": uri})}
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.track_run import track_run
+from tests import shared
 from tests.tiny_run import TinyRun
 
 
 def test_what_was_not_logged_during_a_run_is_logged_at_its_end_and_only_once(run: TinyRun, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = shared.mlflow_database(tmp_path)
     settings = run.settings.model_copy(
         update={"tracking": run.settings.tracking.model_copy(update={"tracking_uri": uri})}
     )

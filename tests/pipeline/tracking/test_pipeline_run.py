@@ -12,11 +12,12 @@ from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
 from pipeline.tracking.pipeline_run import followed, open_pipeline_run
 from pipeline.tracking.runs import TrackedRun
+from tests import shared
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    uri = shared.mlflow_database(tmp_path_factory.mktemp("mlflow"))
     file = Path(__file__).parents[2] / "flows" / "tiny.yaml"
     return load_settings("tiny", file=file, changes=[f"tracking.tracking_uri={uri}"])
 

@@ -16,7 +16,7 @@ import pipeline.tracking.registry as registry
 from coalora.export.bundle import Bundle
 from pipeline.tracking.registry import DECISION, Registered, register, requirements
 from pipeline.tracking.runs import TrackedRun, Tracker
-from tests import preloaded
+from tests import preloaded, shared
 from tests.tiny_run import tiny_run
 
 LOAD = """
@@ -45,7 +45,7 @@ print(json.dumps({"answers": answers, "refused": refused}))
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     home = tmp_path_factory.mktemp("home")
-    return Tracker(f"sqlite:///{home / 'mlflow.db'}", "tests", home / "mlartifacts")
+    return Tracker(shared.mlflow_database(home), "tests", home / "mlartifacts")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from coalora.export.bundle import Bundle
 from infra.processes import free_port
 from pipeline.tracking.registry import register
 from pipeline.tracking.runs import Tracker
+from tests import shared
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, create_bucket, s3_server
 from tests.servers import end
 from tests.tiny_run import tiny_run
@@ -38,7 +39,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home, port = tmp_path_factory.mktemp("served"), free_port()
-    tracker = Tracker(f"sqlite:///{home / 'mlflow.db'}", "tests", home / "mlartifacts")
+    tracker = Tracker(shared.mlflow_database(home), "tests", home / "mlartifacts")
     run = tracker.open_run("served", "a run")
     register(
         run, tiny_run().folder / "bundle", "served", "served", hypervolume=1.0,

@@ -21,6 +21,7 @@ from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.tracking.runs import TrackedRun, Tracker
 from pipeline.tracking.server import explanation, patiently, place_of_runs, require_server
+from tests import shared
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -28,7 +29,7 @@ NOWHERE = "http://127.0.0.1:9"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     folder = tmp_path_factory.mktemp("mlflow")
-    run = Tracker(f"sqlite:///{folder}/mlflow.db", "faults", folder / "files").open_run("a", "a run")
+    run = Tracker(shared.mlflow_database(folder), "faults", folder / "files").open_run("a", "a run")
     engine = run.client._tracking_client.store.engine
     # MLflow has SQLite wait 20 seconds for a lock, in each of its sessions; here it is met at once.
     sqlalchemy.event.listen(engine, "before_cursor_execute", _impatient, retval=True)

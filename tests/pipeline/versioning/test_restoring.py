@@ -17,6 +17,7 @@ from pipeline.store.store import default_store
 from pipeline.versioning.restoring import from_dvc, from_mlflow
 from pipeline.versioning.sets import version_file, write_set
 from tasks.track_round import track_round
+from tests import shared
 from tests.commands import refused
 from tests.tiny_run import TinyRun, at_home, tiny_run
 
@@ -123,8 +124,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, str, str,
     """A run whose two sets are logged to MLflow: (run, URI, id of the parent, id of round 1)."""
     from mlflow import MlflowClient
 
-    run, folder = tiny_run(), tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run, uri = tiny_run(), shared.mlflow_database(tmp_path_factory.mktemp("mlflow"))
     tracking = run.settings.tracking.model_copy(update={"tracking_uri": uri})
     with at_home(run.home):
         ids = [
