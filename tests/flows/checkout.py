@@ -58,6 +58,10 @@ class Checkout:
         return self.root / "runs" / "tiny" / "latest"
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def computed(output: str) -> list[str]:
     """Stages that ran, in order, from the log lines `stage: computed ...`."""
     return _stages(output, ("computed", "rebuilt"))

@@ -17,11 +17,11 @@ from tests.flows.checkout import CODE, PROJECT, Checkout
 
 
 def _new_checkout(folder: Path) -> None:
-    """The code, compiled once for all checkouts, in a repository of git and DVC."""
+    """The code, compiled where it was not yet, in a repository of git and DVC."""
     for item in CODE:
         source = PROJECT / item
         if source.is_dir():
-            shutil.copytree(source, folder / item, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / item, ignore=shutil.ignore_patterns("*.pyc.*"))
         else:
             shutil.copy(source, folder / item)
     shutil.copy(PROJECT / "tests" / "flows" / "tiny.yaml", folder / "pipelines.yaml")
@@ -61,6 +61,10 @@ def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) 
 
 @pytest.fixture(scope="session")
 def finished(make_checkout: Callable[[str], Checkout]) -> tuple[Checkout, str]:
-    """A checkout in which the tiny pipeline has run once under Prefect, and what that printed."""
-    checkout = make_checkout("finished")
-    return checkout, checkout.pipeline()
+    """A checkout in which the tiny pipeline has run once under Prefect, and what that printed; one for a session."""
+
+    def run(_: Path) -> tuple[Checkout, str]:
+        checkout = make_checkout("finished")
+        return checkout, checkout.pipeline()
+
+    return shared.once("finished", run)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.flows.checkout import Checkout, computed, reused
+from tests.flows.checkout import Checkout, computed, files, reused
 
 # Long enough to be killed in; everything else is tiny.
 LONG_ROUNDS = "training.round_steps=60"
@@ -20,20 +19,6 @@ def direct(make_checkout: Callable[[str], Checkout]) -> Checkout:
     output = checkout.stage("export")
     assert "train" in computed(output)
     return checkout
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_a_second_run_under_prefect_computes_nothing(finished: tuple[Checkout, str]) -> None:
-    checkout, first = finished
-    before = files(checkout.latest)
-    output = checkout.pipeline()
-    assert computed(output) == []
-    assert len(reused(output)) == len(computed(first))
-    assert files(checkout.latest) == before
-    assert "version 1 (" in output  # no second version of the same result
 
 
 def test_changing_a_search_setting_runs_the_rounds_and_what_follows(direct: Checkout) -> None:

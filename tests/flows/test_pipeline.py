@@ -14,7 +14,7 @@ from peft import PeftModel
 from coalora.errors import CoaloraError
 from coalora.export.base import load_adapted, load_base
 from coalora.export.bundle import Bundle
-from tests.flows.checkout import Checkout, computed, reused
+from tests.flows.checkout import Checkout, computed, files, reused
 
 BUDGETS = ("2.5", "3")
 
@@ -151,3 +151,13 @@ def test_adapting_a_finished_run_to_a_new_budget_needs_no_training(finished: tup
     load_adapted(checkout.root / "adapted" / "base", checkout.root / "adapted" / "adapter")
     bundle = Bundle.load(checkout.latest / "bundle")
     assert bundle.adapt(3.6).digest == content["digest"]
+
+
+def test_a_second_run_under_prefect_computes_nothing(finished: tuple[Checkout, str]) -> None:
+    checkout, first = finished
+    before = files(checkout.latest)
+    output = checkout.pipeline()
+    assert computed(output) == []
+    assert len(reused(output)) == len(computed(first))
+    assert files(checkout.latest) == before
+    assert "version 1 (" in output  # no second version of the same result
