@@ -47,10 +47,18 @@ def s3() -> "Iterator[FaultProxy]":
         yield proxy
 
 
-_LONG_FIRST = ("e2e", "infra", "flows", "pipeline", "tasks", "coalora")
+# The longest files, the longest first: one that is begun last would have the other process wait for it at the end.
+_LONG_FIRST = (
+    "e2e/test_stack.py", "pipeline/orchestration/test_server.py", "faults/test_kills.py",
+    "flows/test_dvc.py", "flows/test_pipeline.py", "flows/test_caching.py", "flows/test_upload.py",
+    "pipeline/workers/test_pool.py", "faults/test_interrupted.py", "faults/test_wrong_inputs.py",
+    "faults/test_first_runs.py", "infra/test_stack.py", "pipeline/stages/test_checkpoints.py",
+    "pipeline/versioning/test_sets.py", "coalora/test_wheel.py", "coalora/export/test_bundle.py",
+    "coalora/quant/kernels/test_triton.py", "faults/test_evil_pages.py", "pipeline/store/test_shared.py",
+    "flows/test_finished.py", "flows/test_costs.py", "pipeline/stages/test_runner.py", "test_extending.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin the longest files first; xdist's own order, by the number of tests, would leave them to the end."""
-    folders = {item: next((p for p in item.path.parts if p in _LONG_FIRST), _LONG_FIRST[-1]) for item in items}
-    items.sort(key=lambda item: _LONG_FIRST.index(folders[item]))
+    rank = {f"tests/{name}": place for place, name in enumerate(_LONG_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))

@@ -21,7 +21,7 @@ def faults():
     for rounds in (int(sys.argv[2]), 5):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(rounds):
-            x = torch.ones(24 << 20)
+            x = torch.ones(10 << 20)
             y = x + 1
             del x, y
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -48,7 +48,7 @@ def test_large_tensors_reuse_the_memory_of_those_before_them_in_every_thread() -
     kept = [int(n) for n in _python(_FAULTS, "kept", "60").split()]
     given_back = [int(n) for n in _python(_FAULTS, "default", "5").split()]
 
-    pages = 5 * 2 * (24 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
+    pages = 5 * 2 * (10 << 20) * 4 // os.sysconf("SC_PAGE_SIZE")
     assert min(given_back) >= 0.9 * pages, "the default has no such cost here: is the option still needed?"
     assert max(kept) < 0.01 * pages
 

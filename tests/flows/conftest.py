@@ -41,10 +41,8 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_checkout(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Callable[[str], Checkout]:
-    # The stages of `dvc repro` are forks as well, but for one: its numbers do not depend on the seed of hashes.
-    python = preloaded.python(tmp_path_factory.mktemp("bin"), real='*"stage training"*')
-
-    def make(name: str) -> Checkout:
+    def make(name: str, *, real: str = "") -> Checkout:
+        python = preloaded.python(tmp_path_factory.mktemp("bin"), real=real)
         shared.once("checkout", _new_checkout)
         root = shutil.copytree(shared.folder() / "checkout", tmp_path_factory.mktemp(name) / name)
         own = ("COALORA_", "PREFECT_", "MLFLOW_")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,42 +109,6 @@ def test_the_scan_sees_an_import_wherever_it_stands(tmp_path: Path) -> None:
     everywhere = [name for name, _ in imported(file)]
     assert {"dvc", "mlflow.pyfunc", "boto3", "prefect.x"} <= set(everywhere)
     assert [name for name, _ in imported(file, top_level=True)] == ["typing", "mlflow.pyfunc", "boto3"]
-
-
-def test_every_module_of_coalora_is_importable_without_the_pipelines_packages(tmp_path: Path) -> None:
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in modules("coalora")]
-    # Triton comes with CUDA builds of torch; only these need it, and only tensors on a GPU ask for them.
-    names = [name for name in names if not name.endswith((".triton", ".jobs", "quant.kernels.packed"))]
-    # huggingface_hub reads YAML; PEFT and transformers must do without the rest, and without the tests' oracles.
-    blocked = [
-        *ORCHESTRATION,
-        *(p for p in PIPELINE_ONLY if p != "yaml"),
-        "pipeline",
-        "tasks",
-        "flows",
-        "bitsandbytes",
-        "botorch",
-    ]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-    program = f"""
-import sys
-for name in {blocked!r}:
-    sys.modules[name] = None  # importing it raises, and looking for it finds nothing
-import importlib
-for name in {names!r}:
-    importlib.import_module(name)
-try:
-    import prefect
-except ImportError:
-    print("done", len({names!r}))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == f"done {len(names)}"
-    assert len(names) > 40
 
 
 def test_flows_are_entered_from_the_two_files_alone() -> None:
