@@ -85,6 +85,7 @@ def site(checkout: Checkout, folder: Path, *, initial_steps: int) -> Iterator[Si
     # What the stack starts are processes of their own, as on a user's machine.
     del checkout.environment["PRELOADED_PYTHON"]
     checkout.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    checkout.environment["PREFECT_WORKER_QUERY_SECONDS"] = "1"  # in place of 10
     checkout.environment["COALORA_STORE"] = f"s3://{BUCKET}/store"
     made = Site(checkout, folder, None)  # type: ignore[arg-type]
     try:
