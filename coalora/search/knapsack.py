@@ -93,27 +93,6 @@ def hull_paths(stairs: Staircase) -> tuple[Int, Float]:
     return np.stack(path, axis=1), np.maximum.accumulate(np.stack(slopes, axis=1), axis=1)
 
 
-def lower_hull(cost: ArrayLike, err: ArrayLike) -> Int:
-    """Choices on the lower convex hull of one layer's (cost, err) points, from the cheapest to the most
-    accurate.
-
-    Args:
-        cost, err: (K,), finite.
-
-    Returns:
-        Indices (H,) by rising cost; error and steepness fall strictly along them.
-
-    Raises:
-        CoaloraError: other shapes, or non-finite entries.
-    """
-    c, e = np.asarray(cost, dtype=np.float64), np.asarray(err, dtype=np.float64)
-    if c.ndim != 1 or c.shape != e.shape or c.size == 0 or not (np.isfinite(c).all() and np.isfinite(e).all()):
-        raise CoaloraError(f"cost and err of shapes {c.shape} and {e.shape} are not finite numbers, both (K,)")
-    stairs = staircase(c[None], e[None])
-    path, _ = hull_paths(stairs)
-    return stairs.index[0, path[0]]
-
-
 _WINDOW = 512  # steps looked at behind the split step
 _SKIPS = 16  # layers that may be skipped because their next step does not fit
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from prefect import Task
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.context import FlowRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.results import ResultStore, get_result_store
@@ -330,7 +330,7 @@ class PrefectRunner(Runner):
         reused, tags = plan.reuse is not None, plan.stage.task.tags
         elsewhere = getattr(plan.pool, "address", None) is not None  # a cluster, whose workers have GPUs of their own
         return plan.stage.task.with_options(
-            cache_policy=NO_CACHE if reused else replace(plan.stage.policy, key=plan.key),
+            cache_policy=NO_CACHE if reused else CacheKeyFnPolicy(cache_key_fn=lambda context, inputs: plan.key),
             persist_result=not reused,
             refresh_cache=True,
             task_run_name=run_name(plan.stage.name, plan.call),

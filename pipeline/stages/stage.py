@@ -18,8 +18,7 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 import prefect
-from prefect.cache_policies import CachePolicy
-from prefect.context import TaskRunContext
+from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
 from coalora.allocator import keep_freed_memory
@@ -53,21 +52,6 @@ class Call:
 
 # Set by the runner around a task call.
 current_call: ContextVar[Call | None] = ContextVar("coalora_call", default=None)
-
-
-@dataclass
-class StageKeyPolicy(CachePolicy):
-    """Prefect cache policy of a stage; `key` is the key that a runner has computed already."""
-
-    owner: Stage | None = None
-    key: str | None = None
-
-    def compute_key(
-        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
-    ) -> str | None:
-        if self.key is not None or self.owner is None:
-            return self.key
-        return self.owner.key(inputs)
 
 
 class Stage:
@@ -106,13 +90,12 @@ class Stage:
                     remedy=f"Put `*` before it, and use none of {sorted(_RESERVED)}",
                 )
         self.source = function_source_digest(fn)
-        self.policy = StageKeyPolicy(owner=self)
         self.task = prefect.task(
             name=name,
             tags=set(tags),
             retries=retries,
             timeout_seconds=timeout_seconds,
-            cache_policy=self.policy,
+            cache_policy=NO_CACHE,  # the runner's call has the key
             persist_result=True,
             result_serializer="json",
             cache_result_in_memory=False,  # another process may rewrite the record

@@ -12,7 +12,7 @@ from scipy.spatial import ConvexHull
 
 from coalora.errors import CoaloraError
 from coalora.search import knapsack
-from coalora.search.knapsack import allocate, fill, lower_hull, staircase, walk_hulls
+from coalora.search.knapsack import allocate, fill, hull_paths, staircase, walk_hulls
 
 
 def _tables(kind: str, seed: int, N: int = 24, K: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -131,10 +131,11 @@ def test_bad_tables_are_refused(bad: np.ndarray) -> None:
         allocate(bad, np.ones((2, 3)), 5.0)
 
 
-def test_lower_hull_is_the_falling_part_of_the_convex_hull() -> None:
+def test_a_hull_path_is_the_falling_part_of_the_convex_hull() -> None:
     rng = np.random.default_rng(0)
     cost, err = rng.random(200), rng.random(200)
-    got = lower_hull(cost, err)
+    stairs = staircase(cost[None], err[None])
+    got = stairs.index[0, hull_paths(stairs)[0][0]]
     assert (np.diff(cost[got]) > 0).all()
     assert (np.diff(err[got]) < 0).all()
     vertices = set(ConvexHull(np.stack([cost, err], axis=1)).vertices)
