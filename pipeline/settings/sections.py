@@ -76,7 +76,8 @@ class Section(BaseModel):
     # A value may hold a password: errors do not repeat it.
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), hide_input_in_errors=True,
-        model_title_generator=lambda model: model.__name__.removesuffix("Settings"),  # on buttons of Prefect's form
+        # On buttons of Prefect's form.
+        model_title_generator=lambda model: model.__name__.removesuffix("Settings") or "Settings",
     )  # fmt: skip
 
     @field_validator("*", mode="before")
