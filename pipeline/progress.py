@@ -94,7 +94,7 @@ def pipeline_name() -> str:
 
 
 class ProgressArtifact:
-    """The artifact of one loop; made at the first `show`. Outside of a task run nothing is shown.
+    """The artifact of one loop; made at the first `show`, gone with the last. Outside of a task run nothing is shown.
 
     Args:
         label: of the loop; what stands before its first comma is the key, so that rounds are one artifact's history.
@@ -112,13 +112,17 @@ class ProgressArtifact:
             return
         if not last and self._under_way is not None and not self._under_way.done():
             return
-        self._under_way = _thread.submit(copy_context().run, self._tell, percent, words)
+        self._under_way = _thread.submit(copy_context().run, self._tell, percent, words, last)
 
-    def _tell(self, percent: float, words: str) -> None:
+    def _tell(self, percent: float, words: str, last: bool) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
+        from prefect.client.orchestration import get_client
 
         try:
-            if self._id is None:
+            if last and self._id is not None:  # it would stand between the run's results on its page
+                with get_client(sync_client=True) as client:
+                    client.delete_artifact(self._id)
+            elif self._id is None:
                 self._id = create_progress_artifact(percent, key=self._key, description=words)  # type: ignore[assignment]
             else:
                 update_progress_artifact(self._id, percent, description=words)

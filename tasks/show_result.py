@@ -27,10 +27,17 @@ def show_result(
 
     url = run_url(settings, mlflow_run_id)
     text = result_markdown(pipeline, current_store().path(report), folder, mlflow_run_id, url, registered)
-    create_markdown_artifact(text, key=artifact_key(pipeline, "result"), description=f"{pipeline}: result")
+    create_markdown_artifact(
+        text, key=artifact_key(pipeline, "result"), description="Table, pictures, registered version"
+    )
     if url.startswith("http"):
-        create_link_artifact(url, "MLflow run", key=artifact_key(pipeline, "mlflow"), description="Curves and files")
         create_link_artifact(
-            f"{url}/artifacts/report/report.html", "Report", key=artifact_key(pipeline, "report"), description="Report"
+            url, "MLflow run", key=artifact_key(pipeline, "mlflow"), description="Curves and files of the run"
+        )
+        create_link_artifact(
+            f"{url}/artifacts/report/report.html",
+            "report.html",
+            key=artifact_key(pipeline, "report"),
+            description="All that was measured, as one page in MLflow",
         )
     return text

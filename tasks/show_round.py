@@ -37,11 +37,11 @@ def show_round(
     url = run_url(settings, mlflow_run_id) if mlflow_run_id else ""
     text = round_markdown(pipeline, settings, round_index, rounds, members, url)
     key = artifact_key(pipeline, "pareto-front")
-    create_markdown_artifact(text, key=key, description=f"{pipeline}: Pareto front, round {round_index}")
+    create_markdown_artifact(text, key=key, description=f"Picture of round {round_index}, beside those before")
     if rounds and rounds[-1].round == round_index:
         create_table_artifact(
             front_rows(rounds[-1], settings),
             key=f"{key}-table",
-            description=f"{pipeline}: members of the front, round {round_index}",
+            description=f"Members in round {round_index}",
         )
     return text

@@ -4,6 +4,7 @@ Pictures are data URIs: an image artifact takes an address, and a worker serves 
 """
 
 import base64
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def result_markdown(
     lines = [
         f"# {pipeline}",
         "",
-        (files / "table.md").read_text(encoding="utf-8").strip(),
+        # A size stays on one line in a narrow cell.
+        re.sub(r"(\d) ([kMG]?B) ", "\\1\u00a0\\2 ", (files / "table.md").read_text(encoding="utf-8").strip()),
         "",
         _picture(figure_png(front[0]), front[1]),
         "",
