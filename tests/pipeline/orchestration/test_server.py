@@ -131,7 +131,7 @@ def test_a_person_finds_stages_in_words_the_front_of_every_round_and_the_result(
     assert any(name.startswith("evaluate Shared-LoRA, configurations 1 to") for name in names)
     history = sorted(server.artifacts("tiny-pareto-front"), key=lambda artifact: artifact.created)
     assert [a.description for a in history] == [
-        f"tiny: Pareto front, round {i}" for i in (0, 0, 1)
+        f"Picture of round {i}, beside those before" for i in (0, 0, 1)
     ]  # one was cancelled
     page = str(history[-1].data)
     assert "![Fronts up to round 1](data:image/png;base64,iVBOR" in page
@@ -170,9 +170,7 @@ def test_a_gpu_task_without_a_free_slot_waits_and_says_so(server: Server, checko
     assert process.returncode == 0, rest
     assert "hold: got a slot after" in rest
     assert "hold: reused" in rest  # what is there already needs no GPU
-    (shown,) = server.artifacts("gpu-test-training-coa")[-1:]
-    assert (shown.type, float(str(shown.data))) == ("progress", 100.0)
-    assert str(shown.description).startswith("training coa, round 0: 30/30, loss 0.03333")
+    assert not server.artifacts("gpu-test-training-coa")  # a loop that is done stands between no results
 
 
 def test_a_deployment_without_its_pipeline_is_refused_found_and_removed(
