@@ -38,8 +38,9 @@ def test_repro_after_the_flow_computes_nothing(finished: tuple[Checkout, str]) -
 
 def test_a_second_repro_looks_at_the_inputs_and_runs_no_part(cold: tuple[Checkout, str]) -> None:
     output = cold[0].repro()
-    assert re.findall(r"Running stage '(\w+)'", output) == ["inputs"]
-    assert re.findall(r"Stage '(\w+)' didn't change", output) == list(PARTS)
+    # A set: DVC's log is shown twice by processes that are forks.
+    assert set(re.findall(r"Running stage '(\w+)'", output)) == {"inputs"}
+    assert set(re.findall(r"Stage '(\w+)' didn't change", output)) == set(PARTS)
 
 
 def test_experiments_have_a_column_for_what_runs_are_compared_by(cold: tuple[Checkout, str]) -> None:
