@@ -7,8 +7,9 @@ given, the part starts from what the part before it has put out, and the pass en
 the masks, positions and rotary factors that the model itself makes for it. What is computed is what one pass over the
 whole model computes, bit for bit.
 
-Blocks are the children, all of one class, of the module list that holds most target layers. A model without any, and
-one whose statistics are small enough, is one part.
+Blocks are the children, all of one class, of the module list that holds most target layers. One part is a model without
+any, one whose blocks hand on more than their hidden states (T5's hand on the positions' bias), and one whose statistics
+are small enough.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ class BlockWise:
         batches: makes the same batches anew for every part, as keyword arguments of the model.
         device: where parts are computed; what is not there comes for the time that it is needed.
         most: bytes of a part's Hessians, beyond which it gets no further block; None: none are collected.
-        single: whether every block is a part of its own.
+        single: whether every block must be a part of its own.
 
     Attributes:
         parts: in the order of work.
         hidden: what the last part has put out, on the CPU, a tensor for each batch; may be replaced by equal ones.
+
+    Raises:
+        CoaloraError: every block must be a part of its own, and cannot be.
     """
 
     def __init__(
@@ -97,7 +101,16 @@ class BlockWise:
         limit = sys.maxsize if most is None else most
         if not self._blocks or not (single or _hessian_nbytes(layers) > limit):
             return
-        early = self._before_blocks(layers, [i for i, block in enumerate(at) if block < 0])
+        self._others = 0  # what a block returns behind its hidden states, all None
+        try:
+            early = self._probe(layers, [i for i, block in enumerate(at) if block < 0])
+        except _Whole as whole:
+            if single:
+                raise CoaloraError(
+                    f"A block of {name} {whole}, so that its inputs cannot be handed to it",
+                    remedy="Set calibration.inputs to original",
+                ) from whole
+            return
         starts, nbytes = [0], 0
         for block in range(len(self._blocks)):
             own = _hessian_nbytes(layer for layer, of in zip(layers, at, strict=True) if of == block)
@@ -118,9 +131,6 @@ class BlockWise:
 
         Args:
             keep: put what it puts out in place of `hidden`.
-
-        Raises:
-            CoaloraError: a block takes or returns something else than hidden states.
         """
         made: list[Tensor] = []
         with self._there(part), self._cut(part) as given:
@@ -135,17 +145,18 @@ class BlockWise:
         if keep:
             self.hidden = made
 
-    def _before_blocks(self, layers: Sequence[TargetLayer], outside: Sequence[int]) -> set[int]:
-        """The layers outside of blocks that run before the first block ends."""
+    def _probe(self, layers: Sequence[TargetLayer], outside: Sequence[int]) -> set[int]:
+        """Which of the layers outside of blocks run before the first block ends; on one batch."""
         reached: set[int] = set()
         with ExitStack() as stack:
             for i in outside:
                 module = self._model.get_submodule(layers[i].name)
                 stack.callback(module.register_forward_pre_hook(lambda *_, i=i: reached.add(i)).remove)
-            if outside:
-                one, batches = next(self._batches()), self._batches
-                self._batches = lambda: iter([one])
+            one, batches = next(self._batches()), self._batches
+            self._batches = lambda: iter([one])
+            try:
                 self.run(Part(0, 1, ()), keep=False)
+            finally:
                 self._batches = batches
         return reached
 
@@ -160,17 +171,19 @@ class BlockWise:
         def shortened(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not args or not isinstance(args[0], Tensor):
-                    raise _unknown(f"takes its hidden states by name ({', '.join(kwargs)})")
+                    raise _Whole(f"takes its hidden states by name, among {', '.join(kwargs)}")
                 hidden = args[0]
                 if given and index == min(part.first, len(self._blocks) - 1):
                     hidden = given[0]
                 if index < part.first:
-                    return hidden
+                    return (hidden, *[None] * self._others) if self._others else hidden
                 out = own(hidden, *args[1:], **kwargs)
-                if not isinstance(out, Tensor):
-                    raise _unknown(f"returns a {type(out).__name__}")
+                first, *others = out if isinstance(out, tuple) else (out,)
+                if not isinstance(first, Tensor) or any(other is not None for other in others):
+                    raise _Whole("hands on more than its hidden states")
+                self._others = len(others)
                 if index + 1 == part.last:
-                    raise _Reached(out)
+                    raise _Reached(first)
                 return out
 
             return forward
@@ -215,11 +228,8 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
-def _unknown(what: str) -> CoaloraError:
-    return CoaloraError(
-        f"A transformer block of this model {what}, so that it cannot be calibrated block by block",
-        remedy="Raise calibration.hessians_mb until the model is calibrated whole, with calibration.inputs original",
-    )
+class _Whole(Exception):
+    """Why a model cannot be cut between its blocks."""
 
 
 def _hessian_nbytes(layers: Iterable[TargetLayer]) -> int:

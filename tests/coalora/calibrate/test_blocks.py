@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
 from coalora.calibrate.blocks import BlockWise, transformer_blocks
 from coalora.calibrate.statistics import InputSums, collect_statistics, inputs_of
@@ -110,18 +119,60 @@ def test_blocks_are_as_before_afterwards_and_after_an_error(tiny_llama, split) -
     assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("wrong", ["a tuple", "by name"])
-def test_blocks_of_another_form_are_refused_with_a_way_out(tiny_llama, split, wrong: str, monkeypatch) -> None:
+def _others() -> dict[str, nn.Module]:
+    """Blocks that return (hidden states, None), an encoder beside the decoder, blocks that hand on a bias."""
+    sizes = {"vocab_size": 320, "pad_token_id": 1, "num_labels": 2}
+    deberta = DebertaV2Config(
+        **sizes,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        relative_attention=True,
+    )
+    bart = BartConfig(
+        **sizes, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=66, eos_token_id=0,
+    )  # fmt: skip
+    t5 = T5Config(**sizes, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_heads=2, decoder_start_token_id=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {
+            "deberta": DebertaV2ForSequenceClassification(deberta).eval(),
+            "bart": BartModel(bart).eval(),
+            "t5": T5ForSequenceClassification(t5).eval(),
+        }
+
+
+@pytest.mark.parametrize(("family", "n_parts"), [("deberta", 3), ("bart", 3), ("t5", 1)])
+def test_other_architectures_are_cut_where_their_blocks_allow_it(split, family: str, n_parts: int) -> None:
+    model = _others()[family]
+    if family == "t5":  # which finds the end of a text by its token
+        split = replace(split, input_ids=split.input_ids.where(split.input_ids != 1, 0))
+    layers = find_target_layers(model, "all-linear")
+    walk = _walk(model, layers, split, most=0)
+    assert len(walk.parts) == n_parts
+    if n_parts > 1:
+        whole = collect_statistics(model, layers, split, batch_size=2, hessians=True)
+        for known, expected in zip(_by_parts(model, layers, split, walk), whole, strict=True):
+            assert torch.equal(known.hessian, expected.hessian)
+
+
+@pytest.mark.parametrize("wrong", ["a second tensor", "by name"])
+def test_a_model_whose_blocks_hand_on_more_is_one_part_or_refused_where_it_must_be_cut(
+    tiny_llama, split, wrong: str, monkeypatch
+) -> None:
     model = tiny_llama()
     block = type(model.model.layers[0])
     own = block.forward
-    if wrong == "a tuple":
-        monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (own(*args, **kwargs),))
+    if wrong == "a second tensor":
+        monkeypatch.setattr(block, "forward", lambda *args, **kwargs: (own(*args, **kwargs), torch.ones(1)))
     else:
         monkeypatch.setattr(type(model.model), "forward", lambda *_, **k: model.model.layers[0](hidden_states=None))
-    walk = _walk(model, find_target_layers(model), split, most=0)
-    with pytest.raises(CoaloraError, match=r"block by block\. Raise calibration\.hessians_mb"):
-        walk.run(walk.parts[0], keep=True)
+    layers = find_target_layers(model)
+    assert [part.last for part in _walk(model, layers, split, most=0).parts] == [None]
+    with pytest.raises(CoaloraError, match=r"model\.layers .*\. Set calibration\.inputs to original"):
+        _walk(model, layers, split, most=0, single=True)
 
 
 def test_a_part_uses_its_blocks_and_what_lies_outside_of_blocks(tiny_llama, split) -> None:
