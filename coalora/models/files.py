@@ -28,7 +28,7 @@ def model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    patterns = [f"*{suffix}" for suffix in MODEL_FILES]
+    patterns = [*(f"*{suffix}" for suffix in MODEL_FILES), "README.md"]  # whose head names the licence
     return hub_folder(f"The base model {name_or_path}", str(name_or_path), patterns, revision)
 
 

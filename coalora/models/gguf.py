@@ -21,7 +21,8 @@ from coalora.models.files import save_model
 
 
 def unpack_gguf(file: Path, folder: Path) -> None:
-    """Write weights (float16), config and tokenizer of a GGUF file to a folder, as `save_pretrained` does.
+    """Write weights (float16), config and tokenizer of a GGUF file to a folder, as `save_pretrained` does, and a model
+    card with its licence where the file names one (`general.license`).
 
     Args:
         file: the GGUF file (`coalora.models.files.gguf_path`).
@@ -44,6 +45,15 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     with redirect_stderr(StringIO()):  # bars
         save_model(model, tokenizer, folder)
+    if licence := _licence(file):
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\nUnpacked from {file.name}.\n", "utf-8")
+
+
+def _licence(file: Path) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("general.license")
+    return None if field is None else str(field.contents())
 
 
 def _read(file: Path, load: Callable[..., Any], **options: Any) -> Any:

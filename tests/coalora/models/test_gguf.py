@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coalora.errors import CoaloraError
+from coalora.export.provenance import licence_of
 from coalora.models.files import count_parameters, gguf_path, package_folder
 from coalora.models.gguf import unpack_gguf
 from coalora.train.pretrain import train_tokenizer
@@ -60,6 +61,7 @@ def folder(
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(CONFIG.vocab_size)
+    writer.add_license("apache-2.0")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(parts["vocab"], key=parts["vocab"].get)
     vocabulary += [f"<unused{i}>" for i in range(CONFIG.vocab_size - len(vocabulary))]
@@ -99,6 +101,7 @@ def test_what_is_unpacked_is_the_model_and_its_tokenizer(
     assert count_parameters(tmp_path) == sum(p.numel() for p in model.parameters())
     text = "a list of numbers"
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert licence_of(tmp_path) == "apache-2.0"
 
 
 def test_nothing_is_written_to_the_terminal(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
