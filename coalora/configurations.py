@@ -185,13 +185,29 @@ def configuration_of(content: object, tables: CalibrationTables) -> np.ndarray:
         raise CoaloraError(
             f"The configuration is not for the {len(names)} layers of this model", remedy="Give each layer a choice"
         )
-    configuration = np.array([tables.space.index(chosen[name]) for name in names], dtype=np.int64)
-    if not (may := tables.allowed[np.arange(len(names)), configuration]).all():
-        raise CoaloraError(
-            f"The configuration gives {names[int(np.argmin(may))]} a choice that its rules forbid",
-            remedy="Give it another one",
-        )
-    return configuration
+    return np.array([_chosen(tables, index, chosen[name]) for index, name in enumerate(names)], dtype=np.int64)
+
+
+def _chosen(tables: CalibrationTables, index: int, fields: object) -> int:
+    """Index of a layer's choice by its fields."""
+    given = fields if isinstance(fields, dict) else {}
+    try:
+        if tables.allowed[index, found := tables.space.index(given)]:
+            return found
+    except (CoaloraError, TypeError):  # values that cannot be looked up
+        pass
+
+    def apart(k: np.intp) -> tuple[int, float]:
+        own = tables.space.choice_dict(int(k))
+        numbers = [(own.get(name), value) for name, value in given.items()]
+        steps = [abs(a - b) for a, b in numbers if isinstance(a, int | float) and isinstance(b, int | float)]
+        return sum(a != b for a, b in numbers), sum(steps)
+
+    nearest = min(np.flatnonzero(tables.allowed[index]), key=apart)
+    raise CoaloraError(
+        f"The configuration gives {tables.layers[index].name} {str(fields)[:200]}, which is none of its choices",
+        remedy=f"Give it the nearest, {tables.space.choice_dict(int(nearest))}, or train with a space that has it",
+    )
 
 
 def read_choices(content: dict) -> dict[str, tuple[Scheme, Choice]]:

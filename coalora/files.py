@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +20,64 @@ from coalora.errors import CoaloraError
 
 if TYPE_CHECKING:  # torch is slow to import, and most of what is here needs none of it
     import numpy as np
+    import torch
     from torch import Tensor
 
-# safetensors writes its metadata map in an arbitrary order; a single entry keeps equal content equal in bytes.
 _HEADER = "coalora"
+# By torch's names and safetensors' own, in the order in which that stores tensors: alignment falls.
+_TYPES = {
+    "uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32", "int32": "I32",
+    "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor | np.ndarray], header: object = None, **metadata: str
-) -> None:
-    """Write named tensors and a JSON-able header as safetensors; `metadata` stands beside it for other readers."""
-    import torch
-    from safetensors.torch import save_file
+    path: Path,
+    tensors: Mapping[str, Tensor | np.ndarray],
+    header: object = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **metadata: str,
+) -> str:
+    """Write named tensors and a JSON-able header as safetensors, and return the file's sha256.
 
-    plain = {k: torch.as_tensor(tensors[k]).detach().to("cpu").contiguous() for k in sorted(tensors)}
-    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
-    # Tensors of shared memory are refused; what has its own, a mapped file's as well, is written from where it is.
-    plain = {k: t.clone() if owners[t.untyped_storage().data_ptr()] > 1 else t for k, t in plain.items()}
-    path.write_bytes(b"")  # with the rights that new files have here: safetensors would write for its owner alone
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(plain, path, {_HEADER: json.dumps(header, sort_keys=True), **metadata})
-    path.chmod(mode)
+    Tensors are converted, written and digested one after the other: safetensors' own writer holds a second copy of all,
+    orders `metadata` by chance, and leaves the digest to another reading.
+
+    Args:
+        dtype: that floating tensors are stored in; None keeps theirs.
+        metadata: stands beside the header for other readers.
+    """
+    import torch
+
+    plain = {name: torch.as_tensor(tensor).detach() for name, tensor in tensors.items()}
+    kinds = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in plain.items()}
+    stored = {name: str(kind).removeprefix("torch.") for name, kind in kinds.items()}
+    names = sorted(plain, key=lambda name: ([*_TYPES].index(stored[name]), name))
+    told: dict[str, Any] = {"__metadata__": {_HEADER: json.dumps(header, sort_keys=True), **metadata}}
+    end = 0
+    for name in names:
+        start, end = end, end + plain[name].numel() * kinds[name].itemsize
+        told[name] = {"dtype": _TYPES[stored[name]], "shape": [*plain[name].shape], "data_offsets": [start, end]}
+    head = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+
+    def data(name: str) -> Any:
+        return plain[name].to("cpu", kinds[name]).contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    sha256 = hashlib.sha256()
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # tensors may be mapped from the file itself
+    try:
+        with part.open("wb") as file, ThreadPoolExecutor(1) as digesting:  # both release the interpreter's lock
+            pieces: Iterable[Any] = chain([len(head).to_bytes(8, "little") + head], map(data, names))
+            for piece in pieces:
+                digesting.submit(sha256.update, piece)
+                file.write(piece)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return sha256.hexdigest()
 
 
 def stored_nbytes(tensors: Mapping[str, Tensor], header: object = None) -> int:

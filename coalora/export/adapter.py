@@ -83,12 +83,11 @@ def write_adapter(
     write_json(folder / CONFIG, saved)
     binding = {"base_configuration_digest": configuration["digest"], "base_digest": configuration["base_digest"]}
     if dtype in CHOICES:
-        name, stored = COMPACT, pack_adapter(tensors, dtype)
         binding |= {"dtype": str(dtype).removeprefix("torch.")}
+        name, sha256 = COMPACT, write_tensors(folder / COMPACT, pack_adapter(tensors, dtype), binding)
     else:
-        name, stored = WEIGHTS, {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    write_tensors(folder / name, stored, binding)
-    write_json(folder / BINDING, binding | {"files": file_digests(folder, (CONFIG, name))})
+        name, sha256 = WEIGHTS, write_tensors(folder / WEIGHTS, tensors, binding, dtype=dtype)
+    write_json(folder / BINDING, binding | {"files": {**file_digests(folder, [CONFIG]), name: sha256}})
 
 
 def weights_of(folder: Path) -> Path:

@@ -27,7 +27,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.configurations import configuration_dict, configuration_digest, read_choices
 from coalora.errors import CoaloraError
 from coalora.export.adapter import check_binding, read_adapter
-from coalora.files import check_files, file_digests, read_json, read_tensors, reading, write_json, write_tensors
+from coalora.files import check_files, read_json, read_tensors, reading, write_json, write_tensors
 from coalora.models.loading import default_device, default_dtype, load_config, meta_model
 from coalora.models.switching.packed import move_rest, pack_layer
 from coalora.models.targets import TargetLayer, other_tensors
@@ -67,9 +67,9 @@ def write_base(
         "shapes": {layer.name: list(layer.shape) for layer in tables.layers},
         "transposed": [layer.name for layer in tables.layers if layer.transposed],
     }
-    write_tensors(folder / PACKED, packed)
-    write_tensors(folder / REST, other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
-    write_json(folder / CONFIGURATION, content | {"files": file_digests(folder, (PACKED, REST))})
+    rest = other_tensors(model, [layer.name for layer in tables.layers], rest_dtype)
+    files = {name: write_tensors(folder / name, tensors) for name, tensors in ((PACKED, packed), (REST, rest))}
+    write_json(folder / CONFIGURATION, content | {"files": files})
     inference_config(model).save_pretrained(folder)
     if type(model).__module__.startswith("transformers_modules"):  # code that came with the checkpoint
         custom_object_save(model, folder)

@@ -275,6 +275,7 @@ class Bundle:
         U = None if self.theta is None else self.theta(chosen)
         if (used := used_ranks(self.tables.space, self.recipe, self._trained)) is not None:
             U = cascaded(U, used[chosen])
+        moved = [] if U is None else U.flatten(1).any(1).tolist()  # theta adjusts some choices alone
         own = ("theta.", "experts.")
         tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith(own)}
         for index, (layer, k) in enumerate(zip(self.tables.layers, configuration, strict=True)):
@@ -283,7 +284,7 @@ class Bundle:
             if expert != NO_EXPERT:
                 tensors[A] = tensors[A] + self.tensors[f"experts.lora_A.{index}_{expert}"]
                 tensors[B] = tensors[B] + self.tensors[f"experts.lora_B.{index}_{expert}"]
-            if U is not None:
+            if U is not None and moved[index]:
                 tensors[A] = fold(tensors[A], U[index])
             if self.recipe.compensation_rank:
                 below, beside = self._compensation(index, int(k))
@@ -298,10 +299,12 @@ class Bundle:
 
     def _compensation(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
         if (index, choice) not in self.compensation:
+            space = self.tables.space
+            known = ", ".join(space.describe(k) for layer, k in sorted(self.compensation) if layer == index)
             raise CoaloraError(
-                f"The bundle has no compensation of {self.tables.space.describe(choice)} for "
-                f"{self.tables.layers[index].name}",
-                remedy="Choose a configuration of its set (adapt, select), or train with compensation_rank=0",
+                f"The bundle has no compensation of {space.describe(choice)} for {self.tables.layers[index].name}, "
+                f"whose choices in the set are {known or 'none'}",
+                remedy="Take one of these, or train with compensation_rank=0",
             )
         return self.compensation[index, choice]
 

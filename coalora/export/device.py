@@ -226,7 +226,7 @@ def export_for(
     at = None if alone else find_base(bundle, base)
     if at is not None and Path(bundle.base_model).is_absolute():  # the base may lie elsewhere than where it was trained
         adapted.config.base_model_name_or_path = str(at.resolve())
-    source = _source(bundle, adapted, at, adapter_dtype, trust_remote_code)
+    source = source_for(bundle, adapted, at, adapter_dtype, trust_remote_code=trust_remote_code)
     tokens = [] if text is None else source.load_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     if text is not None:
         windows(len(tokens), max_length, max_length - 1)
@@ -259,8 +259,8 @@ def facts_of(bundle: Bundle, configuration: np.ndarray, base: Path | None) -> di
     return licence | ({} if loss is None else {"loss": loss})
 
 
-def _source(
-    bundle: Bundle, adapted: Adapted, base: Path | None, adapter_dtype: torch.dtype, trust_remote_code: bool
+def source_for(
+    bundle: Bundle, adapted: Adapted, base: Path | None, adapter_dtype: torch.dtype, *, trust_remote_code: bool = False
 ) -> ExportSource:
     """Loaders of the base in `base`; without one, for an adapter alone, there is nothing to load."""
     at = base or Path()

@@ -105,7 +105,7 @@ def write_integers(
         made = tensors_of(layer, choice, packed)
         tensors |= {f"{layer.name}.{part}": tensor for part, tensor in made.items()}
     tensors |= other_tensors(model, list(choices), source.rest_dtype)
-    write_tensors(folder / MODEL, tensors, format=library)
+    sha256 = write_tensors(folder / MODEL, tensors, format=library)
     config = inference_config(model).to_dict() | {"architectures": [type(model).__name__]}
     for key in ("_name_or_path", "quantization_config"):  # where the checkpoint lay, and what it was stored in
         config.pop(key, None)
@@ -113,4 +113,5 @@ def write_integers(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     source.load_tokenizer().save_pretrained(folder)
-    write_json(folder / CONFIGURATION, source.adapted.content | {"files": file_digests(folder, (MODEL, "config.json"))})
+    files = {MODEL: sha256, **file_digests(folder, ["config.json"])}
+    write_json(folder / CONFIGURATION, source.adapted.content | {"files": files})

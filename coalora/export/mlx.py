@@ -103,8 +103,7 @@ def write_adapter(folder: Path, source: ExportSource) -> None:
     for name, (A, B) in pairs.items():
         tensors[f"{name}.lora_a"] = pad(A, (0, 0, 0, rank - len(A))).T
         tensors[f"{name}.lora_b"] = pad(B, (0, rank - len(A))).T
-    dtype = source.floating_dtype
-    write_tensors(folder / "adapters.safetensors", {k: t.to(dtype) for k, t in tensors.items()}, format="mlx")
+    write_tensors(folder / "adapters.safetensors", tensors, dtype=source.floating_dtype, format="mlx")
     write_json(
         folder / "adapter_config.json",
         {

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coalora.errors import CoaloraError
+from coalora.export.adapter import BINDING
+from coalora.export.base import CONFIGURATION
 from coalora.files import check_files, file_digests, read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +62,13 @@ def write_record(
         **about,
     }
     (folder / CARD).write_text(_card(folder, formats, source, record), encoding="utf-8")
-    write_json(folder / RECORD, record | {"files": file_digests(folder, files_of(folder))})
+    names, known = files_of(folder), dict[str, str]()
+    for name in names:  # large files were digested as they were written
+        if Path(name).name in (BINDING, CONFIGURATION):
+            told = read_json(folder / name).get("files", {})
+            known |= {Path(name).with_name(part).as_posix(): sha256 for part, sha256 in told.items()}
+    digests = known | file_digests(folder, [name for name in names if name not in known])
+    write_json(folder / RECORD, record | {"files": digests})
 
 
 def check_export(folder: Path) -> dict[str, Any]:

@@ -83,14 +83,14 @@ class Checkpoints:
             tensors[f"{_PENDING}values"] = torch.stack([values for _, values in checkpoint.pending])
         part = self.folder / f"{name}.part"
         try:
-            write_tensors(part, tensors)
+            sha256 = write_tensors(part, tensors)
             to_disk(part)
             os.replace(part, self.folder / name)
         finally:
             part.unlink(missing_ok=True)
         content = {
             "file": name,
-            "sha256": file_sha256(self.folder / name),
+            "sha256": sha256,
             "span": list(span),
             "step": checkpoint.step,
             "records": checkpoint.records,

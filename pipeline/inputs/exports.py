@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from coalora.data.benchmark import Benchmark
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
-from coalora.export.device import facts_of
-from coalora.export.formats import EXPORT_FORMATS, ExportSource, write_export
+from coalora.export.device import facts_of, source_for
+from coalora.export.formats import EXPORT_FORMATS, write_export
 from coalora.files import digest
 from pipeline.inputs.adapted import hold, release_models
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
@@ -58,15 +58,11 @@ class ExportInputs:
             kept = all(EXPORT_FORMATS[name].keeps_model for name in formats)
             return self._kept(base, data) if kept else base.load(data, self.runtime, seed=self.seed)
 
-        source = ExportSource(
-            adapted,
-            tables,
-            data.task,
-            base.config(),
+        dtype = getattr(torch, self.settings.adapter_dtype)
+        source = replace(
+            source_for(self.loaded, adapted, base.path, dtype, trust_remote_code=base.trusted),
             load_model=load_model,
-            load_tokenizer=base.tokenizer,
             load_statistics=lambda: load_input_statistics(self.tables, tables),
-            adapter_dtype=getattr(torch, self.settings.adapter_dtype),
         )
         write_export(folder, formats, source, facts_of(self.loaded, configuration, base.path))
         return {

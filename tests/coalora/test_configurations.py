@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coalora.calibrate.tables import CalibrationTables
-from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest
+from coalora.configurations import ConfigurationSet, configuration_dict, configuration_digest, configuration_of
 from coalora.errors import CoaloraError
 
 
@@ -119,6 +119,22 @@ def test_a_choice_outside_the_space_is_refused(members: ConfigurationSet, tables
     content["choices"][0]["block_size"] = 32
     with pytest.raises(CoaloraError, match="is no choice of this space"):
         ConfigurationSet.from_dict(content, tables)
+
+
+@pytest.mark.parametrize("choice", [{"bits": 4}, {"bits": [4]}, "nf4", None])
+def test_a_configuration_with_a_choice_outside_the_space_names_the_layer_and_the_nearest(
+    tables: CalibrationTables, choice: object
+) -> None:
+    content = configuration_dict(np.zeros(len(tables.layers), dtype=np.int64), tables)
+    name = tables.layers[1].name
+    own = content["layers"][name]
+    content["layers"][name] = {**own, **choice} | {"block_size": 1000} if isinstance(choice, dict) else choice
+    with pytest.raises(CoaloraError) as caught:
+        configuration_of(content, tables)
+    assert f"gives {name} " in str(caught.value)
+    wider = {"block_size": 64} if isinstance(choice, dict) else {}
+    nearest = own | wider | ({"bits": 4} if choice == {"bits": 4} else {})
+    assert f"the nearest, {nearest}" in str(caught.value)
 
 
 def test_one_configuration_lists_every_layers_choice(tables: CalibrationTables) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from coalora.files import digest, file_sha256, read_json, read_tensors, write_json, write_tensors
 
@@ -39,6 +40,25 @@ def test_tensors_and_header_come_back_as_they_were(tmp_path: Path) -> None:
         expected = torch.as_tensor(tensor)
         assert back[name].dtype == expected.dtype
         assert torch.equal(back[name], expected)
+
+
+def test_the_bytes_are_those_of_safetensors_own_writer_and_their_digest_is_told(tmp_path: Path) -> None:
+    kinds = [
+        "bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "int16", "uint16", "float16", "bfloat16", "int32",
+        "uint32", "float32", "float64", "int64", "uint64",
+    ]  # fmt: skip
+    tensors = {f"é {kind}": torch.arange(5).to(getattr(torch, kind)) for kind in kinds}
+    tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(2.0), "a": torch.ones(3, 2, dtype=torch.bool)}
+    told = write_tensors(tmp_path / "ours", tensors, ["x"])
+    save_file(tensors, tmp_path / "theirs", {"coalora": '["x"]'})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert told == file_sha256(tmp_path / "ours")
+
+
+def test_floating_tensors_are_stored_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a", {"w": torch.rand(3), "k": torch.arange(3)}, dtype=torch.float16)
+    back, _ = read_tensors(tmp_path / "a")
+    assert (back["w"].dtype, back["k"].dtype) == (torch.float16, torch.int64)
 
 
 def test_tensors_that_share_memory_can_be_written(tmp_path: Path) -> None:
