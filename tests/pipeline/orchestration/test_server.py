@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import pytest
@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
 from coalora.cli import main
+from coalora.recipes import Sampling
 from infra.processes import free_port
 from infra.server import set_limits
 from pipeline.store.store import MARKER
@@ -75,12 +76,7 @@ def test_the_form_has_titles_descriptions_defaults_ranges_and_choices(server: Se
     rounds = sections["SearchRecipe"]["properties"]["rounds"]
     assert (rounds["title"], rounds["default"], rounds["minimum"]) == ("Search rounds", 2, 0)
     assert rounds["description"].endswith("[at least 0, at most 1000]")
-    assert sections["TrainingRecipe"]["properties"]["sampling"]["enum"] == [
-        "uniform",
-        "low-bits",
-        "sandwich",
-        "adaptive",
-    ]
+    assert sections["TrainingRecipe"]["properties"]["sampling"]["enum"] == list(get_args(Sampling))
     assert "train" in schema["properties"]["refresh"]["items"]["enum"]
     assert schema["properties"]["changes"]["default"] == []
 
