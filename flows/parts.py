@@ -27,6 +27,11 @@ from pipeline.tracking.server import place_of_runs, require_server
 INPUTS = "inputs"  # what decides the others
 REGISTRATION = "registration"  # acts on other systems, and makes one file
 ROOT = Path(__file__).parents[1]
+# Of the code, what may change what a part makes: the rooms of the stages and of what registration does elsewhere.
+DECIDING = (
+    "coalora/", "tasks/", "flows/graph.py", "pipeline/inputs/", "pipeline/settings/", "pipeline/report/",
+    "pipeline/tracking/", "pipeline/s3/",
+)  # fmt: skip
 
 
 def _code() -> list[Any]:
@@ -73,7 +78,7 @@ def write_inputs(name: str, settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for file in _files(settings) if file.is_file()]  # one that is not is told by whoever reads it
     decides = {
-        "code": digest(_CODE),
+        "code": digest([file for file in _CODE if file[0].startswith(DECIDING)]),
         "settings": digest([name, settings.model_dump(mode="json")]),
         "data": digest([model_content(settings.model), files_digest(files)]),
     }

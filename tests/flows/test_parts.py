@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from flows import parts
+from flows.graph import STAGES
 from flows.parts import part_key, recall, remember, write_inputs
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
+from pipeline.stages.keys import source_closure
 from pipeline.store.store import Artifact, default_store
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -108,6 +110,17 @@ def test_inputs_differ_with_code_settings_and_input_files_alone(
             CHANGES[change](patch)
             assert differing(digests()) == ([key] if key else []), change
             Path("set.json").write_text("{}")
+
+
+def test_inputs_count_the_code_of_every_stage() -> None:
+    files = {
+        file.relative_to(parts.ROOT).as_posix()
+        for stage in STAGES
+        for file in source_closure(stage.fn.__module__).values()
+    }
+    rooms = [file for file in files if file.count("/") > 1 or not file.startswith("pipeline/")]
+    assert [file for file in rooms if not file.startswith(parts.DECIDING)] == []
+    assert len(rooms) > 50
 
 
 def test_templates_and_tables_of_the_rooms_count_as_code() -> None:
