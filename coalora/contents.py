@@ -26,6 +26,7 @@ from coalora.export.compact import COMPACT
 from coalora.export.provenance import RECORD, check_export, folder_nbytes
 from coalora.export.source import RUN
 from coalora.files import check_files, file_sha256, read_json, read_tensors, reading
+from coalora.models.files import hub_faults
 
 SET, MARKER = "configurations.json", ".coalora-artifact"
 
@@ -124,17 +125,10 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     if found := problems(folder)[1]:
         raise CoaloraError(f"{folder} is not whole: {found[0]}", remedy="Make it again, then push")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    with hub_faults(f"The hub does not take {repo}", "Log in with `hf auth login`, and check the name and network"):
         HfApi().create_repo(repo, private=private, exist_ok=True)
         HfApi().upload_folder(folder_path=folder, repo_id=repo, commit_message=f"{kind.capitalize()} by coalora")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise CoaloraError(
-            f"The hub does not take {repo} ({reason})",
-            remedy="Log in with `hf auth login`, and check the name and network",
-        ) from error
     return f"https://huggingface.co/{repo}: {len(list(folder.rglob('*')))} files and folders of {folder}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def hub_folder(what: str, repo: str, patterns: Sequence[str], revision: str | No
     """
     from huggingface_hub import snapshot_download
 
-    with _of_the_hub(what):
+    with _asked_for(what):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
 
@@ -55,22 +55,25 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    with _of_the_hub(f"{name} of the base model {repo}"):
+    with _asked_for(f"{name} of the base model {repo}"):
         return Path(hf_hub_download(repo, name, revision=revision))
 
 
-@contextmanager
-def _of_the_hub(what: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _asked_for(what: str) -> AbstractContextManager[None]:
+    return hub_faults(
+        f"{what} is in no local folder, and the hub does not give it",
+        "Check model.name_or_path and the network; a hub id looks like 'FacebookAI/roberta-large'",
+    )
 
+
+@contextmanager
+def hub_faults(problem: str, remedy: str) -> Iterator[None]:
+    """Errors of the hub's client as a `CoaloraError`, with their first line."""
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CoaloraError(
-            f"{what} is in no local folder, and the hub does not give it ({reason})",
-            remedy="Check model.name_or_path and the network; a hub id looks like 'FacebookAI/roberta-large'",
-        ) from error
+    except Exception as error:  # of any kind: without a network, those of its HTTP library
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise CoaloraError(f"{problem} ({reason})", remedy=remedy) from error
 
 
 def gguf_path(name_or_path: str | Path, gguf_file: str, revision: str | None = None) -> Path:

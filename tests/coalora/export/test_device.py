@@ -222,8 +222,13 @@ def test_a_comparison_names_what_differs(trained: Trained, tmp_path: Path) -> No
 def test_a_push_uploads_what_is_whole(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
 
+    class Unreachable(Exception):  # as those of the HTTP library are
+        pass
+
     class Hub:
         def create_repo(self, repo: str, **options: Any) -> None:
+            if repo == "me/away":
+                raise Unreachable("Name or service not known\nmore")
             calls.append(("create", (repo, options)))
 
         def upload_folder(self, **options: Any) -> None:
@@ -233,6 +238,8 @@ def test_a_push_uploads_what_is_whole(trained: Trained, tmp_path: Path, monkeypa
     export_for(trained.bundle, tmp_path / "out", bits=3.0)
     assert push(tmp_path / "out", "me/phone", private=True).startswith("https://huggingface.co/me/phone")
     assert calls == [("create", ("me/phone", {"private": True, "exist_ok": True})), ("upload", tmp_path / "out")]
+    with pytest.raises(CoaloraError, match=r"does not take me/away \(Name or service not known\)\. Log in"):
+        push(tmp_path / "out", "me/away")
     (tmp_path / "out" / "base" / "config.json").write_text("{}")
     with pytest.raises(CoaloraError, match="is not whole"):
         push(tmp_path / "out", "me/phone")
