@@ -50,7 +50,8 @@ def s3() -> "Iterator[FaultProxy]":
 # The longest files, the longest first: one that is begun last would have the other process wait for it at the end.
 _LONG_FIRST = (
     "e2e/test_stack.py", "pipeline/orchestration/test_server.py", "faults/test_kills.py",
-    "flows/test_dvc.py", "flows/test_pipeline.py", "flows/test_caching.py", "flows/test_upload.py",
+    "flows/test_dvc.py", "flows/test_pipeline.py", "flows/test_caching.py", "docs/test_notebook.py",
+    "flows/test_upload.py", "docs/test_site.py",
     "pipeline/workers/test_pool.py", "faults/test_interrupted.py", "faults/test_wrong_inputs.py",
     "faults/test_first_runs.py", "infra/test_stack.py", "pipeline/stages/test_checkpoints.py",
     "pipeline/versioning/test_sets.py", "coalora/test_wheel.py", "coalora/export/test_bundle.py",
