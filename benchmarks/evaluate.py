@@ -33,7 +33,6 @@ from pipeline.store.store import default_store
 from pipeline.workers.pool import open_pool
 from pipeline.workers.worker import WorkerPool
 from tasks.evaluate_shard import SHARD, evaluate_shard, shard_bounds
-from tasks.select import select_budgets
 
 SHARD_SIZE = 2
 CHANGES = [
@@ -45,18 +44,10 @@ CHANGES = [
 
 def shard_calls(run: Run) -> list[dict[str, Any]]:
     """The calls that evaluate CoA-LoRA on the set of a run which is made here."""
-    settings = run.settings
     graph = Graph(run)
     common: dict[str, Any] = {"model": graph.model, "state": graph.trained.states["coa"][-1]}
-    selection = run.run(
-        select_budgets,
-        **common,
-        configurations=graph.trained.sets[-1],
-        batch_size=32,
-        budgets=settings.evaluation.budgets,
-    )
-    common |= {"selection": selection, "method": "coa", "batch_size": settings.evaluation.batch_size}
-    return [{**common, "start": start, "stop": stop} for start, stop in shard_bounds(selection, SHARD_SIZE)]
+    common |= {"selection": graph.selection, "method": "coa", "batch_size": run.settings.evaluation.batch_size}
+    return [{**common, "start": start, "stop": stop} for start, stop in shard_bounds(graph.selection, SHARD_SIZE)]
 
 
 def evaluate(runner: DirectRunner, calls: list[dict[str, Any]], pool: WorkerPool) -> tuple[float, float, list[Any]]:

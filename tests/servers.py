@@ -44,8 +44,7 @@ from prefect.states import Cancelling
 
 from infra.processes import free_port
 from tests import shared
-
-_PREFECT = (sys.executable, "-m", "prefect")
+from tests.preloaded import Process
 
 
 def end(process: subprocess.Popen[Any], *, patience: float = 20.0, number: int = signal.SIGTERM) -> None:
@@ -74,22 +73,21 @@ class Server:
 
     def python(self, cwd: Path, *command: str, expect: int = 0) -> str:
         """`python COMMAND` in a checkout, with this server's address; what it printed."""
-        done = subprocess.run(
-            [sys.executable, *command], cwd=cwd, env=self.environment, text=True, timeout=300,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert done.returncode == expect, done.stdout[-4000:]
-        return done.stdout
+        process = Process(command, cwd, self.environment)
+        printed = process.read(timeout=300)
+        assert process.returncode == expect, printed[-4000:]
+        return printed
 
     def deploy(self, cwd: Path, file: str = "pipelines.yaml") -> str:
         return self.run(cwd, "--no-prompt", "deploy", "--all", "--prefect-file", file)
 
     @contextmanager
     def worker(self, cwd: Path, *, pool: str = "coalora", poll_seconds: float = 1.0) -> Iterator[subprocess.Popen[str]]:
-        """A process worker of the pool, working in `cwd`; its output is `worker.log` there."""
+        """A process worker of the pool, working in `cwd`, with output in `worker.log`; it and its runs are forks."""
         environment = self.environment | {"PREFECT_WORKER_QUERY_SECONDS": str(poll_seconds)}
         with (cwd / "worker.log").open("a") as log:
-            process = _start([*_PREFECT, "worker", "start", "--pool", pool], cwd, environment, log)
+            command = [os.environ["PRELOADED_PYTHON"], "-m", "prefect", "worker", "start", "--pool", pool]
+            process = _start(command, cwd, environment, log)
             try:
                 yield process
             finally:
@@ -197,7 +195,7 @@ def prefect_server(home: Path, *, port: int | None = None) -> Iterator[Server]:
         shared.prefect_home(home)
     path = home / "server.log"
     with path.open("a") as log:
-        command = [*_PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         process = _start(command, home, plain | {"PREFECT_API_URL": api}, log)
         try:
             _wait_until_healthy(process, f"{api}/health", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,9 @@ def elsewhere(stack: Site, resumed: FlowRun, tmp_path_factory: pytest.TempPathFa
     stack.git("commit", "--quiet", "--message", "The run's sets")
     root = tmp_path_factory.mktemp("elsewhere") / "clone"
     subprocess.run(["git", "clone", "--quiet", str(stack.checkout.root), str(root)], check=True)
-    return Checkout(root, dict(stack.checkout.environment))
+    forks = os.environ["PRELOADED_PYTHON"]  # for the stages of `dvc repro`
+    path = f"{Path(forks).parent}:{stack.checkout.environment['PATH']}"
+    return Checkout(root, stack.checkout.environment | {"PRELOADED_PYTHON": forks, "PATH": path})
 
 
 def test_the_run_of_a_schedule_goes_on_at_a_step_when_its_worker_was_killed(
