@@ -1,4 +1,4 @@
-"""Progress bars and warnings of other packages that no user of a command can act upon, switched off by their variables.
+"""Progress bars of other packages, switched off by their variables: commands have lines of their own.
 
 For processes of our own commands and flows; whoever imports the library keeps them.
 """
