@@ -41,7 +41,7 @@ def read_latency(
     unknown = [name for name in fields if name not in known] or len(set(header)) < len(header)
     if {"layer", "microseconds"} - set(header) or unknown or ("choice" in header) == bool(fields):
         raise CoaloraError(
-            f"the latency table {path} has the columns {', '.join(header)[:300] or '(none)'}",
+            f"The latency table {path} has the columns {', '.join(header)[:300] or '(none)'}",
             remedy=f"Write layer,choice,microseconds, or in place of choice some of {', '.join(known)}",
         )
     choices = [{"scheme": space.scheme_of(k).name, **c.as_dict()} for k, c in enumerate(space.choices)]
@@ -87,7 +87,7 @@ def read_latency(
 def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header, and the rows that are not blank with their line numbers; a file is read once while it stays as it is."""
     if not path.is_file():
-        raise CoaloraError(f"the latency table {path} does not exist", remedy="Correct cost.table")
+        raise CoaloraError(f"The latency table {path} does not exist", remedy="Correct cost.table")
     stat = path.stat()
     return _read(path.resolve(), stat.st_size, stat.st_mtime_ns)
 

@@ -33,10 +33,12 @@ class Engine:
     Attributes:
         package: that is imported.
         run: log-probabilities (n, V) float32 after each of n tokens, of the format's folder.
+        extra: of this package, that installs it.
     """
 
     package: str
     run: Callable[[Path, Sequence[int]], Tensor]
+    extra: str = "engines"
 
     @property
     def installed(self) -> bool:
@@ -64,7 +66,8 @@ def log_probabilities(export: Path, name: str, ids: Sequence[int]) -> Tensor:
     engine = ENGINES[name]
     if not engine.installed:
         raise CoaloraError(
-            f"Format {name} is run by {engine.package}, which is not installed", remedy="pip install 'coalora[engines]'"
+            f"Format {name} is run by {engine.package}, which is not installed",
+            remedy=f"Install it with pip install 'coalora[{engine.extra}]'",
         )
     return engine.run(export / EXPORT_FORMATS[name].folder, ids)
 
@@ -174,5 +177,5 @@ ENGINES = {
     "compressed-tensors": Engine("compressed_tensors", _compressed_tensors),
     "mlx": Engine("mlx_lm", _mlx),
     "gguf": Engine("xllamacpp", _llama_cpp),
-    "gptq": Engine("gptqmodel", _gptq),
+    "gptq": Engine("gptqmodel", _gptq, "gptq"),
 }
