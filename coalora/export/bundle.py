@@ -218,6 +218,10 @@ class Bundle:
         members, tables = self.members, self.tables
         known = tables.of_groups(members.configurations)
         given, allowed = (tables.search_cost, tables.search_err, budget), tables.search_allowed
+        if self.recipe.compensation_rank:  # where no member fits, choices that the set has
+            own = np.zeros_like(tables.allowed)
+            own[tuple(np.array(list(self.compensation), dtype=np.int64).reshape(-1, 2).T)] = True
+            allowed = replace(tables, allowed=tables.allowed & own).search_allowed
         return tables.expand(best_within(known, members.losses, *given, allowed=allowed))
 
     def counting(

@@ -100,6 +100,17 @@ def test_a_choice_that_no_member_has_lacks_its_compensation_and_says_so(tiny_lla
         bundle.adapt_to(np.full(14, 5))
 
 
+def test_a_budget_that_no_member_fits_takes_choices_that_have_their_compensation(tiny_llama, make_bundle) -> None:
+    bundle, _ = make_bundle(tiny_llama, **RICH)
+    bundle.members = bundle.members.take(np.array([len(bundle.members) - 1]))
+    budget = bundle.tables.cost_range()[0] * 1.3
+    k = int(bundle.select(budget)[3])
+    del bundle.compensation[3, k]
+    adapted = bundle.adapt(budget)
+    assert adapted.choices[3] != k
+    assert adapted.average_bits <= budget
+
+
 def test_bundle_survives_saving(tiny_bert_classifier, make_bundle, tmp_path) -> None:
     bundle, _ = make_bundle(tiny_bert_classifier)
     bundle.save(tmp_path)
