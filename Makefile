@@ -58,8 +58,8 @@ test: $(DEV) $(VENV)/oracles/.ready $(VENV)/docs/.ready   ## run the test suite
 test-e2e: $(DEV) ## run the tests on real servers, to a run that is killed and reproduced elsewhere
 	$(PYTEST) tests/e2e tests/faults tests/flows tests/infra tests/tasks tests/pipeline -m servers
 
-test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run the tests of scheme gptq against gptqmodel (77 MB more)
-	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py
+test-gptq: $(DEV) $(VENV)/gptq/.ready   ## run scheme and export format gptq against gptqmodel (77 MB more)
+	PYTHONPATH=$(VENV)/gptq $(BIN)/python -m pytest tests/coalora/quant/gptq/test_scheme.py tests/coalora/export/engines/test_gptq.py
 
 test-engines: $(DEV) $(VENV)/engines/.ready   ## run exports in llama.cpp, mlx-lm and compressed-tensors (130 MB more)
 	PYTHONPATH=$(VENV)/engines $(BIN)/python -m pytest tests/coalora/export/engines
