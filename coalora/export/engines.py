@@ -106,6 +106,9 @@ def open_gptq(folder: Path) -> PeftModel:
     """A pair in format `gptq` in GPTQModel with its torch kernel, on the CPU."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # some defaults raise on machines of two cores
     with process_state_kept():
+        from logbar import LogBar
+
+        LogBar.shared().setLevel("ERROR")  # its own logger, which tells every module's progress
         from gptqmodel import BACKEND, GPTQModel
 
         kernel = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.float16}
