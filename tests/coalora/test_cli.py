@@ -138,7 +138,7 @@ def test_options_take_several_values_and_may_be_repeated(probe: Callable[..., No
         (["run", "demo", "--file", "x.yaml"], "x.yaml"),
         (["run", "tiny"], "versioning.enabled=false"),
         (["run", "tiny", "--refresh", "trane"], "No such stage: trane. Refresh some of"),
-        (["stage", "trainng", "demo"], "A pipeline has no part 'trainng'. Choose from calibration, training"),
+        (["stage", "trainng", "demo"], "A pipeline has no part 'trainng'. Choose from inputs, calibration"),
         (["stage", "export", "tiny", "--set", "evaluation.budgets=[1]"], "budget"),
         (["adapt", "runs/demo/latest", "--bits", "3.5", "--out", "adapted"], "does not exist. Name a run folder"),
         (["score", "runs/demo/latest", "--budget", "3.5", "--text", "a"], "runs/demo/latest is no run folder"),

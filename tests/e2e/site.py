@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -47,14 +46,6 @@ class Site:
             member.send_signal(signal.SIGKILL)
         psutil.wait_procs(family, timeout=20)
 
-    def git(self, *command: str) -> str:
-        """`git COMMAND` in the checkout."""
-        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-        return subprocess.run(
-            ["git", *identity, *command], cwd=self.checkout.root, env=self.checkout.environment,
-            check=True, text=True, capture_output=True,
-        ).stdout  # fmt: skip
-
 
 def write_pipelines(root: Path, initial_steps: int) -> None:
     """The tiny pipeline with a first training that is long enough to be killed in, checkpointed at nearly each step."""
@@ -92,8 +83,8 @@ def site(checkout: Checkout, folder: Path, *, initial_steps: int) -> Iterator[Si
         made.up()
         checkout.environment |= Stack(folder).environment()
         checkout.run("-m", "dvc", "remote", "add", "--default", "s3", f"s3://{BUCKET}/dvc")
-        made.git("add", "--all")
-        made.git("commit", "--quiet", "--message", "The pipeline")
+        made.checkout.git("add", "--all")
+        made.checkout.git("commit", "--quiet", "--message", "The pipeline")
         api = checkout.environment["PREFECT_API_URL"]
         with SyncPrefectClient(api, auth_string=checkout.environment["PREFECT_API_AUTH_STRING"]) as client:
             made.server = Server(api, checkout.environment, folder / "logs" / "prefect.log", client)

@@ -69,8 +69,8 @@ def undisturbed(make_checkout: Callable[[str], Checkout]) -> Checkout:
 @pytest.fixture(scope="module")
 def elsewhere(stack: Site, resumed: FlowRun, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """Another clone with nothing in it but what is committed, which reaches the same S3."""
-    stack.git("add", "--all")
-    stack.git("commit", "--quiet", "--message", "The run's sets")
+    stack.checkout.git("add", "--all")
+    stack.checkout.git("commit", "--quiet", "--message", "The run's sets")
     root = tmp_path_factory.mktemp("elsewhere") / "clone"
     subprocess.run(["git", "clone", "--quiet", str(stack.checkout.root), str(root)], check=True)
     forks = os.environ["PRELOADED_PYTHON"]  # for the stages of `dvc repro`

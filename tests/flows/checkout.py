@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,19 @@ class Checkout:
 
     def stage(self, part: str, *changes: str) -> str:
         return self.run("-m", "coalora", "stage", part, "tiny", *(["--set", *changes] if changes else []))
+
+    def git(self, *command: str) -> str:
+        """What `git COMMAND` prints."""
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", *identity, *command],
+            cwd=self.root,
+            env=self.environment,
+            check=True,
+            text=True,
+            capture_output=True,
+        )
+        return done.stdout
 
     def repro(self, *options: str) -> str:
         return self.run("-m", "dvc", "repro", *options)
