@@ -1,6 +1,6 @@
 """Exports in the engines of devices: agreement with the adapted model in memory, and predicted against measured loss.
 
-    PYTHONPATH=.venv/engines python -m benchmarks.engines --text FILE [--model FOLDER] [--quick]
+    PYTHONPATH=.venv/engines:.venv/gptq python -m benchmarks.engines --text FILE [--model FOLDER] [--quick]
 
 Without --model a Llama decoder of 15 M parameters (rows of 512 and 1,536: multiples of 256, which all types of GGUF
 need) is pre-trained on the text first. For each scheme of a format one training answers three budgets; each pair is
@@ -32,7 +32,7 @@ from coalora.train.pretrain import pretrain
 LENGTH = 128
 SPACES: dict[tuple[str, ...], tuple[ChoiceSpace, Tie]] = {
     ("gguf",): (ChoiceSpace("gguf", type=["Q2_K", "IQ3_XXS", "IQ4_XS", "Q6_K"]), "none"),
-    ("compressed-tensors", "mlx"): (
+    ("compressed-tensors", "mlx", "gptq"): (
         ChoiceSpace("int", bits=[2, 3, 4, 8], group_size=[64], mode=["sym"]), "fused",
     ),
 }  # fmt: skip
