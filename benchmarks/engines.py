@@ -2,7 +2,7 @@
 
     PYTHONPATH=.venv/engines:.venv/gptq python -m benchmarks.engines --text FILE [--model FOLDER] [--quick]
 
-Without --model a Llama decoder of 15 M parameters (rows of 512 and 1,536: multiples of 256, which all types of GGUF
+Without --model a Llama decoder of 13.6 M parameters (rows of 512 and 1,536: multiples of 256, which all types of GGUF
 need) is pre-trained on the text first. For each scheme of a format one training answers three budgets; each pair is
 written by `export_for` and run by its engine. 20 further budgets are predicted from the losses of training (search
 blocks) and measured on blocks that nothing has seen.
