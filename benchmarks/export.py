@@ -14,7 +14,8 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.tables import calibration_tables
 from coalora.export.base import packed_layers
 from coalora.export.bundle import Adapted
-from coalora.export.formats import EXPORT_FORMATS, ExportSource
+from coalora.export.formats import EXPORT_FORMATS, ExportFormat, ExportSource
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.recipes import AdapterRecipe
 from coalora.train.pretrain import train_tokenizer
@@ -98,7 +99,7 @@ def adapters(rounds: int, scratch: Path) -> list[dict]:
     for dtype in (torch.float32, torch.float16):
         at = scratch / "adapter"
         adapted.save_pretrained(at, dtype=dtype)
-        save = lambda dtype=dtype, at=at: adapted.save_pretrained(at, dtype=dtype)  # noqa: E731
+        save = partial(adapted.save_pretrained, at, dtype=dtype)
         for durable in (False, True):
             own, plain = paired(rounds, time.perf_counter, save, written(at, durable=durable))
             beside = "its bytes written" + (", until the disk has them" if durable else " to the page cache")
@@ -123,9 +124,10 @@ def bases(rounds: int, scratch: Path, blocks: int) -> list[dict]:
         made = EXPORT_FORMATS[name]()
         (scratch / name).mkdir()
         counter = iter(range(10**6))
-        export = lambda made=made, name=name, counter=counter: made.write(  # noqa: E731
-            scratch / name / str(next(counter)), source
-        )
+
+        def export(made: ExportFormat = made, name: str = name, counter: Iterator[int] = counter) -> None:
+            made.write(scratch / name / str(next(counter)), source)
+
         export()
         bytes_alone = written(scratch / name / "0")
 

@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = options.methods or [*MAIN, *(RECOVER if options.setting == "smollm2" else ())]
     trained = [name for name in methods if ARMS[name].method != "none"]
     if short := [name for name in trained if steps_for(ARMS[name], setting, size.steps) < 1]:
-        parser.error(f"--steps {size.steps} must be larger: search alone costs what {', '.join(short)} may spend")
+        parser.error(f"--steps {size.steps} is too small: search alone costs what {', '.join(short)} may spend")
     where = options.setting if options.choices == "bits" else f"{options.setting}-{options.choices}"
     full = full_precision(setting)
     rows: list[dict] = []

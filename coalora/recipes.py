@@ -497,18 +497,25 @@ def check_compile(runtime: RuntimeRecipe, adapter: AdapterRecipe, training: Trai
         CoaloraError: cuda-graph is asked for, with a CPU, packed weights, LoRA dropout, gradient checkpointing or two
             configurations a step.
     """
+    obstacle = graph_obstacle(runtime.device, runtime.weights, adapter, training)
+    if runtime.compile == "cuda-graph" and obstacle:
+        raise CoaloraError(f"runtime.compile is cuda-graph, beside {obstacle}", remedy="Set runtime.compile to auto")
+
+
+def graph_obstacle(device: str, weights: WeightMode, adapter: AdapterRecipe, training: TrainingRecipe) -> str | None:
+    """First thing that a CUDA graph of a training step cannot hold; None where there is none.
+
+    Args:
+        device: its type; `auto` is none.
+    """
     obstacles = {
-        "runtime.device cpu": runtime.device == "cpu",
-        "runtime.weights packed": runtime.weights == "packed",
-        "adapter.lora_dropout": adapter.lora_dropout > 0,
-        "training.gradient_checkpointing": training.gradient_checkpointing,
-        "training.paired": training.paired,
+        f"a model on {device}": device not in ("auto", "cuda"),
+        "LoRA dropout": adapter.lora_dropout > 0,
+        "weights that are made in each pass": weights == "packed",
+        "gradient checkpointing": training.gradient_checkpointing,
+        "two configurations a step": training.paired,
     }
-    there = [name for name, found in obstacles.items() if found]
-    if runtime.compile == "cuda-graph" and there:
-        raise CoaloraError(
-            f"runtime.compile is cuda-graph, beside {', '.join(there)}", remedy="Set runtime.compile to auto"
-        )
+    return next((obstacle for obstacle, there in obstacles.items() if there), None)
 
 
 def check_goal(goal: Goal, task: Task) -> None:

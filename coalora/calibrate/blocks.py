@@ -73,14 +73,14 @@ class BlockWise:
         batches: makes the same batches anew for every part, as keyword arguments of the model.
         device: where parts are computed; what is not there comes for the time that it is needed.
         most: bytes of a part's Hessians, beyond which it gets no further block; None: none are collected.
-        single: whether every block must be a part of its own.
+        single: make every block a part of its own, however small its Hessians.
 
     Attributes:
         parts: in the order of work.
         hidden: what the last part has put out, on the CPU, a tensor for each batch; may be replaced by equal ones.
 
     Raises:
-        CoaloraError: every block must be a part of its own, and cannot be.
+        CoaloraError: `single`, and a model that cannot be cut between its blocks.
     """
 
     def __init__(

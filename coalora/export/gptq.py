@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.export.formats import ExportFormat, ExportSource
-from coalora.export.integer import Choices, Integers, check_integers, words, write_integers
+from coalora.export.integer import Choices, Integers, check_architecture, check_integers, words, write_integers
 from coalora.files import write_json
 from coalora.models.targets import TargetLayer
 from coalora.quant.packing import pack_codes, unpack_codes
@@ -44,11 +44,7 @@ class GPTQFormat(ExportFormat):
     keeps_model = True
 
     def check(self, tables: CalibrationTables, config: PretrainedConfig, task: Task) -> None:
-        if config.model_type not in ARCHITECTURES:
-            raise CoaloraError(
-                f"Format {NAME} is not known to hold the architecture {config.model_type}",
-                remedy=f"Export without it, or train one of {', '.join(ARCHITECTURES)}",
-            )
+        check_architecture(config, NAME, ARCHITECTURES)
         check_integers(tables, task, NAME, schemes=("int", "gptq"))
         for layer in tables.layers:
             if any(size % 32 for size in layer.shape):

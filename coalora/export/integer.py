@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
@@ -27,6 +28,23 @@ from coalora.recipes import Task
 MODEL = "model.safetensors"
 Integers = IntChoice | GPTQChoice
 Choices = Mapping[str, Any]  # of Integers; of IntChoice alone where the format holds no others
+
+
+def check_architecture(config: PretrainedConfig, name: str, known: Sequence[str]) -> None:
+    """Look whether a format holds a model's architecture.
+
+    Args:
+        name: of the format, for the error.
+        known: types of models that it was run with.
+
+    Raises:
+        CoaloraError: another type.
+    """
+    if config.model_type not in known:
+        raise CoaloraError(
+            f"Format {name} is not known to hold the architecture {config.model_type}",
+            remedy=f"Export without it, or train one of {', '.join(known)}",
+        )
 
 
 def check_integers(

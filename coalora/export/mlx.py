@@ -27,7 +27,7 @@ from coalora.calibrate.tables import CalibrationTables
 from coalora.errors import CoaloraError
 from coalora.export.adapter import peft_key
 from coalora.export.formats import ExportFormat, ExportSource
-from coalora.export.integer import Choices, check_integers, words, write_integers
+from coalora.export.integer import Choices, check_architecture, check_integers, words, write_integers
 from coalora.files import write_json, write_tensors
 from coalora.models.targets import TargetLayer
 from coalora.quant.integer.scheme import IntChoice
@@ -45,11 +45,7 @@ class MlxFormat(ExportFormat):
     keeps_model = True
 
     def check(self, tables: CalibrationTables, config: PretrainedConfig, task: Task) -> None:
-        if config.model_type not in ARCHITECTURES:
-            raise CoaloraError(
-                f"Format {NAME} is not known to hold the architecture {config.model_type}",
-                remedy=f"Export without it, or train one of {', '.join(ARCHITECTURES)}",
-            )
+        check_architecture(config, NAME, ARCHITECTURES)
         for key, value in {"hidden_act": "silu", "use_sliding_window": False}.items():
             if getattr(config, key, value) != value:
                 raise CoaloraError(

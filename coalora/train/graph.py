@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import Split
 from coalora.errors import CoaloraError
-from coalora.recipes import Compile, Objective, TrainingRecipe
+from coalora.recipes import Compile, Objective, TrainingRecipe, graph_obstacle
 from coalora.train.objective import TeacherOutput, ask_teacher, step_loss
 
 _WARMUP = 3  # passes before a capture: libraries choose their kernels and take their workspaces
@@ -43,23 +43,11 @@ def captured(compile: Compile, adapted: AdaptedModel, split: Split, recipe: Trai
     Raises:
         CoaloraError: it is asked to and cannot.
     """
-    obstacle = _obstacle(adapted, recipe)
+    obstacle = graph_obstacle(adapted.device.type, adapted.base.weight_mode, adapted.recipe, recipe)
     if compile == "cuda-graph" and obstacle:
         raise CoaloraError(f"runtime.compile is cuda-graph, with {obstacle}", remedy="Set runtime.compile to auto")
     full = (split.lengths == split.lengths.max()).float().mean()
     return compile == "cuda-graph" or (compile == "auto" and obstacle is None and bool(full >= _STATIC))
-
-
-def _obstacle(adapted: AdaptedModel, recipe: TrainingRecipe) -> str | None:
-    """What a graph cannot hold."""
-    obstacles = {
-        f"a model on {adapted.device.type}": adapted.device.type != "cuda",
-        "LoRA dropout": adapted.recipe.lora_dropout > 0,
-        "weights that are made in each pass": adapted.base.weight_mode == "packed",
-        "gradient checkpointing": recipe.gradient_checkpointing,
-        "two configurations a step": recipe.paired,
-    }
-    return next((obstacle for obstacle, there in obstacles.items() if there), None)
 
 
 def eager_teacher(adapted: AdaptedModel, objective: Objective) -> Ask:

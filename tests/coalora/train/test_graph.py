@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_those_of_a_plain_step(
 def test_a_teacher_is_captured_on_the_masters_and_no_weight_is_written_for_it(
     tiny_llama, make_adapted, text_split, monkeypatch
 ) -> None:
-    """A graph replays addresses: those that the teacher's pass reads must be the masters', in every pass."""
+    """A graph replays addresses: a teacher's pass that read others than the masters' would replay stale weights."""
     adapted = make_adapted(tiny_llama(), perturb=0.1)
     teach = GraphedTeacher(adapted, Objective(distillation=1.0, teacher="base"), capture=False)
     read: list[set[int]] = [set()]
