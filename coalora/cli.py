@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from coalora.errors import CoaloraError, printable
-from coalora.quiet import be_quiet
+from coalora.process import set_variables
 
 ROOMS = ("flows", "infra")
 OURS = ("coalora", "pipeline", "tasks", *ROOMS)
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    be_quiet()
+    set_variables()
     here = os.getcwd()
     sys.path.insert(0, here)  # as `python -m` does: the checkout's rooms
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from coalora.errors import CoaloraError
-from coalora.quiet import be_quiet
+from coalora.process import set_variables
 
 HOME_VARIABLE = "COALORA_HOME"
 STORE_VARIABLE = "COALORA_STORE"  # s3://bucket/prefix of the store that machines share; none by default
@@ -62,12 +62,12 @@ def used_now(folder: Path) -> Path:
 
 
 def set_defaults() -> None:
-    """Switch telemetry and progress bars off, and keep Prefect's result records in `coalora_home()`.
+    """Set what our processes run with, switch telemetry off and keep Prefect's result records in `coalora_home()`.
 
     Child processes inherit the absolute path. Warns where Prefect has read its settings already and keeps its records
     elsewhere: in a run that a worker started, with `COALORA_HOME` and without Prefect's own variable.
     """
-    be_quiet()
+    set_variables()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if any(os.environ.get(name) for name in _RESULTS):
