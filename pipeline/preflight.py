@@ -14,6 +14,7 @@ from coalora.calibrate.tables import calibration_tables, counted
 from coalora.data.benchmark import Split
 from coalora.data.build import check_pads, example_split, text_split
 from coalora.data.classification import Examples, check_classes
+from coalora.data.text import split_documents
 from coalora.errors import CoaloraError
 from coalora.evaluate.harness import check_tasks
 from coalora.export.formats import EXPORT_FORMATS
@@ -183,9 +184,9 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
             check_pads(tokenizer)
             check_padding(model, tokenizer.pad_token_id)
     n_samples = settings.calibration.n_samples
-    if benchmark.hub is not None:
-        n_train = look_at_hub(benchmark)["train"]
-        if benchmark.task == "classification" and n_train is not None:
+    if benchmark.hub is not None and benchmark.task == "classification":
+        n_train = look_at_hub(benchmark, n_samples)["train"].n_rows
+        if n_train is not None:
             _check_rest(settings, n_train, benchmark.n_search)
         return
     if benchmark.task == "classification":
@@ -204,14 +205,17 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
             else {}
         )
     else:
-        texts = documents(benchmark)
+        texts = documents(benchmark) if benchmark.hub is None else _small_hub_texts(benchmark, n_samples)
         if tokenizer is None and source.pretrain is not None:
+            if benchmark.hub is not None:
+                return  # its tokenizer is trained on all of the text
             tokenizer = _own_tokenizer(*content_key(benchmark), source.pretrain.vocab_size)
             _blocks("train", texts, tokenizer, source.pretrain.max_length, 1, "model.pretrain.max_length")
         wanted = {"train": n_samples, "search": 1, "validation": 1}
         splits = {
             part: _blocks(part, texts, tokenizer, benchmark.max_length, n, "benchmark.max_length")
             for part, n in wanted.items()
+            if part in texts
         }
     highest = max((int(split.input_ids.max()) for split in splits.values()), default=0)
     if highest >= embedded(model):
@@ -219,6 +223,16 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
             f"The tokenizer gives token {highest}, and the model embeds {embedded(model)}",
             remedy="Put the model's own tokenizer into its folder",
         )
+
+
+def _small_hub_texts(benchmark: BenchmarkSettings, n_samples: int) -> dict[str, list[str]]:
+    """Documents of the parts that the hub has so few of that they may be too few, dealt as the stages deal them."""
+    seen = look_at_hub(benchmark, n_samples)
+    train, validation = seen["train"].texts, seen["validation"].texts
+    parts = {} if validation is None else {"validation": validation}
+    if train is not None:
+        parts |= split_documents(train, {"search": benchmark.search_fraction}, seed=benchmark.split_seed)
+    return parts
 
 
 def _check_rest(settings: Settings, n_train: int, n_search: int) -> None:

@@ -1,7 +1,9 @@
 """Raw benchmark data: what settings name, read as texts or as labelled examples."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +101,17 @@ def _hub_documents(settings: BenchmarkSettings, hub: HubSettings) -> dict[str, l
     column, share = settings.text_columns[0], settings.search_fraction
     train_bytes = validation_bytes = None
     if hub.streaming and settings.n_train is not None and settings.n_validation is not None:
-        # The search's documents are split off the training split: both parts have to get their blocks.
-        train_bytes = (
-            settings.max_length * _BYTES_A_TOKEN * max(settings.n_train / (1 - share), settings.n_search / share)
-        )
+        train_bytes = _train_bytes(settings, settings.n_train, settings.n_search)
         validation_bytes = settings.max_length * _BYTES_A_TOKEN * settings.n_validation
     train = _take(_rows(hub, hub.train_split), column, train_bytes)
     parts = split_documents(train, {"search": share}, seed=settings.split_seed)
     return parts | {"validation": _take(_rows(hub, hub.validation_split), column, validation_bytes)}
+
+
+def _train_bytes(settings: BenchmarkSettings, n_train: int, n_search: int) -> float:
+    """Bytes of a training split that make so many blocks: the search's documents are split off, and both get theirs."""
+    share = settings.search_fraction
+    return settings.max_length * _BYTES_A_TOKEN * max(n_train / (1 - share), n_search / share)
 
 
 def _take(rows: Iterator[dict[str, Any]], column: str, n_bytes: float | None) -> list[str]:
@@ -171,26 +176,35 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def look_at_hub(settings: BenchmarkSettings) -> dict[str, int | None]:
-    """Rows of the hub's training and validation split, None where it tells none, after a look at the first of each.
+@dataclass(frozen=True)
+class HubSplit:
+    """What the hub tells of a split before it is read."""
+
+    n_rows: int | None = None  # None where it tells none
+    texts: list[str] | None = None  # of language modelling, where they are all and fewer than the blocks may need
+
+
+def look_at_hub(settings: BenchmarkSettings, n_samples: int) -> dict[str, HubSplit]:
+    """The hub's training and validation split, of which `n_samples` blocks and one are needed, after a look at each.
 
     A hub that does not answer is told and refuses nothing: what is cached needs none.
 
     Raises:
         CoaloraError: no such data set, configuration, split or column; no texts, or labels that are no classes.
     """
-    return _looked_at(settings.data_only().model_dump_json())
+    return _looked_at(settings.data_only().model_dump_json(), n_samples)
 
 
 @lru_cache(maxsize=1)  # a run is checked twice
-def _looked_at(benchmark: str) -> dict[str, int | None]:
+def _looked_at(benchmark: str, n_samples: int) -> dict[str, HubSplit]:
     settings = BenchmarkSettings.model_validate_json(benchmark)
     hub = settings.hub
     assert hub is not None
-    found: dict[str, int | None] = {}
+    found: dict[str, HubSplit] = {}
     for part, split in {"train": hub.train_split, "validation": hub.validation_split}.items():
+        n_bytes = _train_bytes(settings, n_samples, 1) if part == "train" else settings.max_length * _BYTES_A_TOKEN
         try:
-            found[part] = _look(settings, hub, split)
+            found[part] = _look(settings, hub, split, n_bytes)
         except CoaloraError:
             raise
         except (ValueError, FileNotFoundError) as error:  # `datasets` says by them what there is not
@@ -200,18 +214,21 @@ def _looked_at(benchmark: str) -> dict[str, int | None]:
                 "Columns and size of data set %s are seen when it is read: the hub does not tell them now (%s)",
                 hub.path, _reason(error),
             )  # fmt: skip
-            return dict.fromkeys(("train", "validation"))
+            return dict.fromkeys(("train", "validation"), HubSplit())
     return found
 
 
-def _look(settings: BenchmarkSettings, hub: HubSettings, split: str) -> int | None:
-    """Rows of a split, which may be a sum of slices where it is not streamed; its first row is one that can be used."""
+def _look(settings: BenchmarkSettings, hub: HubSettings, split: str, n_bytes: float) -> HubSplit:
+    """A split, which may be a sum of slices where it is not streamed, after a look at its first rows."""
     import datasets
 
     labels = [settings.label_column] if settings.task == "classification" else []
-    for name in [split] if hub.streaming else [part.partition("[")[0].strip() for part in split.split("+")]:
+    names = [split] if hub.streaming else [part.partition("[")[0].strip() for part in split.split("+")]
+    texts: list[str] | None = None
+    for name in names:
         data = datasets.load_dataset(hub.path, hub.name, revision=hub.revision, split=name, streaming=True)
-        row: dict[str, Any] | None = next(iter(data), None)
+        rows = iter(data)
+        row: dict[str, Any] | None = next(rows, None)
         if row is None:
             raise CoaloraError(
                 f"Split {name} of data set {hub.path} has no rows", remedy="Set benchmark.hub to another"
@@ -222,5 +239,8 @@ def _look(settings: BenchmarkSettings, hub: HubSettings, split: str) -> int | No
             seen = to_examples([()], [row[label]], where, regression=settings.num_labels == 1)
             classes = getattr((data.features or {}).get(label), "num_classes", 0)
             check_classes(Examples([], [*seen.labels, classes - 1]), settings.num_labels, where)
+        if not labels and names == [split]:
+            texts = _take(chain([row], rows), settings.text_columns[0], n_bytes)
     told = (data.info.splits or {}).get(split)
-    return None if told is None else told.num_examples or None
+    whole = texts is not None and sum(len(text.encode()) for text in texts) < n_bytes
+    return HubSplit(None if told is None else told.num_examples or None, texts if whole else None)

@@ -14,6 +14,7 @@ import pytest
 from coalora.errors import CoaloraError
 from coalora.models.targets import find_target_layers
 from coalora.quant.space import ChoiceSpace
+from pipeline.inputs.corpus import HubSplit
 from pipeline.preflight import preflight, shapes_of_model
 from pipeline.settings.definitions import load_settings
 from pipeline.settings.sections import Settings
@@ -256,10 +257,31 @@ def test_checks_write_nothing_and_make_the_home_alone(tmp_path: Path) -> None:
 def test_a_hub_data_set_with_too_few_examples_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.preflight.look_at_hub", lambda benchmark: {"train": 8, "validation": 4})
+    told = {"train": HubSplit(8), "validation": HubSplit(4)}
+    monkeypatch.setattr("pipeline.preflight.look_at_hub", lambda benchmark, n_samples: told)
     changes = ["benchmark.files=null", "benchmark.hub.path=a/b", "benchmark.n_search=5", "calibration.n_samples=4"]
     settings = classifier(tmp_path, *changes)
     assert "8 training examples leave 3 beside the search's, and calibration.n_samples is 4" in refused(settings)
+
+
+def test_a_hub_text_with_too_few_blocks_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, more = ([f"some words in row {i}" for i in range(n)] for n in (20, 200))
+    changes = ["model.pretrain=null", f"model.name_or_path={write_model(tmp_path / 'model', LLAMA)}"]
+    settings = tiny(*changes, "benchmark.builtin=null", "benchmark.hub.path=a/b", "benchmark.search_fraction=0.2")
+
+    def told(train: list[str] | None, validation: list[str] | None) -> None:
+        seen = {"train": HubSplit(None, train), "validation": HubSplit(None, validation)}
+        monkeypatch.setattr("pipeline.preflight.look_at_hub", lambda benchmark, n_samples: seen)
+
+    told(few, None)
+    assert "The train text makes 5 blocks of 32 tokens, and calibration.n_samples is 8" in refused(settings)
+    told(None, few[:1])
+    assert "The validation text is too short" in refused(settings)
+    for train, validation in ((more, few), (None, None)):
+        told(train, validation)
+        preflight(settings)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

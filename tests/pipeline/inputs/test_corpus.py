@@ -11,7 +11,7 @@ import pytest
 
 from coalora.data.classification import Examples
 from coalora.errors import CoaloraError
-from pipeline.inputs.corpus import _looked_at, documents, examples, look_at_hub
+from pipeline.inputs.corpus import HubSplit, _looked_at, documents, examples, look_at_hub
 from pipeline.inputs.fingerprint import input_files
 from pipeline.settings.sections import BenchmarkSettings
 
@@ -221,9 +221,17 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_data_set_of_the_hub_tells_its_rows_before_they_are_read(stand_in: str) -> None:
     asked = classes(hub={"path": stand_in}, text_columns=["sentence"], num_labels=3)
-    assert look_at_hub(asked) == {"train": 9, "validation": 4}
+    assert look_at_hub(asked, 8) == {"train": HubSplit(9), "validation": HubSplit(4)}
     part = {"path": stand_in, "train_split": "train[:50%]+validation"}
-    assert look_at_hub(text(hub=part, text_columns=["sentence"])) == {"train": None, "validation": 4}
+    found = look_at_hub(text(hub=part, text_columns=["sentence"]), 8)
+    assert found == {"train": HubSplit(), "validation": HubSplit(4, [f"words {i}" for i in range(4)])}
+
+
+def test_texts_of_the_hub_are_taken_where_they_may_be_too_few(stand_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.inputs.corpus._BYTES_A_TOKEN", 1)
+    asked = text(hub={"path": stand_in}, text_columns=["sentence"], max_length=8, search_fraction=0.5)
+    assert look_at_hub(asked, 1)["train"] == HubSplit(9)  # 16 bytes are enough, and there are 63
+    assert look_at_hub(asked, 4)["train"] == HubSplit(9, [f"words {i}" for i in range(9)])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_what_a_data_set_of_the_hub_has_not_is_refused_before_it_is_read(
 ) -> None:
     asked = {"text_columns": ["sentence"], "num_labels": 3, **fields}
     with pytest.raises(CoaloraError, match=words):
-        look_at_hub(classes(hub={"path": stand_in, **hub_}, **asked))
+        look_at_hub(classes(hub={"path": stand_in, **hub_}, **asked), 8)
 
 
 def test_a_hub_that_does_not_answer_is_told_and_refuses_nothing(
@@ -253,7 +261,7 @@ def test_a_hub_that_does_not_answer_is_told_and_refuses_nothing(
 ) -> None:
     hub(train=ConnectionError("Couldn't reach 'p' on the Hub\nmore"))
     _looked_at.cache_clear()
-    assert look_at_hub(text(hub={"path": "p"})) == {"train": None, "validation": None}
+    assert look_at_hub(text(hub={"path": "p"}), 8) == {"train": HubSplit(), "validation": HubSplit()}
     assert "the hub does not tell them now (Couldn't reach 'p' on the Hub)" in caplog.text
 
 
