@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coalora.errors import CoaloraError
+from pipeline.tracking.server import set_aside_unfinished
 
 HOST = "127.0.0.1"
 BUCKET = "coalora"
@@ -34,6 +35,7 @@ class Service:
     environment: Mapping[str, str]  # added to this process's own, without what leads to other servers
     missing: Callable[[], str | None]  # what keeps it from being healthy; None when it is healthy
     url: str  # for people
+    prepare: Callable[[], None] = lambda: None  # called before it is started
 
 
 def client_environment(ports: Mapping[str, int], credentials: Mapping[str, str]) -> dict[str, str]:
@@ -62,6 +64,7 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
     api, s3, mlflow = client["PREFECT_API_URL"], client["AWS_ENDPOINT_URL"], client["MLFLOW_TRACKING_URI"]
     ui = api.removesuffix("/api")
     home = {"PREFECT_HOME": str(folder / "prefect")}
+    runs = folder / "mlflow" / "mlflow.db"
     # For pages of other origins; sockets, which browsers do not hold back, need the login.
     origins = f"{ui},http://localhost:{ports['prefect']}"
     return [
@@ -79,12 +82,13 @@ def services(folder: Path, ports: Mapping[str, int], credentials: Mapping[str, s
         Service(
             "mlflow",
             [*python, "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}",
+             "--backend-store-uri", f"sqlite:///{runs}",
              "--artifacts-destination", f"s3://{BUCKET}/mlflow"],
             {**keys, "MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_DISABLE_TELEMETRY": "true",
              "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             lambda: http_missing(f"{mlflow}/health"),
             mlflow,
+            lambda: set_aside_unfinished(runs),
         ),
         Service(
             "prefect",

@@ -101,6 +101,7 @@ class Stack:
             if service.name in state.ports:
                 require_free(state.ports[service.name], service.name)
             environment = {**self._outer(), **service.environment}
+            service.prepare()
             process = start(service.command, log=log, environment=environment, folder=ROOT)
             state.processes[service.name] = process
             self._write(state)  # before it is healthy: `down` must find it whatever happens

@@ -30,7 +30,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_
 from coalora.errors import CoaloraError
 from pipeline.environment import coalora_home
 from pipeline.scrub import is_secret, scrub, scrub_text
-from pipeline.tracking.server import place_of_runs
+from pipeline.tracking.server import place_of_runs, set_aside_unfinished
 
 IDENTITY_TAG = "coalora.identity"
 LOGGED_TAG = "coalora.logged"  # {part: first digits of its digest}
@@ -93,6 +93,8 @@ class Tracker:
         self.tracking_uri, self.experiment = tracking_uri, experiment
         # Opening a database migrates it: of two processes that both begin, one would find the other's half.
         with filelock.FileLock(f"{database[1]}.lock") if database and on_disk else nullcontext():
+            if database and on_disk:
+                set_aside_unfinished(Path(database[1]))
             # The registry is named too: by default it is the process's, not the client's.
             self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             root = artifact_root.resolve().as_uri() if artifact_root and database else None

@@ -90,6 +90,26 @@ def require_server(uri: str, *, experiment: str | None = None, existing: bool = 
         _refuse_deleted(stage, experiment, uri)
 
 
+def set_aside_unfinished(database: Path) -> None:
+    """Rename MLflow's SQLite database whose making was cut off, so that it is made anew.
+
+    SQLite commits each step of MLflow's migrations by itself, and what was done of them fails when it is done again:
+    such a file would never open. MLflow makes its first experiment last, so that a file without any holds no run. Call
+    it where nobody else is making the database.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True)) as opened:
+            opened.execute("select 1 from alembic_version")
+            filled = "select exists (select 1 from experiments) or exists (select 1 from runs)"
+            unfinished = not opened.execute(filled).fetchone()[0]
+    except sqlite3.Error:
+        return  # none is there, it is another program's, or no database: who opens it is told
+    if unfinished:
+        aside = database.with_name(f"{database.name}.unfinished")
+        database.replace(aside)
+        get_logger().warning("MLflow's database %s was never finished: it is %s now, and made anew", database, aside)
+
+
 def _get(url: str, seconds: float) -> bytes:
     with urllib.request.urlopen(url, timeout=seconds) as answer:
         content: bytes = answer.read(1 << 16)

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 
 from coalora.errors import CoaloraError
 from pipeline.preflight import preflight
 from pipeline.settings.definitions import load_settings
 from pipeline.tracking.runs import TrackedRun, Tracker
-from pipeline.tracking.server import explanation, patiently, place_of_runs, require_server
+from pipeline.tracking.server import explanation, patiently, place_of_runs, require_server, set_aside_unfinished
 from tests import shared
 
 NOWHERE = "http://127.0.0.1:9"
@@ -91,6 +92,31 @@ def test_a_database_that_is_freed_in_time_gets_everything_once(run: TrackedRun) 
     patiently(lambda: run.log_history(rows), run.tracker.tracking_uri, delays=(0.3,) * 20)
     thread.join()
     assert len(run.client.get_metric_history(run.run_id, "curve")) == 5
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mlflow.db"
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    InitialBase.metadata.create_all(engine)
+    with engine.begin() as half_way:  # the first migration, whose version was not noted any more
+        half_way.execute(sqlalchemy.text("create table alembic_version (version_num varchar(32) not null)"))
+        half_way.execute(sqlalchemy.text("alter table metrics add column step bigint default '0' not null"))
+    engine.dispose()
+    Tracker(f"sqlite:///{path}", "faults", tmp_path / "files").open_run("a", "a run")
+    assert f"it is {path}.unfinished now" in caplog.text
+
+
+def test_a_database_that_holds_something_stays(tmp_path: Path) -> None:
+    ours = Path(shared.mlflow_database(tmp_path).removeprefix("sqlite:///"))
+    other, empty, text = (tmp_path / name for name in ("other.db", "empty.db", "text.db"))
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("create table experiments (name)")
+    empty.touch()
+    text.write_text("no database")
+    for file in (ours, other, empty, text, tmp_path / "none.db"):
+        set_aside_unfinished(file)
+    assert all(file.exists() for file in (ours, other, empty, text))
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_server_that_went_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
