@@ -8,6 +8,7 @@ gain. And no servers, stores or credentials of the user's, who may have sourced 
 import gc
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for _name in list(os.environ):
     if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
         del os.environ[_name]
+# A shell that starts the suite in the background has it ignore these, and tests send them to what they start.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 shared.begin()
 gc.disable()  # while torch and the others are imported: what they leave is never garbage
 # Processes that tests and what they call start by multiprocessing begin with the libraries imported, and theirs too.
