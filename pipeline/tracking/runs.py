@@ -87,14 +87,14 @@ class Tracker:
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         database = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
-        on_disk = database is not None and database[1] != ":memory:"
-        if database and on_disk:
-            Path(database[1]).parent.mkdir(parents=True, exist_ok=True)
+        file = Path(database[1]) if database and database[1] != ":memory:" else None
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.tracking_uri, self.experiment = tracking_uri, experiment
         # Opening a database migrates it: of two processes that both begin, one would find the other's half.
-        with filelock.FileLock(f"{database[1]}.lock") if database and on_disk else nullcontext():
-            if database and on_disk:
-                set_aside_unfinished(Path(database[1]))
+        with filelock.FileLock(f"{file}.lock") if file else nullcontext():
+            if file:
+                set_aside_unfinished(file)
             # The registry is named too: by default it is the process's, not the client's.
             self.client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
             root = artifact_root.resolve().as_uri() if artifact_root and database else None

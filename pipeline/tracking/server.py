@@ -94,14 +94,16 @@ def set_aside_unfinished(database: Path) -> None:
     """Rename MLflow's SQLite database whose making was cut off, so that it is made anew.
 
     SQLite commits each step of MLflow's migrations by itself, and what was done of them fails when it is done again:
-    such a file would never open. MLflow makes its first experiment last, so that a file without any holds no run. Call
-    it where nobody else is making the database.
+    such a file would never open. MLflow makes its first experiment last; a file that holds none, no run and no
+    registered model was never used. Call it where nobody else is making the database.
     """
     try:
         with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=rw", uri=True)) as opened:
-            opened.execute("select 1 from alembic_version")
-            filled = "select exists (select 1 from experiments) or exists (select 1 from runs)"
-            unfinished = not opened.execute(filled).fetchone()[0]
+            tables = {name for (name,) in opened.execute("select name from sqlite_master where type = 'table'")}
+            holding = tables & {"experiments", "runs", "registered_models"}
+            unfinished = {"alembic_version", "experiments", "runs"} <= tables and not any(
+                opened.execute(f"select exists (select 1 from {table})").fetchone()[0] for table in holding
+            )
     except sqlite3.Error:
         return  # none is there, it is another program's, or no database: who opens it is told
     if unfinished:
