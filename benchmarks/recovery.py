@@ -89,8 +89,8 @@ ARMS: dict[str, Arm] = {
     # Levers.
     "cascaded ranks": Arm(adapter={"expert_bits": 0, "leading_ranks": 8}),
     "cascaded ranks, twice as many": Arm(adapter={"expert_bits": 0, "r": 32, "lora_alpha": 32, "leading_ranks": 16}),
-    "ours, two configurations a step": Arm(training={"paired": True}),
-    "shared, two configurations a step": Arm("shared", training={"paired": True}),
+    "ours, one configuration a step": Arm(training={"paired": False}),
+    "shared, one configuration a step": Arm("shared", training={"paired": False}),
     "ours, low bits first": Arm(training={"sampling": "low-bits-first"}),
     "ours, lr rising with bits": Arm(training={"lr_by_bits": 1.0}),
     "ours, lr falling with bits": Arm(training={"lr_by_bits": -1.0}),

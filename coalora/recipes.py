@@ -337,10 +337,11 @@ class TrainingRecipe(Recipe):
     sampling_power: float = hyper(
         2.5, "Strength of the sampling", "Of both low-bits (1 is uniform) and of adaptive.", ge=1, le=100
     )
-    paired: bool = hyper(
-        False,
+    paired: bool | None = hyper(
+        None,
         "Two configurations a step",
-        "Half of a step's examples train one configuration, half its counterpart at the other end of the bits.",
+        "Half of a step's examples train one configuration, half its counterpart at the other end of the bits; by "
+        "default to fine-tune, where a batch has two examples and draws are not adaptive.",
     )
     lr_by_bits: float = hyper(
         0.0,
@@ -369,10 +370,13 @@ class TrainingRecipe(Recipe):
 
         Example:
             >>> from coalora import TrainingRecipe
-            >>> TrainingRecipe().resolved("recover").objective.teacher
-            'base'
+            >>> recipe = TrainingRecipe().resolved("recover")
+            >>> recipe.objective.teacher, recipe.paired
+            ('base', False)
         """
-        return replace(self, objective=self.objective.resolved(goal))
+        can_pair = self.sampling != "adaptive" and self.batch_size > 1
+        paired = (goal == "fine-tune" and can_pair) if self.paired is None else self.paired
+        return replace(self, paired=paired, objective=self.objective.resolved(goal))
 
     def total_steps(self, rounds: int) -> int:
         """Length of the learning-rate schedule: it does not start again with every round."""
@@ -494,8 +498,7 @@ def check_compile(runtime: RuntimeRecipe, adapter: AdapterRecipe, training: Trai
     """Refuse CUDA graphs beside what they cannot hold, before anything is loaded.
 
     Raises:
-        CoaloraError: cuda-graph is asked for, with a CPU, packed weights, LoRA dropout, gradient checkpointing or two
-            configurations a step.
+        CoaloraError: cuda-graph is asked for, with a CPU, packed weights, LoRA dropout or gradient checkpointing.
     """
     obstacle = graph_obstacle(runtime.device, runtime.weights, adapter, training)
     if runtime.compile == "cuda-graph" and obstacle:
@@ -513,7 +516,6 @@ def graph_obstacle(device: str, weights: WeightMode, adapter: AdapterRecipe, tra
         "LoRA dropout": adapter.lora_dropout > 0,
         "weights that are made in each pass": weights == "packed",
         "gradient checkpointing": training.gradient_checkpointing,
-        "two configurations a step": training.paired,
     }
     return next((obstacle for obstacle, there in obstacles.items() if there), None)
 

@@ -7,10 +7,10 @@ differs in nothing but what a `Method` describes. Other packages add methods in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from coalora.recipes import Sampling
+from coalora.recipes import Sampling, TrainingRecipe
 from coalora.registry import Registry
 
 
@@ -30,6 +30,7 @@ class Method:
         start: of the pair: PEFT's initial values (B = 0), or the decomposition of the error of the one configuration
             that the method is trained for.
         sampling: draw of the configurations in place of the training recipe's.
+        paired: whether a step trains two configurations, in place of the training recipe's word.
 
     Example:
         >>> from coalora import METHODS
@@ -44,6 +45,13 @@ class Method:
     follows_choices: bool = False
     start: Literal["peft", "compensation"] = "peft"
     sampling: Sampling | None = None
+    paired: bool | None = None
+
+    def drawing(self, recipe: TrainingRecipe) -> TrainingRecipe:
+        """A training recipe with the method's own draws, whatever it says itself."""
+        sampling = self.sampling or recipe.sampling
+        paired = recipe.paired if self.paired is None else self.paired
+        return replace(recipe, sampling=sampling, paired=False if sampling == "adaptive" else paired)
 
 
 # In the order in which tables and pictures have them.
@@ -54,8 +62,8 @@ METHODS: Registry[Method] = Registry(
     {
         "none": Method("no adapter", has_lora=False),
         "shared": Method("Shared-LoRA"),
-        # CoA-LoRA, arXiv 2509.25214: theta at the full rank, uniform draws.
-        "paper": Method("CoA-LoRA as in the paper", theta="all", sampling="uniform"),
+        # CoA-LoRA, arXiv 2509.25214: theta at the full rank, uniform draws, one a step.
+        "paper": Method("CoA-LoRA as in the paper", theta="all", sampling="uniform", paired=False),
         "coa": Method("CoA-LoRA", theta="recipe", follows_choices=True),
         "qlora": Method("one LoRA per budget", over="budget"),  # QLoRA, arXiv 2305.14314
         "lq-lora": Method("one LQ-LoRA per budget", over="budget", start="compensation"),  # arXiv 2311.12023

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,7 @@ def train_round(
     """
     if not adapted.named_parameters():
         return TrainingState(), []
-    if own := METHODS[adapted.method].sampling:
-        recipe = replace(recipe, sampling=own)
+    recipe = METHODS[adapted.method].drawing(recipe)
     state, records = train(
         adapted,
         split,

@@ -72,7 +72,7 @@ class _Graphed:
     Args:
         adapted: the model, on a GPU.
         objective: what a step minimises.
-        capture: False runs what would be captured, on any device.
+        capture: False runs what would be captured, on any device, with outputs at a graph's fixed addresses.
     """
 
     def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
@@ -114,12 +114,12 @@ class GraphedTeacher(_Graphed):
 
 
 class GraphedGradients(_Graphed):
-    """`eager_gradients` by a graph for each shape of a batch; the losses it returns are overwritten by the next call,
-    and gradients that a parameter has already are replaced."""
+    """`eager_gradients` by a graph for each shape of a batch; losses it returns are overwritten by the next call."""
 
     def __init__(self, adapted: AdaptedModel, objective: Objective, *, capture: bool = True) -> None:
         super().__init__(adapted, objective, capture=capture)
         heads = {id(p) for name, p in adapted.named_parameters().items() if name.startswith("head.")}
+        self._parameters = list(adapted.named_parameters().values())
         self._heads = [
             (module, name, parameter)
             for module in adapted.peft_model.modules()
@@ -128,6 +128,10 @@ class GraphedGradients(_Graphed):
         ]
 
     def __call__(self, batch: dict[str, Tensor], teacher: TeacherOutput | None) -> Losses:
+        # A gradient may lie in the graph's own memory, which this call overwrites: those of a call before are kept.
+        before = [(p, p.grad.clone()) for p in self._parameters if p.grad is not None]
+        for parameter, _ in before:
+            parameter.grad = None
         factors = self._adapted.terms.stacks()
         given = [*batch.values(), *([] if teacher is None else [teacher.logits, *teacher.hidden_states])]
         losses, gradients = self._outputs(list(batch), given, factors)
@@ -136,6 +140,8 @@ class GraphedGradients(_Graphed):
             torch.autograd.backward([f for f, _ in trained], [g for _, g in trained])
         for (_, _, parameter), gradient in zip(self._heads, gradients[len(factors) :], strict=True):
             parameter.grad = gradient
+        for parameter, gradient in before:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         return losses
 
     def run(self, names: Sequence[str], given: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
@@ -181,6 +187,7 @@ class _Recorded:
         self._factors = [factor.detach().clone().requires_grad_() for factor in factors]
         self._graph: torch.cuda.CUDAGraph | None = None
         if not capture:
+            self._outputs = _at(None, self._run())
             return
         generator = torch.cuda.get_rng_state()
         aside = torch.cuda.Stream()
@@ -205,6 +212,17 @@ class _Recorded:
             if self._factors:
                 torch._foreach_copy_(self._factors, list(factors))
         if self._graph is None:
-            return self._run()
+            return _at(self._outputs, self._run())
         self._graph.replay()
         return self._outputs
+
+
+def _at(place: Any, outputs: Any) -> Any:
+    """Outputs (tensors and None, nested) at the addresses of those of a call before; without any, at addresses of their
+    own."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach().clone() if place is None else place.copy_(outputs.detach())
+    if outputs is None:
+        return None
+    places = [None] * len(outputs) if place is None else place
+    return [_at(one, output) for one, output in zip(places, outputs, strict=True)]

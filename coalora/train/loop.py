@@ -117,16 +117,16 @@ def train(
     def flush() -> None:
         """Bring the losses of the last steps to the host, in one transfer."""
         nonlocal whole
-        # (processes, steps, 3): every process observes the losses of all, so that all draw alike.
+        # (processes, steps, 2 and the members): every process observes the losses of all, so that all draw alike.
         values = parallel.gather(torch.stack([v for _, v in pending])).transpose(0, 1).tolist()
         with uninterrupted():
             whole = False
             for (step, _), rows in zip(pending, values, strict=True):
                 _check_finite(step, rows, average_bits)
-                for loss, _, member in rows:
-                    sampler.observe(int(member), loss)
+                for loss, _, *members in rows:
+                    sampler.observe(int(members[0]), loss)
                 loss = float(np.mean([row[0] for row in rows]))
-                bits = float(np.mean([average_bits[int(row[2])] for row in rows]))
+                bits = float(np.mean([average_bits[int(member)] for row in rows for member in row[2:]]))
                 lr = recipe.lr * _schedule(step, recipe.warmup_steps, total_steps)
                 records.append({"step": step, "loss": loss, "lr": lr, "bits": bits})
             pending.clear()
@@ -153,6 +153,7 @@ def train(
                 raise Stopped(f"stopped at step {done}")
 
     recipe = recipe.resolved()
+    paired = recipe.paired and len(configurations) > 1  # one configuration has no counterpart
     graph = captured(compile, adapted, split, recipe)
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)
     teach = (GraphedTeacher if graph else eager_teacher)(adapted, recipe.objective)
@@ -162,7 +163,7 @@ def train(
     adapted.peft_model.train()
     try:
         for step in range(start, span[1]):
-            sides = (False, True) if recipe.paired else (False,)
+            sides = (False, True) if paired else (False,)
             drawn = [sampler.draw(parallel.draw_step(step), opposite=side) for side in sides]
             rate = _schedule(step, recipe.warmup_steps, total_steps)
             if recipe.lr_by_bits:
@@ -179,7 +180,7 @@ def train(
                 adapted.switch(configurations[member])
                 losses.append(gradients(batch, teacher))
             loss, task_loss = (torch.stack(values).mean() for values in zip(*losses, strict=True))
-            if recipe.paired:
+            if paired:
                 torch._foreach_div_([p.grad for p in parameters.values() if p.grad is not None], len(drawn))
             parallel.average_gradients(list(parameters.values()))
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm).float()
@@ -188,8 +189,8 @@ def train(
             finite = torch.isfinite(norm) if parallel.world_size > 1 else torch.isfinite(norm + loss.detach())
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             # A member's number is exact in float32 up to 16 million members.
-            number = torch.full((), float(drawn[0]), device=adapted.device)
-            values = torch.stack([task_loss.detach().float(), torch.where(finite, norm, torch.nan), number])
+            numbers = [torch.full((), float(member), device=adapted.device) for member in drawn]
+            values = torch.stack([task_loss.detach().float(), torch.where(finite, norm, torch.nan), *numbers])
             with uninterrupted():
                 whole = False
                 optimizer.step()
@@ -220,11 +221,11 @@ def train(
 
 
 def _check_finite(step: int, rows: list[list[float]], average_bits: np.ndarray) -> None:
-    for loss, norm, member in rows:
+    for loss, norm, *members in rows:
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            bits = " and ".join(f"{average_bits[int(member)]:.2f}" for member in members)
             raise CoaloraError(
-                f"Training is no longer finite: loss {loss}, gradient norm {norm} at step {step} "
-                f"({average_bits[int(member)]:.2f} bits)",
+                f"Training is no longer finite: loss {loss}, gradient norm {norm} at step {step} ({bits} bits)",
                 remedy="Lower training.lr",
             )
 

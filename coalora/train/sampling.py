@@ -126,7 +126,7 @@ class Sampler:
         u = 1 - u if opposite else u
         n = len(self.order)
         if self.sampling == "sandwich" and step % 3 < 2:
-            return int(self.order[0 if step % 3 == 0 else n - 1])
+            return int(self.order[0 if (step % 3 == 0) != opposite else n - 1])
         excess = self.estimates.excess() if self.sampling == "adaptive" else None
         if excess is not None and excess.max() > 0:
             share = excess**self.power

@@ -152,7 +152,7 @@ def test_the_papers_settings_are_the_papers(name: str) -> None:
     recipe = s.adapter.resolved(s.benchmark.task)  # theta for all choices, and nothing beside the pair
     assert (recipe.compensation_rank, recipe.expert_bits, recipe.theta) == (0, 0, "others")
     assert (s.initial_set.size, s.initial_set.min_budget, s.initial_set.max_budget) == (50, 2.25, 7.25)
-    assert (s.search.segments, s.search.delta, s.training.sampling) == (40, 1, "uniform")
+    assert (s.search.segments, s.search.delta, s.training.sampling, s.training.paired) == (40, 1, "uniform", False)
     assert s.choices.allow == {}  # all 432
     length, epochs, n_train = {
         "sst2": (128, 10, 67_349), "qnli": (128, 10, 104_743), "mnli": (128, 10, 392_702), "qqp": (128, 10, 363_846),

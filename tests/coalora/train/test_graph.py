@@ -18,9 +18,10 @@ from coalora.train.objective import Objective
 ON_GPU = torch.cuda.is_available()
 
 
-def gradients_of(adapted, split, objective, teach, take) -> list[torch.Tensor | None]:
+def gradients_of(adapted, split, objective, teach, take, passes=((0, [0, 5]), (4, [0, 5]), (0, [2, 8])), each=True):
+    """Of passes (choice, rows): by default of two shapes, with experts and without; `each`: not their sum."""
     found: list[torch.Tensor | None] = []
-    for k, rows in ((0, [0, 5]), (4, [0, 5]), (0, [2, 8])):  # two shapes, experts and none
+    for k, rows in passes:
         batch = split.batch(torch.tensor(rows), adapted.device)
         teacher = teach(batch)
         adapted.switch(np.full(len(adapted.layers), k))
@@ -28,7 +29,8 @@ def gradients_of(adapted, split, objective, teach, take) -> list[torch.Tensor | 
         found += [loss.detach().clone(), task_loss.clone()]
         for parameter in adapted.named_parameters().values():
             found.append(None if parameter.grad is None else parameter.grad.clone())
-            parameter.grad = None
+            if each:
+                parameter.grad = None
     return found
 
 
@@ -51,6 +53,9 @@ def test_losses_and_gradients_are_those_of_a_plain_step(
         else:
             teach, take = eager_teacher(adapted, objective), eager_gradients(adapted, objective)
         found.append(gradients_of(adapted, split, objective, teach, take))
+        # Of one shape, so that a graph overwrites what it returned: what two configurations a step add up.
+        passes = ((0, [0, 5]), (4, [0, 7]), (2, [5, 8]), (4, [0, 5]))
+        found[-1] += gradients_of(adapted, split, objective, teach, take, passes, each=False)
     for plain, graphed in zip(*found, strict=True):
         assert (plain is None) == (graphed is None)
         if plain is not None:

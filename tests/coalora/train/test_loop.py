@@ -126,7 +126,7 @@ def test_state_holds_parameters_and_both_moments(tiny_llama, make_adapted, go) -
 def test_a_first_step_is_adamw_on_the_drawn_batch_and_configuration(tiny_llama, make_adapted, go, text_split) -> None:
     """By hand: Adam's first step moves each entry by lr * g / (|g| + eps), clipped or not."""
     adapted, by_hand = make_adapted(tiny_llama(), perturb=0.05), make_adapted(tiny_llama(), perturb=0.05)
-    recipe = replace(RECIPE, warmup_steps=0, lr=1e-3, theta_lr=5e-3, max_grad_norm=1e9)
+    recipe = replace(RECIPE, warmup_steps=0, lr=1e-3, theta_lr=5e-3, max_grad_norm=1e9, paired=False)
     configurations = np.random.default_rng(4).integers(8, size=(5, 14))
     bits = np.array([adapted.base.space.nominal_bits[c].mean() for c in configurations])
     _, records = go(adapted, 1, recipe=recipe)
@@ -145,10 +145,11 @@ def test_a_first_step_is_adamw_on_the_drawn_batch_and_configuration(tiny_llama, 
 def test_a_paired_step_takes_the_mean_gradient_of_two_configurations(tiny_llama, make_adapted, go, text_split) -> None:
     adapted, plain = make_adapted(tiny_llama(), "shared"), make_adapted(tiny_llama(), "shared")
     recipe = replace(RECIPE, paired=True, max_grad_norm=1e9)
-    state, _ = go(adapted, 1, recipe=recipe)
+    state, records = go(adapted, 1, recipe=recipe)
     configurations = np.random.default_rng(4).integers(8, size=(5, len(plain.layers)))
     bits = np.array([plain.base.space.nominal_bits[c].mean() for c in configurations])
     sampler = Sampler(bits, sampling="low-bits", power=2.5, seed=0)
+    assert records[0]["bits"] == np.mean([bits[sampler.draw(0, opposite=side)] for side in (False, True)])
     gradients = []
     for part, opposite in zip(batch_indices(len(text_split), 4, seed=0, step=0).chunk(2), (False, True), strict=True):
         plain.switch(configurations[sampler.draw(0, opposite=opposite)])
@@ -158,6 +159,16 @@ def test_a_paired_step_takes_the_mean_gradient_of_two_configurations(tiny_llama,
     for name, one, other in zip(names, *gradients, strict=True):
         mean = (one + other) / 2
         torch.testing.assert_close(state.tensors[f"exp_avg.{name}"], 0.1 * mean, rtol=1e-4, atol=1e-7)
+
+
+def test_one_configuration_is_no_pair(tiny_llama, make_adapted, text_split) -> None:
+    configuration, bits = np.zeros((1, 14), dtype=np.int64), np.array([2.0])
+    states = []
+    for paired in (None, False):
+        recipe = replace(RECIPE, paired=paired)
+        adapted = make_adapted(tiny_llama(), "shared")
+        states.append(train(adapted, text_split, configuration, bits, recipe, steps=2, seed=0, total_steps=2)[0])
+    assert_same(*states)
 
 
 def test_the_learning_rate_follows_the_bits_where_it_is_asked_to(tiny_llama, make_adapted, go) -> None:

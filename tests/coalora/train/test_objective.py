@@ -122,7 +122,11 @@ def test_the_goal_decides_what_is_left_open() -> None:
     assert Objective().resolved("fine-tune") == Objective(0.0, teacher="adapted") == Objective().resolved()
     own = Objective(0.3, teacher="adapted")
     assert own.resolved("recover") == own
-    assert TrainingRecipe(objective=own, lr=0.1).resolved("recover") == TrainingRecipe(objective=own, lr=0.1)
+    assert TrainingRecipe(objective=own, paired=True).resolved("recover") == TrainingRecipe(objective=own, paired=True)
+    assert TrainingRecipe().resolved("fine-tune").paired
+    assert not TrainingRecipe().resolved("recover").paired
+    assert not TrainingRecipe(sampling="adaptive").resolved().paired
+    assert not TrainingRecipe(batch_size=1).resolved().paired
 
 
 def test_without_distillation_no_teacher_is_asked(tiny_llama, make_adapted, batch) -> None:

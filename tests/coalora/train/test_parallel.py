@@ -45,7 +45,9 @@ def small_training(
     generator = torch.Generator().manual_seed(1)
     split = pad([torch.randint(1, 64, (9,), generator=generator).tolist() for _ in range(12)], 0)
     members = np.repeat(np.arange(4)[:, None], len(layers), axis=1)
-    how = TrainingRecipe(batch_size=batch_size, lr=1e-2, theta_lr=1e-2, sampling=sampling, sampling_power=1.0)
+    how = TrainingRecipe(
+        batch_size=batch_size, lr=1e-2, theta_lr=1e-2, sampling=sampling, sampling_power=1.0, paired=False
+    )
     among = Parallel.from_environment(configurations) if parallel else None
     state, records = train(adapted, split, members, BITS, how, steps=steps, total_steps=steps, seed=3, parallel=among)
     return {**state.tensors, "losses": [r["loss"] for r in records], "bits": [r["bits"] for r in records]}

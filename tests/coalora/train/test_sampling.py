@@ -109,6 +109,8 @@ def test_sandwich_draws_smallest_largest_and_a_random_member_in_turn() -> None:
     assert set(drawn[0::3]) == {BITS.min()}
     assert set(drawn[1::3]) == {BITS.max()}
     assert set(drawn[2::3]) == set(BITS)
+    sampler = Sampler(BITS, sampling="sandwich", power=1, seed=0)
+    assert BITS[[sampler.draw(step, opposite=True) for step in (0, 1)]].tolist() == [BITS.max(), BITS.min()]
 
 
 def told(sampler: Sampler, loss_of, n: int) -> np.ndarray:
