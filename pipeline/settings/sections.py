@@ -92,7 +92,7 @@ class Section(BaseModel):
 
 def _truth_values(value: Any, annotation: Any, path: tuple[int | str, ...]) -> Iterator[InitErrorDetails]:
     """True and False where a field is not of that type, in lists and recipes too."""
-    if isinstance(value, bool) and annotation is not bool:
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
         problem = PydanticCustomError("truth_value", "true and false are no value of this key")
         yield InitErrorDetails(type=problem, loc=path, input=value)
     elif isinstance(value, list):
