@@ -15,7 +15,7 @@ from coalora.adapt.adapted import AdaptedModel
 from coalora.data.benchmark import IGNORED, Split
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import KL, Kind, Outcome, metrics_of
-from coalora.evaluate.reference import Reference, divergence
+from coalora.evaluate.reference import Predictions, Reference, divergence
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,25 @@ class _Tally:
         self._from_reference: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def add(self, batch: dict[str, Tensor], reference: Tensor | None) -> None:
-        """Score a batch with the model as it is now, beside a reference's logits where there are any."""
+    def add(self, batch: dict[str, Tensor], reference: Predictions | None) -> None:
+        """Score a batch with the model as it is now, beside a reference's predictions where there are any."""
         self._adapted.peft_model.eval()
         labels = batch["labels"]
-        logits = self._adapted.peft_model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+        logits = self._adapted.peft_model(**{k: v for k, v in batch.items() if k != "labels"}).logits
         if self._split.labels is None:
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            self._total += F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            own, labels = Predictions.of(logits), labels[:, 1:].flatten()
+            self._total += F.nll_loss(own.log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
             self._count += (labels != IGNORED).sum()
             if self._by_block:
-                each = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+                each = F.nll_loss(own.log_probabilities, labels, ignore_index=IGNORED, reduction="none")
                 each, counted = (x.view(len(batch["labels"]), -1).sum(1) for x in (each, labels != IGNORED))
                 self._blocks.append(each / counted.clamp(min=1))
             if reference is not None:
-                nats, same = divergence(logits, reference[:, :-1].flatten(0, 1), labels != IGNORED)
+                nats, same = divergence(own, reference, labels != IGNORED)
                 before = self._from_reference or (0.0, 0.0)
                 self._from_reference = before[0] + nats, before[1] + same
             return
+        logits = logits.float()
         self._n_classes = logits.shape[-1]
         if self._split.labels.is_floating_point():
             found = logits.squeeze(-1)
@@ -135,7 +136,7 @@ def scores(
     """Scores of configurations (n, N) on one and the same split, one by one: paired by construction.
 
     A score depends on its own configuration alone, bit for bit, and not on those before it. A reference computes each
-    batch once for all of them; where its logits take much memory, configurations are switched to several times.
+    batch once for all of them; where its predictions take much memory, configurations are switched to several times.
 
     Args:
         reference: what KL divergence and agreement of a language model are measured against; None leaves them out, as
@@ -146,10 +147,10 @@ def scores(
     tallies = [_Tally(adapted, split, by_block) for _ in configurations]
     while tallies and done < n_batches:
         if reference is None or split.labels is not None:
-            group: list[tuple[dict[str, Tensor], Tensor | None]] = [(batch, None) for batch in batches]
+            group: list[tuple[dict[str, Tensor], Predictions | None]] = [(batch, None) for batch in batches]
         else:
             with torch.no_grad():
-                group = reference.with_logits(adapted, batches)
+                group = reference.with_predictions(adapted, batches)
         done += len(group)
         for tally, configuration in zip(tallies, configurations, strict=True):
             with torch.no_grad():

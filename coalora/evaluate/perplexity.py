@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from coalora.data.benchmark import IGNORED
 from coalora.errors import CoaloraError
 from coalora.evaluate.metrics import AGREEMENT, KL, perplexity
-from coalora.evaluate.reference import divergence
+from coalora.evaluate.reference import Predictions, divergence
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,11 @@ def score_text(
         batch = spans[start : start + batch_size]
         inputs, targets = (t.to(device) for t in _batch(ids, batch))
         # Causal: what pads a short row on its right changes nothing before it.
-        logits = model(input_ids=inputs).logits[:, :-1].float()
-        rows, labels = logits.flatten(0, 1), targets.flatten()
-        total += F.cross_entropy(rows, labels, reduction="sum")
+        own, labels = Predictions.of(model(input_ids=inputs).logits), targets.flatten()
+        total += F.nll_loss(own.log_probabilities, labels, reduction="sum")
         if reference is not None:
-            wanted = reference(input_ids=inputs).logits[:, :-1].flatten(0, 1)
-            nats, equal = divergence(rows, wanted, labels != IGNORED)
+            wanted = Predictions.of(reference(input_ids=inputs).logits)
+            nats, equal = divergence(own, wanted, labels != IGNORED)
             kl, same = kl + nats, same + equal
         if progress:
             progress(min(start + batch_size, len(spans)), len(spans))

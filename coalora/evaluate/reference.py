@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,33 +21,47 @@ from torch.nn import functional as F
 from coalora.adapt.adapted import AdaptedModel
 
 _TOGETHER = 2**24  # logits in float32 at a time: 64 MB
-_HELD = 2**30  # bytes of reference logits, at least, that are kept for all configurations to be measured on
+_HELD = 2**30  # bytes of the reference's predictions, at least, that are kept for all configurations
 
 
-def divergence(logits: Tensor, reference: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL(reference || logits), and the number of equal most likely tokens, both float64 scalars.
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Log-probabilities of the next token, float32 (n, V)."""
 
-    In pieces of some rows: beside the logits little memory is needed, however large the vocabulary.
+    log_probabilities: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Predictions:
+        """Those of a model's logits (n, L, V), the last of each row left out: (n (L - 1), V)."""
+        return cls(logits[:, :-1].flatten(0, 1).float().log_softmax(-1))
+
+    @cached_property
+    def top(self) -> Tensor:
+        """Most likely token of each row (n,)."""
+        return self.log_probabilities.argmax(-1)
+
+
+def divergence(own: Predictions, reference: Predictions, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed KL(reference || own), and the number of equal most likely tokens, both float64 scalars.
+
+    In pieces of some rows: beside the predictions little memory is needed, however large the vocabulary.
 
     Args:
-        logits, reference: (n, V).
         counted: bool (n,), the rows that count.
 
     Example:
-        >>> from coalora.evaluate.reference import divergence
-        >>> logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-        >>> [float(x) for x in divergence(logits, logits, torch.tensor([True, True]))]
+        >>> from coalora.evaluate.reference import Predictions, divergence
+        >>> found = Predictions.of(torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]]))
+        >>> [float(x) for x in divergence(found, found, torch.tensor([True, True]))]
         [0.0, 2.0]
     """
-    nats = torch.zeros((), dtype=torch.float64, device=logits.device)
-    same = torch.zeros((), dtype=torch.float64, device=logits.device)
-    rows = max(1, _TOGETHER // logits.shape[-1])
-    for own, wanted, counts in zip(logits.split(rows), reference.split(rows), counted.split(rows), strict=True):
-        p, q = wanted.float().log_softmax(-1), own.float().log_softmax(-1)
+    q, p = own.log_probabilities, reference.log_probabilities
+    nats = torch.zeros((), dtype=torch.float64, device=q.device)
+    rows = max(1, _TOGETHER // q.shape[-1])
+    for q_rows, p_rows, counts in zip(q.split(rows), p.split(rows), counted.split(rows), strict=True):
         # A product instead of an index: indexing by a mask would wait for the device.
-        nats += (F.kl_div(q, p, reduction="none", log_target=True).sum(-1, dtype=torch.float64) * counts).sum()
-        same += ((own.argmax(-1) == wanted.argmax(-1)) & counts).sum()
-    return nats, same
+        nats += (torch.linalg.vecdot(p_rows.exp(), p_rows - q_rows).double() * counts).sum()
+    return nats, ((own.top == reference.top) & counted).sum().double()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +91,20 @@ class Reference:
                 stack.callback(hook.remove)
             yield model
 
-    def with_logits(
+    def with_predictions(
         self, adapted: AdaptedModel, batches: Iterator[dict[str, Tensor]]
-    ) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-        """The next batches with the reference's logits (n, L, V), at least one: as many as `_HELD` bytes of logits, or
-        an eighth of a GPU's free memory. Configurations are switched to once for them all."""
-        found: list[tuple[dict[str, Tensor], Tensor | None]] = []
+    ) -> list[tuple[dict[str, Tensor], Predictions | None]]:
+        """The next batches with the reference's predictions, at least one: as many as take `_HELD` bytes, or an eighth
+        of a GPU's free memory. Configurations are switched to once for them all."""
+        found: list[tuple[dict[str, Tensor], Predictions | None]] = []
         nbytes, most = 0, _HELD
         if adapted.device.type == "cuda":
             most = max(most, torch.cuda.mem_get_info(adapted.device)[0] // 8)
         with self.held_by(adapted) as model:
             for batch in batches:
-                logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-                found.append((batch, logits))
-                nbytes += logits.nbytes
+                own = Predictions.of(model(**{k: v for k, v in batch.items() if k != "labels"}).logits)
+                found.append((batch, own))
+                nbytes += own.log_probabilities.nbytes
                 if nbytes >= most:
                     break
         return found

@@ -8,7 +8,7 @@ import torch
 
 import coalora.evaluate.reference
 from coalora.evaluate.losses import LossMeter, measure_configurations, score
-from coalora.evaluate.reference import Reference, divergence
+from coalora.evaluate.reference import Predictions, Reference, divergence
 
 CONFIGURATIONS = np.arange(3)[:, None].repeat(14, 1)
 
@@ -94,7 +94,8 @@ def test_pieces_make_no_difference(monkeypatch, together) -> None:
     kl = (p * (p.log() - q.log())).sum(-1)[counted].sum()
     same = (p.argmax(-1) == q.argmax(-1))[counted].sum()
     monkeypatch.setattr(coalora.evaluate.reference, "_TOGETHER", together)
-    nats, equal = divergence(own.float(), wanted.float(), counted)
+    found = (Predictions.of(torch.nn.functional.pad(logits.float(), (0, 0, 0, 1))[None]) for logits in (own, wanted))
+    nats, equal = divergence(*found, counted)
     assert float(nats) == pytest.approx(float(kl), rel=1e-5)
     assert float(equal) == float(same)
 
