@@ -81,6 +81,8 @@ def step_loss(
         compared = slice(-1 if objective.states == "last" else 1, None)
         error = _hidden_error(out.hidden_states[compared], teacher.hidden_states[compared], batch)
         distance = distance + objective.hidden * error
+    if weight == 1:  # nothing to go back through the task's loss for
+        return distance, out.loss.detach()
     return (1 - weight) * out.loss + weight * distance, out.loss.detach()
 
 
