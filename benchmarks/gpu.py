@@ -42,6 +42,7 @@ from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.calibrate import calibrate
 from coalora.data.benchmark import Split
 from coalora.models.targets import find_target_layers
+from coalora.quant.gguf.blocks import TYPES, decode_rows
 from coalora.quant.scheme import Scheme
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import CalibrationRecipe, TrainingRecipe
@@ -171,6 +172,25 @@ def kernels(run: Run) -> None:
         scheme.dequantize_packed_many(jobs)
         wrong += sum(not torch.equal(out, plain) for (_, _, out), plain in zip(jobs, expected, strict=True))
         run.add(f"{name} kernels: tensors unlike the plain path", wrong, "", note=f"of {checked + len(jobs)}")
+
+
+def decoding(run: Run) -> None:
+    """Weights of every type of GGUF against the CPU's, bit for bit, and their time against the memory's own."""
+    rows, columns = (16, 512) if run.tiny else (4096, 4096)
+    draw, wrong = torch.Generator().manual_seed(0), 0
+    for name, kind in TYPES.items():
+        blocks = torch.randint(0, 256, (rows, columns // kind.n_weights * kind.nbytes), generator=draw).byte()
+        few = decode_rows(blocks[:16], kind, torch.empty(16, columns))
+        blocks = blocks.to(DEVICE)
+        found = decode_rows(blocks[:16], kind, torch.empty(16, columns, device=DEVICE)).cpu()
+        # Random scales are NaN and infinite now and then, which makes NaN of unknown bits.
+        wrong += not torch.equal(found.nan_to_num(nan=7.0), few.nan_to_num(nan=7.0))
+        out = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+        cost = median(_timed(partial(decode_rows, blocks, kind, out), 3) for _ in range(3))
+        limit = (blocks.nbytes + out.nbytes) / run.bytes_per_second
+        what = f"decoding {name}, {rows * columns / 1e6:.1f} M weights"
+        run.add(what, cost * 1e3, "ms", note=f"{cost / limit:.1f} x its bandwidth limit {limit * 1e3:.3f} ms")
+    run.add("types of GGUF unlike the CPU's weights", wrong, "", note=f"of {len(TYPES)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the step
@@ -512,6 +532,7 @@ def main() -> None:
     run.attempt("card", partial(card, run))
     if "kernels" in wanted:
         run.attempt("kernels", partial(kernels, run))
+        run.attempt("decoding of GGUF", partial(decoding, run))
     if "step" in wanted:
         for name in run.models:
             run.attempt(f"step {name}", partial(steps, run, name), NEEDS[name])
