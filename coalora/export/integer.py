@@ -127,9 +127,20 @@ def write_integers(
     config = inference_config(model).to_dict() | {"architectures": [type(model).__name__]}
     for key in ("_name_or_path", "quantization_config"):  # where the checkpoint lay, and what it was stored in
         config.pop(key, None)
-    write_json(folder / "config.json", config | dict(settings(config, choices)))
+    write_json(folder / "config.json", config | _older_rope(config) | dict(settings(config, choices)))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     source.load_tokenizer().save_pretrained(folder)
     files = {MODEL: sha256, **file_digests(folder, ["config.json"])}
     write_json(folder / CONFIGURATION, source.adapted.content | {"files": files})
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE where mlx-lm and transformers before 5 (with auto-gptq, or in vLLM) look for it: they would take a theta of
+    10,000 else, and say nothing."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}

@@ -75,15 +75,10 @@ def layer_tensors(layer: TargetLayer, choice: IntChoice, packed: Mapping[str, Te
 
 
 def model_settings(config: dict[str, Any], choices: Choices) -> dict[str, Any]:
-    """`quantization` of config.json, and RoPE where mlx-lm looks for it."""
+    """`quantization` of config.json, by layer."""
     layers = {name: {"group_size": c.group_size, "bits": c.bits} for name, c in choices.items()}
     usual = Counter((c.group_size, c.bits) for c in choices.values()).most_common(1)[0][0]
-    rope = config.get("rope_parameters") or {}
-    scaling = None if rope.get("rope_type", "default") == "default" else rope
-    return {
-        "quantization": {"group_size": usual[0], "bits": usual[1], **layers},
-        **({"rope_theta": rope["rope_theta"], "rope_scaling": scaling} if "rope_theta" in rope else {}),
-    }
+    return {"quantization": {"group_size": usual[0], "bits": usual[1], **layers}}
 
 
 def write_adapter(folder: Path, source: ExportSource) -> None:

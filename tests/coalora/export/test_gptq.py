@@ -39,7 +39,9 @@ def test_what_is_stored_stands_for_the_weights_of_the_scheme_bit_for_bit(
     write_export(tmp_path, ["gptq"], made.source)
     tensors = load_file(tmp_path / "gptq/base/model.safetensors")
     config = json.loads((tmp_path / "gptq/base/quantize_config.json").read_text())
-    assert json.loads((tmp_path / "gptq/base/config.json").read_text())["quantization_config"] == config
+    model_config = json.loads((tmp_path / "gptq/base/config.json").read_text())
+    assert model_config["quantization_config"] == config
+    assert (model_config["rope_theta"], model_config["rope_scaling"]) == (500000.0, None)  # for transformers before 5
     assert config["checkpoint_format"] == ("gptq" if offset else "gptq_v2")
     for layer in made.source.tables.layers:
         own = config | config["dynamic"].get(f"+:^{layer.name.replace('.', chr(92) + '.')}$", {})
