@@ -17,7 +17,7 @@ def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> Configur
     """The allocations at `recipe.size` evenly spread budgets (50 in the paper); of equal ones the first.
 
     Raises:
-        CoaloraError: budgets outside of what the choice space can reach.
+        CoaloraError: budgets outside of what the choice space can reach, or choices that all cost the same.
 
     Example:
         >>> from coalora import InitialSetRecipe, initial_set
@@ -26,10 +26,15 @@ def initial_set(tables: CalibrationTables, recipe: InitialSetRecipe) -> Configur
         True
     """
     least, most = tables.cost_range()
+    unit = tables.cost_unit.unit
+    if most - least <= 1e-9 * most:
+        raise CoaloraError(
+            f"Every configuration costs {least:.6g} {unit}: there is nothing to choose",
+            remedy="Allow more choices where there is only one, or give latencies that differ",
+        )
     low = recipe.min_budget if recipe.min_budget is not None else least
     high = recipe.max_budget if recipe.max_budget is not None else most
     if not least <= low < high <= most + 1e-9:
-        unit = tables.cost_unit.unit
         raise CoaloraError(
             f"Initial budgets from {low:g} to {high:g} {unit} are not a rising range inside {least:.3f} to {most:.3f}, "
             "which the choice space can reach",
