@@ -87,6 +87,10 @@ def adapt(
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER|ID", help="Base model; by default where it was trained from.")
     ] = None,
+    adapter_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Of the adapter, float32 to int4, or auto: the best within --size."),
+    ] = None,
     evaluate: Annotated[Path | None, typer.Option(metavar="TEXT", help="Measure the pair on a text file.")] = None,
 ) -> None:
     """Write base and adapter for a device, without training.
@@ -107,7 +111,7 @@ def adapt(
     found = _imported(hooks["open"])(source)
     made = export_for(
         found.bundle, out, **limit, formats=to or (None if device else found.formats), base=model or found.base,
-        evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,
+        adapter_dtype=adapter_dtype, evaluate=evaluate, about=found.about, trust_remote_code=found.trust_remote_code,
     )  # fmt: skip
     print(made)
 

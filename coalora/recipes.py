@@ -341,7 +341,7 @@ class TrainingRecipe(Recipe):
         None,
         "Two configurations a step",
         "Half of a step's examples train one configuration, half its counterpart at the other end of the bits; by "
-        "default to fine-tune, where a batch has two examples and draws are not adaptive.",
+        "default to fine-tune, where batches are of four examples or more and draws are not adaptive.",
     )
     lr_by_bits: float = hyper(
         0.0,
@@ -374,8 +374,8 @@ class TrainingRecipe(Recipe):
             >>> recipe.objective.teacher, recipe.paired
             ('base', False)
         """
-        can_pair = self.sampling != "adaptive" and self.batch_size > 1
-        paired = (goal == "fine-tune" and can_pair) if self.paired is None else self.paired
+        worth = goal == "fine-tune" and self.sampling != "adaptive" and self.batch_size >= 4  # docs/results.md, Levers
+        paired = worth if self.paired is None else self.paired
         return replace(self, paired=paired, objective=self.objective.resolved(goal))
 
     def total_steps(self, rounds: int) -> int:

@@ -9,7 +9,7 @@ table. The best configuration that was measured within it is taken (`Bundle.sele
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ from coalora.export.provenance import folder_nbytes, licence_of
 from coalora.files import read_json, require_new, whole_or_nothing
 from coalora.models.files import model_digest, model_folder
 from coalora.models.loading import load_config, load_model, load_tokenizer
+
+ADAPTER_TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
+_FEW_BITS = 4.0  # of a base: from there on what int4 saves is worth no more than what it costs
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,38 @@ def choose(
     return counted, limit, counted.select(limit)
 
 
+def adapter_dtype_for(
+    bundle: Bundle, limit_with: Callable[[torch.dtype], Mapping[str, Any]], formats: Collection[str]
+) -> torch.dtype:
+    """Number type of the adapter that leaves the best pair within a size: smaller, and more bits for the base, or not.
+
+    A type of fewer bytes is taken where they buy the base another configuration: int8 always, at a loss of next to
+    nothing, int4 under a base of less than 4 bits (docs/results.md, "Bytes of the adapter"). Where stock PEFT or an
+    engine reads the adapter, or nothing counts its bytes, it is float16.
+
+    Args:
+        limit_with: the limit as arguments of `choose`, for a number type.
+        formats: names of those that are written.
+    """
+    integers = "packed" in formats and {*formats} <= {*DEFAULT_FORMATS}
+    if limit_with(torch.float16).get("size") is None or not integers:
+        return torch.float16
+    types: tuple[torch.dtype, ...] = (torch.float16, torch.int8, torch.int4)  # type: ignore[attr-defined]
+    least = {dtype: bundle.counting("file_bytes", adapter_dtype=dtype).tables.cost_range()[0] for dtype in types}
+    best: tuple[torch.dtype, np.ndarray] | None = None
+    for dtype in types:
+        if best and least[dtype] >= least[best[0]]:  # small layers, which scales and names outweigh
+            continue
+        try:
+            _, _, chosen = choose(bundle, **limit_with(dtype), adapter_dtype=dtype)
+        except CoaloraError:  # the size holds no base beside an adapter of this type
+            continue
+        few = bundle.tables.average_bits(chosen) < _FEW_BITS
+        if best is None or (not np.array_equal(chosen, best[1]) and (dtype == torch.int8 or few)):
+            best = dtype, chosen
+    return best[0] if best else min(least, key=lambda dtype: least[dtype])
+
+
 def check_limit(
     bits: object = None,
     size: object = None,
@@ -175,7 +210,7 @@ def export_for(
     device: DeviceProfile | Path | str | None = None,
     formats: Sequence[str] | None = None,
     base: Path | str | None = None,
-    adapter_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | str | None = None,
     evaluate: Path | str | None = None,
     max_length: int = 512,
     about: Mapping[str, Any] | None = None,
@@ -188,7 +223,8 @@ def export_for(
         formats: names of `coalora.EXPORT_FORMATS`, by default the device's, else peft and packed. `peft` alone needs no
             base model.
         base: the base model's folder or hub id, by default what the bundle names; its digest is checked.
-        adapter_dtype: of the adapter, by default the bundle's.
+        adapter_dtype: of the adapter, by default the bundle's; a name of `ADAPTER_TYPES` will do, and `auto` takes
+            `adapter_dtype_for` the limit.
         evaluate: a text file on which the pair is measured, loaded from what was written, in blocks of `max_length`.
         about: what else the export's record is to say, JSON.
 
@@ -207,15 +243,23 @@ def export_for(
         "bits": bits, "size": size, "latency": latency, "table": table, "configuration": configuration,
     }  # fmt: skip
     check_limit(**limit, device=device)
-    adapter_dtype = adapter_dtype or getattr(torch, bundle.adapter_dtype)
+    wanted = adapter_dtype or bundle.adapter_dtype
+    if isinstance(wanted, str) and wanted not in (*ADAPTER_TYPES, "auto"):
+        raise CoaloraError(
+            f"There is no adapter type {wanted}", remedy=f"Name one of {', '.join(ADAPTER_TYPES)}, or auto"
+        )
+    limit_with: Callable[[torch.dtype], Mapping[str, Any]] = lambda dtype: limit  # noqa: E731
     if device is not None:
         profile = device if isinstance(device, DeviceProfile) else DeviceProfile.load(device)
         bundle = profile.restrict(bundle)
-        limit, formats = profile.limit(bundle, adapter_dtype), formats or profile.to
+        limit_with, formats = partial(profile.limit, bundle), formats or profile.to
         about = {"device": profile.name, **(about or {})}
     names = dict.fromkeys(formats or DEFAULT_FORMATS)
     known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in names}
-    counted, asked, chosen = choose(bundle, **limit, adapter_dtype=adapter_dtype)
+    if wanted == "auto":
+        wanted = adapter_dtype_for(bundle, limit_with, names)
+    adapter_dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    counted, asked, chosen = choose(bundle, **limit_with(adapter_dtype), adapter_dtype=adapter_dtype)
     adapted = bundle.adapt_to(chosen)
     if evaluate is not None and bundle.task != "language-modeling":
         raise CoaloraError(

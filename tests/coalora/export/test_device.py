@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel
+from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, ConfigurationSet
+from coalora.calibrate.tables import calibration_tables
 from coalora.contents import compare, describe, problems, push
 from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import score_text
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
-from coalora.export.device import choose, export_for
+from coalora.export.device import adapter_dtype_for, choose, export_for
 from coalora.export.provenance import licence_of
 from coalora.export.source import open_source
-from coalora.recipes import CalibrationRecipe
+from coalora.method.initial import initial_set
+from coalora.models.targets import TargetLayer
+from coalora.recipes import AdapterRecipe, CalibrationRecipe, InitialSetRecipe
 
 TEXTS = [f"text {i}: the quick brown fox jumps over the lazy dog, and a small model reads it." for i in range(12)]
 
@@ -75,6 +79,54 @@ def test_everything_that_is_written_fits_the_size(trained: Trained, tmp_path: Pa
     stored = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.safetensors"))
     assert stored <= size * 1e6
     assert made.cost.endswith(" MB")
+
+
+def _wide_bundle() -> Bundle:
+    """Of layers that are large beside the names of an adapter's tensors."""
+    layers = [TargetLayer(f"block.{i}.q_proj", "q_proj", i, (256, 256), False) for i in range(6)]
+    space = ChoiceSpace("int", bits=[2, 3, 4, 8], group_size=[64], mode=["sym"])
+    tables = calibration_tables(layers, space, np.repeat(4.0 ** -space.nominal_bits[None], 6, 0), "0" * 64)
+    tables = replace(tables, rest_nbytes=1000)
+    members = initial_set(tables, InitialSetRecipe(size=40))
+    losses = 5 - tables.average_bits(members.configurations) / 4
+    found = ConfigurationSet(members.configurations, losses, np.zeros(len(losses), dtype=np.int64)).sorted(tables)
+    recipe = AdapterRecipe(r=8, lora_alpha=8, theta="none", compensation_rank=0, expert_bits=0)
+    tensors = {f"lora.{layer.name}.lora_A.weight": torch.zeros(8, 256) for layer in layers}
+    tensors |= {f"lora.{layer.name}.lora_B.weight": torch.zeros(256, 8) for layer in layers}
+    return Bundle(tables, found, tensors, recipe, "language-modeling", base_model="some/base")
+
+
+def test_a_size_decides_between_a_smaller_adapter_and_more_bits() -> None:
+    bundle, int4 = _wide_bundle(), torch.int4
+    most = bundle.counting("file_bytes", adapter_dtype=torch.float16).tables.cost_range()[1]
+    least = bundle.counting("file_bytes", adapter_dtype=int4).tables.cost_range()[0]
+
+    def taken(size: float, formats: tuple[str, ...] = ("peft", "packed")) -> torch.dtype:
+        return adapter_dtype_for(bundle, lambda dtype: {"size": size}, formats)
+
+    assert taken(1.001 * most) == torch.float16  # the largest base fits beside it: nothing to buy
+    assert taken(least) == int4  # and here nothing else does
+    assert taken(least, ("peft",)) == taken(least, ("peft", "packed", "mlx")) == torch.float16
+    assert adapter_dtype_for(bundle, lambda dtype: {"bits": 3.0}, ("packed",)) == torch.float16
+    along = {}
+    for size in np.linspace(least, most, 12):
+        dtype = taken(float(size))
+        configuration = choose(bundle, size=float(size), adapter_dtype=dtype)[2]
+        along[float(bundle.tables.average_bits(configuration))] = dtype
+    assert {dtype for bits, dtype in along.items() if bits < 4} == {int4}
+    assert {dtype for bits, dtype in along.items() if bits >= 4} >= {torch.int8}
+    assert int4 not in {dtype for bits, dtype in along.items() if bits >= 4}
+
+
+def test_an_adapter_type_may_be_named(trained: Trained, tmp_path: Path) -> None:
+    export_for(trained.bundle, tmp_path / "few", bits=3.0, adapter_dtype="int4")
+    assert (tmp_path / "few/adapter/adapter_integers.safetensors").is_file()
+    export_for(trained.bundle, tmp_path / "auto", bits=3.0, adapter_dtype="auto")
+    stored = load_file(tmp_path / "auto/adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    with pytest.raises(CoaloraError, match="There is no adapter type int3"):
+        export_for(trained.bundle, tmp_path / "other", bits=3.0, adapter_dtype="int3")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_latency_table_decides(trained: Trained, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_goal_decides_what_is_left_open() -> None:
     assert TrainingRecipe().resolved("fine-tune").paired
     assert not TrainingRecipe().resolved("recover").paired
     assert not TrainingRecipe(sampling="adaptive").resolved().paired
-    assert not TrainingRecipe(batch_size=1).resolved().paired
+    assert not TrainingRecipe(batch_size=3).resolved().paired
 
 
 def test_without_distillation_no_teacher_is_asked(tiny_llama, make_adapted, batch) -> None:
