@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,12 +30,13 @@ from coalora.adapt.theta import ConfigurationAwareModel
 from coalora.calibrate.tables import calibration_tables
 from coalora.export.base import packed_layers
 from coalora.export.bundle import Adapted
-from coalora.export.formats import EXPORT_FORMATS, ExportFormat, ExportSource
+from coalora.export.formats import EXPORT_FORMATS, ExportSource
 from coalora.models.targets import TargetLayer, find_target_layers
 from coalora.recipes import AdapterRecipe
 from coalora.train.pretrain import train_tokenizer
 
 R = 64
+BYTES = "bytes"
 
 
 def bundle_of(layers: list[TargetLayer], space: ChoiceSpace, r: int = R) -> Bundle:
@@ -53,11 +55,18 @@ def bundle_of(layers: list[TargetLayer], space: ChoiceSpace, r: int = R) -> Bund
     return Bundle(tables, members, tensors, recipe, "language-modeling", base_model="some/base")
 
 
-def paired(rounds: int, clock: Callable[[], float], *work: Callable[[], object]) -> list[float]:
-    """Median seconds of each of `work`, taken in turn."""
+def paired(
+    rounds: int, clock: Callable[[], float], *work: Callable[[], object], anew: Sequence[Path] = ()
+) -> list[float]:
+    """Median seconds of each of `work`, taken in turn; what it writes to `anew` is removed before.
+
+    A file in place of another takes the pages that this had; on a virtual machine fresh ones can cost ten times that.
+    """
     seconds: list[list[float]] = [[] for _ in work]
     for _ in range(rounds + 1):  # the first warms up
         for own, do in zip(seconds, work, strict=True):
+            for path in anew:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             started = clock()
             do()
             own.append(clock() - started)
@@ -69,7 +78,7 @@ def written(folder: Path, *, durable: bool = False) -> Callable[[], None]:
     content = b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
     def write() -> None:
-        with (folder.parent / "bytes").open("wb") as file:
+        with (folder.parent / BYTES).open("wb") as file:
             file.write(content)
             if durable:
                 os.fsync(file.fileno())
@@ -100,8 +109,8 @@ def adapters(rounds: int, scratch: Path) -> list[dict]:
         at = scratch / "adapter"
         adapted.save_pretrained(at, dtype=dtype)
         save = partial(adapted.save_pretrained, at, dtype=dtype)
-        for durable in (False, True):
-            own, plain = paired(rounds, time.perf_counter, save, written(at, durable=durable))
+        for durable, plainly in [(durable, written(at, durable=durable)) for durable in (False, True)]:
+            own, plain = paired(rounds, time.perf_counter, save, plainly, anew=(at, scratch / BYTES))
             beside = "its bytes written" + (", until the disk has them" if durable else " to the page cache")
             what = f"adapter to disk, {str(dtype).removeprefix('torch.')}"
             rows.append({"what": what, "ms": 1e3 * own, "beside": beside, "its ms": 1e3 * plain, "ratio": own / plain})
@@ -122,21 +131,17 @@ def bases(rounds: int, scratch: Path, blocks: int) -> list[dict]:
     rows = []
     for name in ("packed", "compressed-tensors", "mlx", "gptq"):
         made = EXPORT_FORMATS[name]()
-        (scratch / name).mkdir()
-        counter = iter(range(10**6))
-
-        def export(made: ExportFormat = made, name: str = name, counter: Iterator[int] = counter) -> None:
-            made.write(scratch / name / str(next(counter)), source)
-
+        folder = scratch / name
+        export = partial(made.write, folder, source)
         export()
-        bytes_alone = written(scratch / name / "0")
+        bytes_alone = written(folder)
 
         def needed(bytes_alone: Callable[[], None] = bytes_alone) -> None:
             for _ in packed_layers(model, bundle.tables, adapted.choices):
                 pass
             bytes_alone()
 
-        own, plain = paired(rounds, time.perf_counter, export, needed)
+        own, plain = paired(rounds, time.perf_counter, export, needed, anew=(folder, scratch / BYTES))
         what, beside = f"base as {name}, {blocks} blocks", "quantized, and its bytes written"
         rows.append({"what": what, "ms": 1e3 * own, "beside": beside, "its ms": 1e3 * plain, "ratio": own / plain})
     return rows
