@@ -81,10 +81,11 @@ def elsewhere(stack: Site, resumed: FlowRun, tmp_path_factory: pytest.TempPathFa
 def test_the_run_of_a_schedule_goes_on_at_a_step_when_its_worker_was_killed(
     stack: Site, killed: FlowRun, resumed: FlowRun
 ) -> None:
-    reached = max(trained_steps(stack.server.logs(killed)))
+    assert max(trained_steps(stack.server.logs(killed))) < STEPS
     (words,) = [line for line in stack.server.logs(resumed) if "resumed from the checkpoint at step" in line]
-    assert reached <= int(words.split("at step ")[1].split()[0]) < STEPS
-    assert min(trained_steps(stack.server.logs(resumed))) > reached
+    at = int(words.split("at step ")[1].split()[0])  # how far back depends on the disk: a slow one gets fewer of them
+    assert 0 < at < STEPS
+    assert min(trained_steps(stack.server.logs(resumed))) > at
 
 
 def test_it_ends_with_the_result_of_an_undisturbed_run(stack: Site, resumed: FlowRun, undisturbed: Checkout) -> None:
