@@ -29,6 +29,7 @@ CHANGES = [
     "search.rounds=1", "training.initial_steps=2", "training.round_steps=1", "training.warmup_steps=1",
     "model.pretrain.steps=4", "runtime.device=cpu", "runtime.dtype=float32", "initial_set.size=3",
     "adapter.compensation_rank=1", "adapter.expert_bits=3", "adapter.rank_pattern={mlp.down_proj: 5}",
+    "training.paired=false",
     "calibration.hessians=true", "evaluation.prompts=[A list is]", "evaluation.prompt_tokens=5",
     "baselines.methods=[none, shared, paper]", "baselines.per_budget=[qlora, lq-lora]", "baselines.per_budget_steps=2",
 ]  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,3 +103,14 @@ def wait_for_files(folder: Path, pattern: str, *, timeout: float = 120.0) -> Non
             return
         time.sleep(0.05)
     raise AssertionError(f"no {pattern} in {folder}: {os.listdir(folder) if folder.is_dir() else 'no folder'}")
+
+
+def wait_for_checkpoint(folder: Path, reached: Callable[[], int], *, timeout: float = 120.0) -> None:
+    """Wait until a training's checkpoint is of a step that was `reached`, or a later one."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        wanted = reached()
+        if any(json.loads(path.read_text())["step"] >= wanted for path in folder.glob("train-*/checkpoint.json")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint of step {wanted} in {folder}")
