@@ -29,6 +29,7 @@ Teacher = Literal["auto", "base", "adapted"]
 MasterMode = Literal["device", "cpu", "mmap"]
 WeightMode = Literal["dequantized", "packed"]
 Compile = Literal["auto", "none", "cuda-graph"]
+AdapterType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 

@@ -66,7 +66,10 @@ def load_compact(base: PreTrainedModel, folder: str, stored: Mapping[str, Tensor
     Raises:
         CoaloraError: a tensor is missing, unknown, or of another size than its layer asks for.
     """
-    model = get_peft_model(base, LoraConfig.from_pretrained(folder))
+    config = LoraConfig.from_pretrained(folder)
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT would warn of another base
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = named
     # Embeddings are never trained here; asked to find that out, PEFT would look for the base on the hub.
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     found: dict[str, Tensor] = {}

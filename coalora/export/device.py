@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ from coalora.export.provenance import folder_nbytes, licence_of
 from coalora.files import read_json, require_new, whole_or_nothing
 from coalora.models.files import model_digest, model_folder
 from coalora.models.loading import load_config, load_model, load_tokenizer
+from coalora.recipes import AdapterType
 
-ADAPTER_TYPES = ("float32", "float16", "bfloat16", "int8", "int4")
 _FEW_BITS = 4.0  # of a base: from there on what int4 saves is worth no more than what it costs
 
 
@@ -223,8 +223,8 @@ def export_for(
         formats: names of `coalora.EXPORT_FORMATS`, by default the device's, else peft and packed. `peft` alone needs no
             base model.
         base: the base model's folder or hub id, by default what the bundle names; its digest is checked.
-        adapter_dtype: of the adapter, by default the bundle's; a name of `ADAPTER_TYPES` will do, and `auto` takes
-            `adapter_dtype_for` the limit.
+        adapter_dtype: of the adapter, by default the bundle's; a name (`coalora.recipes.AdapterType`) will do, and
+            `auto` takes `adapter_dtype_for` the limit.
         evaluate: a text file on which the pair is measured, loaded from what was written, in blocks of `max_length`.
         about: what else the export's record is to say, JSON.
 
@@ -244,9 +244,9 @@ def export_for(
     }  # fmt: skip
     check_limit(**limit, device=device)
     wanted = adapter_dtype or bundle.adapter_dtype
-    if isinstance(wanted, str) and wanted not in (*ADAPTER_TYPES, "auto"):
+    if isinstance(wanted, str) and wanted not in (*get_args(AdapterType), "auto"):
         raise CoaloraError(
-            f"There is no adapter type {wanted}", remedy=f"Name one of {', '.join(ADAPTER_TYPES)}, or auto"
+            f"There is no adapter type {wanted}", remedy=f"Name one of {', '.join(get_args(AdapterType))}, or auto"
         )
     limit_with: Callable[[torch.dtype], Mapping[str, Any]] = lambda dtype: limit  # noqa: E731
     if device is not None:

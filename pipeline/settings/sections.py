@@ -32,6 +32,7 @@ from coalora.export.formats import EXPORT_FORMATS
 from coalora.quant.registry import SCHEMES
 from coalora.recipes import (
     AdapterRecipe,
+    AdapterType,
     CalibrationRecipe,
     Goal,
     InitialSetRecipe,
@@ -457,7 +458,7 @@ class ExportSettings(Section):
         "Formats",
         "For each budget: peft (the adapter) and packed (its quantized base), or others that are installed.",
     )
-    adapter_dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] = setting(
+    adapter_dtype: AdapterType = setting(
         "float32",
         "Number type of adapters",
         "int8 and int4 are smaller than stock PEFT can read: for coalora.load_adapted alone; formats of other engines "

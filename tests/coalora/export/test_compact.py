@@ -64,6 +64,15 @@ def test_what_is_loaded_is_what_was_stored_within_half_a_step(pair, tmp_path, fa
     assert size <= counted <= size + 64 * 4 * len(made.tensors)
 
 
+def test_loading_warns_of_nothing_and_keeps_the_name_of_the_base(pair, tmp_path, recwarn) -> None:
+    _, made = pair("llama", torch.int8)
+    found = load_adapted(tmp_path / "base", tmp_path / "adapter", device=CPU)
+    named = found.peft_config["default"].base_model_name_or_path
+    assert named is not None
+    assert named == made.config.base_model_name_or_path
+    assert [str(w.message) for w in recwarn if "base_model_name_or_path" in str(w.message)] == []
+
+
 def test_eight_bits_are_half_and_four_a_quarter_of_sixteen() -> None:
     tensors = {"m.lora_A.weight": torch.randn(16, 2048), "m.lora_B.weight": 1e-6 * torch.randn(4096, 16)}
     sixteen = 2 * sum(t.numel() for t in tensors.values())
