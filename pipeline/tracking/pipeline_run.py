@@ -121,6 +121,11 @@ def followed(pipeline: str, settings: Settings, identity: str) -> Iterator[Track
     finally:
         if monitor is not None:
             monitor.finish()
+            with suppress(Exception):  # what MLflow cannot take ends no run; `finish` logs that
+                # The seconds since the last interval, which are all that a short run has.
+                monitor.collect_metrics()
+                monitor.publish_metrics(monitor.aggregate_metrics())
+                monitor.mlflow_logger.flush()
 
 
 def log_datasets(run: TrackedRun, benchmark: Artifact, source: Mapping[str, Any]) -> None:

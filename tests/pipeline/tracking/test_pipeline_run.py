@@ -66,6 +66,12 @@ def test_the_load_of_the_machine_is_logged_by_time_and_goes_on_after_a_kill(
     assert len(set(steps)) == len(steps)
 
 
+def test_the_load_of_a_run_shorter_than_an_interval_is_logged(settings: Settings) -> None:
+    with followed("tiny", settings, "short") as run:
+        pass
+    assert "system/cpu_utilization_percentage" in _system(run)
+
+
 def test_the_load_is_not_logged_where_it_is_not_wanted(settings: Settings) -> None:
     quiet = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"system_metrics": False})})
     with followed("tiny", quiet, "quiet") as run:
