@@ -23,9 +23,9 @@ from coalora.export.adapter import BINDING, WEIGHTS, check_binding, weights_of
 from coalora.export.base import CONFIGURATION, PACKED, REST
 from coalora.export.bundle import HEADER, Bundle
 from coalora.export.compact import COMPACT
-from coalora.export.provenance import RECORD, check_export, folder_nbytes
+from coalora.export.provenance import RECORD, check_export
 from coalora.export.source import RUN
-from coalora.files import check_files, file_sha256, read_json, read_tensors, reading
+from coalora.files import check_files, file_sha256, folder_nbytes, read_json, read_tensors, reading
 from coalora.models.files import hub_faults
 
 SET, MARKER = "configurations.json", ".coalora-artifact"

@@ -90,6 +90,11 @@ def stored_nbytes(tensors: Mapping[str, Tensor], header: object = None) -> int:
     return 40 + len(json.dumps(told, separators=(",", ":"))) + sum(t.numel() * t.itemsize for t in tensors.values())
 
 
+def folder_nbytes(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Within, whatever a damaged file makes of its reader ends as an error that names the file.

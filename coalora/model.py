@@ -202,7 +202,7 @@ class CoaLoraModel:
         recipe = replace(recipe, n_samples=min(recipe.n_samples, len(split)))
         self._tables, self.statistics = calibrate(
             self.base, self.layers, split, self.config.choices, recipe, base_digest=self.base_digest,
-            tie=self.config.tie,
+            tie=self.config.tie, tokenizer=self.tokenizer,
             rest_dtype=getattr(load_config(self.folder, trust_remote_code=self.trust_remote_code), "dtype", None),
             device=self.device, checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
             progress=progress,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coalora.calibrate.calibrate import check_kept
 from coalora.calibrate.tables import calibration_tables, counted
@@ -76,7 +76,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     _check_files(settings)
     model = shapes_of_model(settings)
     _check_sizes(settings, model)
-    _check_data(settings, model)
+    tokenizer = _check_data(settings, model)
     layers = find_target_layers(model, settings.target_modules)
     space, allowed = choices_of(settings.choices, layers)
     for scheme in space.schemes:
@@ -84,7 +84,7 @@ def preflight(settings: Settings, *, root: Path | None = None) -> Preflight:
     kept = check_kept(layers, space, settings.calibration, allowed)
     # All but the errors, which take the weights.
     tables = calibration_tables(layers, space, np.zeros(allowed.shape), "", allowed, tie=settings.choices.tie)
-    tables = counted(tables, model, getattr(model.config, "dtype", None))
+    tables = counted(tables, model, getattr(model.config, "dtype", None), tokenizer)
     tables = priced_tables(tables, settings.cost, settings.adapter, settings.export.adapter_dtype)
     if settings.initial_set.file is not None:
         given_set(read_set_file(settings.initial_set.file), tables)
@@ -172,8 +172,11 @@ def _check_sizes(settings: Settings, model: PreTrainedModel) -> None:
         )
 
 
-def _check_data(settings: Settings, model: PreTrainedModel) -> None:
-    """Read local data as the stages will, look at the hub's; refuse too little of it, and another tokenizer."""
+def _check_data(settings: Settings, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Read local data as the stages will, look at the hub's; refuse too little of it, and another tokenizer.
+
+    Returns the tokenizer; None for one that is trained on a text of the hub.
+    """
     source, benchmark = settings.model, settings.benchmark
     tokenizer = None
     if source.pretrain is None:
@@ -188,7 +191,7 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
         n_train = look_at_hub(benchmark, n_samples)["train"].n_rows
         if n_train is not None:
             _check_rest(settings, n_train, benchmark.n_search)
-        return
+        return tokenizer
     if benchmark.task == "classification":
         train, validation, search = examples(benchmark)
         for part, found in {"train": train, "validation": validation, "search": search}.items():
@@ -208,7 +211,7 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
         texts = documents(benchmark) if benchmark.hub is None else _small_hub_texts(benchmark, n_samples)
         if tokenizer is None and source.pretrain is not None:
             if benchmark.hub is not None:
-                return  # its tokenizer is trained on all of the text
+                return None  # its tokenizer is trained on all of the text
             tokenizer = _own_tokenizer(*content_key(benchmark), source.pretrain.vocab_size)
             _blocks("train", texts, tokenizer, source.pretrain.max_length, 1, "model.pretrain.max_length")
         wanted = {"train": n_samples, "search": 1, "validation": 1}
@@ -223,6 +226,7 @@ def _check_data(settings: Settings, model: PreTrainedModel) -> None:
             f"The tokenizer gives token {highest}, and the model embeds {embedded(model)}",
             remedy="Put the model's own tokenizer into its folder",
         )
+    return tokenizer
 
 
 def _small_hub_texts(benchmark: BenchmarkSettings, n_samples: int) -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ def calibrate(
     space, allowed = choices_of(choices, layers)
     tables, statistics = method.calibrate(
         model, layers, data.train, space, calibration, base_digest=source.digest, allowed=allowed,
-        tie=choices.tie, device=torch.device(runtime.device),
+        tie=choices.tie, tokenizer=source.tokenizer(), device=torch.device(runtime.device),
         checkpoint_dir=scratch.folder if (scratch := place()) else None,
         rest_dtype=getattr(source.config(), "dtype", None), progress=Progress,
     )  # fmt: skip

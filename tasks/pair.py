@@ -10,8 +10,8 @@ from coalora.contents import problems
 from coalora.errors import CoaloraError
 from coalora.export.device import export_for
 from coalora.export.profile import DeviceProfile
-from coalora.export.provenance import RECORD, files_of, folder_nbytes
-from coalora.files import file_sha256, read_json
+from coalora.export.provenance import RECORD, files_of
+from coalora.files import file_sha256, folder_nbytes, read_json
 from pipeline.progress import get_logger
 from pipeline.settings.sections import storage_settings
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import CalibrationRecipe, Tie
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _ERRORS, _HIDDEN = "errors.safetensors", "hidden.safetensors"
 
 
@@ -45,6 +49,7 @@ def calibrate(
     base_digest: str,
     allowed: np.ndarray | None = None,
     rest_dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     tie: Tie = "none",
     device: torch.device | None = None,
     checkpoint_dir: Path | None = None,
@@ -57,6 +62,7 @@ def calibrate(
         base_digest: identity of its weights (`coalora.models.files.model_digest`).
         allowed: bool (N, K), the choices that a layer may take; None allows all that fit its shape.
         rest_dtype: of the other tensors where an export holds them in a smaller type (`write_base`).
+        tokenizer: the base's; its files are counted among what a device holds.
         tie: which layers take one choice.
         device: where parts are computed, one at a time; None: where the model is.
         checkpoint_dir: where parts that are done are kept, for the same call to go on from; whoever names it removes
@@ -133,7 +139,7 @@ def calibrate(
         if told:
             told(number + 1, len(walk.parts))
     tables = calibration_tables(layers, space, err, base_digest, allowed, recipe.rounding, tie)
-    return counted(tables, model, rest_dtype), [statistics[i] for i in range(len(layers))]
+    return counted(tables, model, rest_dtype, tokenizer), [statistics[i] for i in range(len(layers))]
 
 
 def stand_ins(layers: Sequence[TargetLayer], space: ChoiceSpace, allowed: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Costs that a budget can count: average bits, bytes, or a device's microseconds; any sum over layers will do.
 
 `bytes` are those of the packed target layers; `file_bytes` those of the files that a device holds: the target layers as
-they are packed, all other tensors of the base, and the adapter. A budget is a number in the unit of its cost, or names
-its own unit (`parse_budget`). Settings are read with this module: it imports no torch.
+they are packed, all other tensors of the base, its config and tokenizer, and the adapter. A budget is a number in the
+unit of its cost, or names its own unit (`parse_budget`). Settings are read with this module: it imports no torch.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,14 +26,18 @@ from torch import Tensor, nn
 
 from coalora.calibrate.costs import UNITS, CostKind, CostUnit
 from coalora.errors import CoaloraError
-from coalora.files import read_tensors, stored_nbytes, write_tensors
+from coalora.files import folder_nbytes, json_bytes, read_tensors, stored_nbytes, write_tensors
 from coalora.models.choices import fitting
 from coalora.models.targets import TargetLayer, head_modules, other_tensors, tied_groups
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import Rounding, Tie
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _COUNTED = ("rest_nbytes", "head_size", "adapter_nbytes")
+_FACTS = 1000  # of configuration.json beside the layers: digests and numbers
 _HEADER = 110  # of a tensor in a file's header, beside its layer's name: part, type, shape and offsets
 
 # At most so many layers are quantized together, with so many weights and entries of Hessians.
@@ -52,9 +57,10 @@ class CalibrationTables:
         allowed: (N, K) bool, the choices that a layer may take; at least one each.
         cost_kind: what budgets and the search count (`coalora.calibrate.costs`).
         latency: (N, K) float64 microseconds where that is the cost.
-        rest_nbytes: size of the file of all other tensors of the base, as `write_base` makes it; None: not counted.
+        rest_nbytes: size of the files of all other tensors of the base, its config and its tokenizer, as format packed
+            writes them; None: not counted.
         head_size: numbers of a classifier's head, which its adapter holds.
-        adapter_nbytes: size of the adapter's file where the cost is `file_bytes` (`of_files`).
+        adapter_nbytes: size of the adapter's folder where the cost is `file_bytes` (`of_files`).
         rounding: how weights were quantized (`CalibrationRecipe.rounding`); they are never quantized otherwise.
         tie: which layers take one choice (`coalora.models.targets.tied_groups`).
 
@@ -99,20 +105,27 @@ class CalibrationTables:
             return (self.nbytes + self.beside * share[:, None]) / 1e6
         return self.latency
 
-    @property
+    @cached_property
     def beside(self) -> int:
         """Bytes that every configuration costs beside its packed layers: of base and adapter for `file_bytes`, where
-        the header of the layers' file is counted with four tensors a layer; none for other costs."""
+        the header of the layers' file is counted with four tensors a layer, and the file that names the layers' choices
+        with the longest of them; none for other costs."""
         if self.cost_kind != "file_bytes":
             return 0
         headers = sum(4 * (len(layer.name) + _HEADER) for layer in self.layers)
-        return headers + (self.rest_nbytes or 0) + (self.adapter_nbytes or 0)
+        longest = max((self.space.choice_dict(k) for k in range(len(self.space))), key=lambda c: len(json_bytes(c)))
+        told = {
+            "layers": {layer.name: longest for layer in self.layers},
+            "shapes": {layer.name: layer.shape for layer in self.layers},
+            "transposed": [layer.name for layer in self.layers if layer.transposed],
+        }
+        return headers + len(json_bytes(told)) + _FACTS + (self.rest_nbytes or 0) + (self.adapter_nbytes or 0)
 
     def of_files(self, adapter_nbytes: int) -> CalibrationTables:
         """The same with all bytes that a device holds as their cost: budgets are megabytes of base and adapter.
 
         Args:
-            adapter_nbytes: size of the adapter's file (`coalora.export.adapter.adapter_nbytes`).
+            adapter_nbytes: size of the adapter's folder (`coalora.export.adapter.adapter_nbytes`).
 
         Raises:
             CoaloraError: nobody has counted the base's other tensors.
@@ -340,9 +353,19 @@ class _OutputNorm:
         return max(0.0, float((matrix @ self._hessian).mul_(matrix).sum(1).sum(dtype=torch.float64)))
 
 
-def counted(tables: CalibrationTables, model: nn.Module, rest_dtype: torch.dtype | None) -> CalibrationTables:
+def counted(
+    tables: CalibrationTables,
+    model: nn.Module,
+    rest_dtype: torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> CalibrationTables:
     """The tables with the sizes of what `model` (also on the meta device) has beside its target layers."""
     rest = stored_nbytes(other_tensors(model, [layer.name for layer in tables.layers], rest_dtype))
+    with TemporaryDirectory() as folder:
+        for told in (getattr(model, "config", None), tokenizer):
+            if told is not None:
+                told.save_pretrained(folder)
+        rest += folder_nbytes(Path(folder))
     heads = [model.get_submodule(name) for name in head_modules(model)]
     return replace(tables, rest_nbytes=rest, head_size=sum(p.numel() for head in heads for p in head.parameters()))
 

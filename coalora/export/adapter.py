@@ -17,11 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coalora.adapt.lora import lora_config
 from coalora.errors import CoaloraError
 from coalora.export.compact import CHOICES, COMPACT, load_compact, pack_adapter, packed_like
 from coalora.files import (
     check_files,
     file_digests,
+    json_bytes,
     read_header,
     read_json,
     read_tensors,
@@ -33,6 +35,7 @@ from coalora.models.targets import TargetLayer
 
 BINDING = "coalora.json"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FACTS = 1000  # bytes of the binding, and of the base's name and the heads in PEFT's config
 
 
 def peft_key(name: str) -> str:
@@ -41,7 +44,7 @@ def peft_key(name: str) -> str:
 
 
 def adapter_nbytes(layers: Sequence[TargetLayer], ranks: Sequence[int], head_size: int, dtype: torch.dtype) -> int:
-    """Size of the file of an adapter's tensors, whatever the configuration.
+    """Size of an adapter's folder, whatever the configuration.
 
     Args:
         ranks: (N,) of the layers.
@@ -58,7 +61,9 @@ def adapter_nbytes(layers: Sequence[TargetLayer], ranks: Sequence[int], head_siz
             tensors[peft_key(f"{layer.name}.lora_{side}.weight")] = torch.empty(shape, device="meta")
     stored = packed_like(tensors, dtype) if dtype in CHOICES else {k: t.to(dtype) for k, t in tensors.items()}
     digest = "0" * 64
-    return stored_nbytes(stored, {"base_configuration_digest": digest, "base_digest": digest, "dtype": str(dtype)})
+    binding = {"base_configuration_digest": digest, "base_digest": digest, "dtype": str(dtype)}
+    config = lora_config(layers, "language-modeling", ranks=ranks, scale=1.5)
+    return stored_nbytes(stored, binding) + len(_config_bytes(config)) + _FACTS
 
 
 def write_adapter(
@@ -77,10 +82,7 @@ def write_adapter(
         configuration: as in `configuration_dict`, with its `digest`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    saved = config.to_dict() | {"inference_mode": True}
-    # PEFT keeps sets; their order changes from run to run.
-    saved = {k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()}
-    write_json(folder / CONFIG, saved)
+    (folder / CONFIG).write_bytes(_config_bytes(config))
     binding = {"base_configuration_digest": configuration["digest"], "base_digest": configuration["base_digest"]}
     if dtype in CHOICES:
         binding |= {"dtype": str(dtype).removeprefix("torch.")}
@@ -88,6 +90,12 @@ def write_adapter(
     else:
         name, sha256 = WEIGHTS, write_tensors(folder / WEIGHTS, tensors, binding, dtype=dtype)
     write_json(folder / BINDING, binding | {"files": {**file_digests(folder, [CONFIG]), name: sha256}})
+
+
+def _config_bytes(config: LoraConfig) -> bytes:
+    saved = config.to_dict() | {"inference_mode": True}
+    # PEFT keeps sets; their order changes from run to run.
+    return json_bytes({k: sorted(v) if isinstance(v, set) else v for k, v in saved.items()})
 
 
 def weights_of(folder: Path) -> Path:

@@ -4,11 +4,14 @@
     made = export_for(bundle, "phone", bits=3.25, formats=["peft", "packed"], base="path/to/base-model")
 
 A budget is average bits of the target layers, bytes of all that the device holds, or microseconds of its own latency
-table. The best configuration that was measured within it is taken (`Bundle.select`).
+table. The best configuration that was measured within it is taken (`Bundle.select`). Formats store the same choices in
+different numbers of bytes, so a budget of bytes is held against the files that were written, and what is over it goes
+to a smaller configuration.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +31,10 @@ from coalora.errors import CoaloraError
 from coalora.evaluate.perplexity import TextScore, score_text, windows
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Adapted, Bundle
-from coalora.export.formats import DEFAULT_FORMATS, EXPORT_FORMATS, ExportSource, write_export
+from coalora.export.formats import DEFAULT_FORMATS, EXPORT_FORMATS, ExportFormat, ExportSource, write_export
 from coalora.export.profile import DeviceProfile
-from coalora.export.provenance import folder_nbytes, licence_of
-from coalora.files import read_json, require_new, whole_or_nothing
+from coalora.export.provenance import licence_of
+from coalora.files import folder_nbytes, read_json, require_new, whole_or_nothing
 from coalora.models.files import model_digest, model_folder
 from coalora.models.loading import load_config, load_model, load_tokenizer
 from coalora.recipes import AdapterType
@@ -46,7 +49,7 @@ class DeviceExport:
     Attributes:
         folder: that holds `configuration.json`, `export.json`, the model card and a folder for each format.
         adapted: configuration and adapter.
-        cost: of the configuration, with its unit.
+        cost: of the configuration, with its unit; under a limit of bytes, those of the largest pair that was written.
         unused: what is to be said of a limit of which a good part is not used.
         loss: of the configuration on the search split when it was measured last; None: it never was.
         nbytes: bytes on disk by format.
@@ -90,7 +93,8 @@ def choose(
 
     Args:
         bits: average bits a weight of the target layers.
-        size: megabytes, or a text such as `120MB`, of base and adapter as the formats peft and packed store them.
+        size: megabytes, or a text such as `120MB`, of base and adapter as the formats peft and packed store them, with
+            config and tokenizer.
         latency: microseconds, or a text such as `20ms`, by `table` (CSV, `coalora.calibrate.latency`), or without one
             in a bundle that was trained for it.
         configuration: a file `configuration.json` instead.
@@ -102,8 +106,8 @@ def choose(
 
     Example:
         >>> from coalora.export.device import choose
-        >>> counted, limit, configuration = choose(bundle, size="84kB")
-        >>> float(counted.tables.costs(configuration)) <= limit == 0.084
+        >>> counted, limit, configuration = choose(bundle, size="101kB")
+        >>> float(counted.tables.costs(configuration)) <= limit == 0.101
         True
     """
     check_limit(bits, size, latency, table, configuration)
@@ -218,6 +222,8 @@ def export_for(
 ) -> DeviceExport:
     """Write base and adapter for one limit (`choose`) into `folder`, whole or not at all.
 
+    Of a size, every format that is written keeps within it, its base, adapter, config and tokenizer together.
+
     Args:
         device: a profile instead of a limit, or its name or file: its limit, choices and formats.
         formats: names of `coalora.EXPORT_FORMATS`, by default the device's, else peft and packed. `peft` alone needs no
@@ -229,7 +235,8 @@ def export_for(
         about: what else the export's record is to say, JSON.
 
     Raises:
-        CoaloraError: as `choose` and `find_base`; a format that cannot hold the configuration; a folder with files.
+        CoaloraError: as `choose` and `find_base`; a format that cannot hold the configuration, or not within the size;
+            a folder with files.
 
     Example:
         >>> from coalora.export.device import export_for
@@ -249,10 +256,11 @@ def export_for(
             f"There is no adapter type {wanted}", remedy=f"Name one of {', '.join(get_args(AdapterType))}, or auto"
         )
     limit_with: Callable[[torch.dtype], Mapping[str, Any]] = lambda dtype: limit  # noqa: E731
+    most = size
     if device is not None:
         profile = device if isinstance(device, DeviceProfile) else DeviceProfile.load(device)
         bundle = profile.restrict(bundle)
-        limit_with, formats = partial(profile.limit, bundle), formats or profile.to
+        limit_with, formats, most = partial(profile.limit, bundle), formats or profile.to, profile.memory
         about = {"device": profile.name, **(about or {})}
     names = dict.fromkeys(formats or DEFAULT_FORMATS)
     known = {name: EXPORT_FORMATS[EXPORT_FORMATS.check_foreign(name)]() for name in names}
@@ -260,7 +268,7 @@ def export_for(
         wanted = adapter_dtype_for(bundle, limit_with, names)
     adapter_dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted
     counted, asked, chosen = choose(bundle, **limit_with(adapter_dtype), adapter_dtype=adapter_dtype)
-    adapted = bundle.adapt_to(chosen)
+    most_bytes = None if most is None else 1e6 * parse_budget(most, "file_bytes")
     if evaluate is not None and bundle.task != "language-modeling":
         raise CoaloraError(
             "A classifier has no perplexity on a text", remedy="Leave evaluate out: the run's report has its accuracy"
@@ -268,14 +276,36 @@ def export_for(
     text = None if evaluate is None else read_text(Path(evaluate))
     alone = {*known} == {"peft"} and text is None
     at = None if alone else find_base(bundle, base)
-    if at is not None and Path(bundle.base_model).is_absolute():  # the base may lie elsewhere than where it was trained
-        adapted.config.base_model_name_or_path = str(at.resolve())
-    source = source_for(bundle, adapted, at, adapter_dtype, trust_remote_code=trust_remote_code)
+
+    def source_of(chosen: np.ndarray) -> ExportSource:
+        adapted = bundle.adapt_to(chosen)
+        if at is not None and Path(bundle.base_model).is_absolute():  # it may lie elsewhere than where it was trained
+            adapted.config.base_model_name_or_path = str(at.resolve())
+        return source_for(bundle, adapted, at, adapter_dtype, trust_remote_code=trust_remote_code)
+
+    source = source_of(chosen)
     tokens = [] if text is None else source.load_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     if text is not None:
         windows(len(tokens), max_length, max_length - 1)
     with whole_or_nothing(folder) as part:
-        write_export(part, [*known], source, {**(about or {}), **facts_of(bundle, chosen, at)})
+        while True:
+            write_export(part, [*known], source, {**(about or {}), **facts_of(bundle, chosen, at)})
+            cost = float(counted.tables.costs(chosen))
+            largest, held = max(_pairs(part, known).items(), key=lambda pair: pair[1], default=("", 0))
+            if most_bytes is None or held <= most_bytes:
+                break
+            low = counted.tables.cost_range()[0]
+            if cost <= low:
+                raise CoaloraError(
+                    f"{largest} takes {held / 1e6:.4g} MB in its smallest configuration, and the limit is "
+                    f"{most_bytes / 1e6:.4g} MB",
+                    remedy="Raise the limit, or take another format",
+                )
+            for written in part.iterdir():
+                shutil.rmtree(written) if written.is_dir() else written.unlink()
+            asked = max(low, cost - (held - most_bytes) / 1e6)
+            chosen = choose(bundle, size=asked, adapter_dtype=adapter_dtype)[2]
+            source = source_of(chosen)
         score = None
         if text is not None:
             model = _written(part, source, trust_remote_code)
@@ -283,17 +313,24 @@ def export_for(
             score = score_text(
                 model, tokens, len(text.encode()), max_length=max_length, stride=stride, batch_size=8
             )  # fmt: skip
-    cost, unit = float(counted.tables.costs(chosen)), counted.tables.cost_unit
+    unit = counted.tables.cost_unit
     return DeviceExport(
         folder,
-        adapted,
-        unit.text(cost),
+        source.adapted,
+        unit.text(held / 1e6 if most_bytes is not None and held else cost),
         None if asked is None else unit.unused(cost, asked),
         bundle.loss_of(chosen),
         {name: folder_nbytes(folder / made.folder) for name, made in known.items()},
         {name: line for name, made in known.items() if (line := made.start_line(folder))},
         score,
     )
+
+
+def _pairs(folder: Path, formats: Mapping[str, ExportFormat]) -> dict[str, int]:
+    """Bytes of each pair of base and adapter that an export holds: peft and packed are one, other formats are both."""
+    sizes = {name: folder_nbytes(folder / made.folder) for name, made in formats.items()}
+    ours = {name: sizes.pop(name) for name in DEFAULT_FORMATS if name in sizes}
+    return sizes | ({" and ".join(ours): sum(ours.values())} if len(ours) == len(DEFAULT_FORMATS) else {})
 
 
 def facts_of(bundle: Bundle, configuration: np.ndarray, base: Path | None) -> dict[str, Any]:

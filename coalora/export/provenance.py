@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from coalora.errors import CoaloraError
 from coalora.export.adapter import BINDING
 from coalora.export.base import CONFIGURATION
-from coalora.files import check_files, file_digests, read_json, write_json
+from coalora.files import check_files, file_digests, folder_nbytes, read_json, write_json
 
 if TYPE_CHECKING:
     from coalora.export.formats import ExportFormat, ExportSource
@@ -91,11 +91,6 @@ def check_export(folder: Path) -> dict[str, Any]:
 def name_of(address: str) -> str:
     """A base model's name without the place where it lies: a hub id as it is, the last part of a path."""
     return address if not Path(address).is_absolute() else Path(address).name
-
-
-def folder_nbytes(folder: Path) -> int:
-    """Bytes of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _card(folder: Path, formats: Mapping[str, ExportFormat], source: ExportSource, record: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from coalora.errors import CoaloraError
 from coalora.export.adapter import adapter_nbytes
 from coalora.export.base import load_adapted, write_base
 from coalora.export.compact import COMPACT, pack_adapter
+from coalora.files import folder_nbytes
 
 DTYPES = [torch.int8, torch.int4]
 CPU = torch.device("cpu")
@@ -58,10 +59,10 @@ def test_what_is_loaded_is_what_was_stored_within_half_a_step(pair, tmp_path, fa
     for A, B, wanted_A, wanted_B in products:
         wanted = wanted_B @ wanted_A
         assert float((B @ A - wanted).norm()) <= (0.02 if dtype == torch.int8 else 0.3) * float(wanted.norm())
-    size = (tmp_path / "adapter" / COMPACT).stat().st_size
+    size = folder_nbytes(tmp_path / "adapter")
     heads = sum(v.numel() for k, v in made.tensors.items() if ".lora_" not in k)
     counted = adapter_nbytes(bundle.tables.layers, bundle.ranks, heads, dtype)
-    assert size <= counted <= size + 64 * 4 * len(made.tensors)
+    assert size <= counted <= size + 64 * 4 * len(made.tensors) + 1000
 
 
 def test_loading_warns_of_nothing_and_keeps_the_name_of_the_base(pair, tmp_path, recwarn) -> None:

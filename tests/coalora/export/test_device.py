@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, ConfigurationSet
+from coalora.calibrate.costs import UNITS
 from coalora.calibrate.tables import calibration_tables
 from coalora.contents import compare, describe, problems, push
 from coalora.errors import CoaloraError
@@ -21,6 +22,7 @@ from coalora.evaluate.perplexity import score_text
 from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.export.device import adapter_dtype_for, choose, export_for
+from coalora.export.formats import ExportFormat, ExportSource, PackedFormat, PeftFormat
 from coalora.export.provenance import licence_of
 from coalora.export.source import open_source
 from coalora.method.initial import initial_set
@@ -76,9 +78,39 @@ def test_everything_that_is_written_fits_the_size(trained: Trained, tmp_path: Pa
     low, high = trained.bundle.counting("file_bytes").tables.cost_range()
     size = low + share * (high - low)
     made = export_for(trained.bundle, tmp_path / "out", size=f"{size:.6f}MB")
-    stored = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.safetensors"))
-    assert stored <= size * 1e6
+    assert sum(made.nbytes.values()) <= size * 1e6
+    assert (tmp_path / "out" / "base" / "tokenizer.json").is_file()  # which counts
     assert made.cost.endswith(" MB")
+
+
+class Larger(ExportFormat):
+    """Takes more bytes than formats peft and packed, but for few bits."""
+
+    folder, keeps_model, few = "larger", True, 0
+
+    def write(self, folder: Path, source: ExportSource) -> None:
+        PackedFormat().write(folder / "base", source)
+        PeftFormat().write(folder / "adapter", source)
+        (folder / "more").write_bytes(bytes(10_000 if source.adapted.average_bits > 2.4 else self.few))
+
+
+class FarLarger(Larger):
+    folder, few = "far-larger", 10_000
+
+
+def test_every_format_keeps_within_the_size(trained: Trained, tmp_path: Path) -> None:
+    counted, name = trained.bundle.counting("file_bytes"), f"{__name__}:Larger"
+    size = float(counted.tables.costs(choose(trained.bundle, bits=3.0)[2]))
+    alone = export_for(trained.bundle, tmp_path / "alone", size=size)
+    made = export_for(trained.bundle, tmp_path / "both", size=size, formats=["peft", "packed", name])
+    assert alone.nbytes["packed"] + alone.nbytes["peft"] <= size * 1e6
+    assert 0.8 * size * 1e6 < made.nbytes[name] <= size * 1e6
+    assert made.adapted.average_bits < alone.adapted.average_bits
+    assert made.cost == UNITS["file_bytes"].text(made.nbytes[name] / 1e6)
+    assert problems(tmp_path / "both")[1] == []
+    with pytest.raises(CoaloraError, match=r"FarLarger takes .* in its smallest configuration, and the limit is"):
+        export_for(trained.bundle, tmp_path / "none", size=size, formats=[f"{__name__}:FarLarger"])
+    assert not (tmp_path / "none").exists()
 
 
 def _wide_bundle() -> Bundle:
