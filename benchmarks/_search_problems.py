@@ -140,7 +140,7 @@ def _model_losses() -> Callable[[np.ndarray], np.ndarray]:
     low, high = tables.bits_range()
     members = np.unique(allocate(tables.err, tables.bits, np.maximum(np.linspace(low, high, 24), low)), axis=0)
     print(f"training an adapter for {TRAINED_STEPS} steps", flush=True)
-    training = TrainingRecipe(batch_size=setting.size.batch_size, lr=setting.size.lr, theta_lr=3e-4)
+    training = TrainingRecipe(batch_size=setting.size.batch_size, lr=setting.size.lr)
     train(
         adapted, setting.benchmark.train, members, tables.average_bits(members), training,
         steps=TRAINED_STEPS, total_steps=TRAINED_STEPS, seed=0,

@@ -3,9 +3,9 @@
     PYTHONPATH=.venv/engines:.venv/gptq python -m benchmarks.engines --text FILE [--model FOLDER] [--quick]
 
 Without --model a Llama decoder of 13.6 M parameters (rows of 512 and 1,536: multiples of 256, which all types of GGUF
-need) is pre-trained on the text first. For each scheme of a format one training answers three budgets; each pair is
-written by `export_for` and run by its engine. 20 further budgets are predicted from the losses of training (search
-blocks) and measured on blocks that nothing has seen.
+need) is pre-trained on the text first. For each scheme of a format one training answers three budgets, each by its
+allocation, which uses it whole; each pair is written by `export_for` and run by its engine. 20 further budgets are
+predicted from the losses of training (search blocks) and measured on blocks that nothing has seen.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ import torch
 
 from benchmarks._report import report
 from coalora import ChoiceSpace, CoaLoraConfig, CoaLoraModel, export_for
+from coalora.calibrate.tables import CalibrationTables
+from coalora.configurations import configuration_dict
 from coalora.data.text import read_text
 from coalora.evaluate.losses import LossMeter
 from coalora.export.engines import ENGINES, log_probabilities
+from coalora.files import write_json
 from coalora.recipes import CalibrationRecipe, PretrainRecipe, SearchRecipe, Tie, TrainingRecipe
+from coalora.search.knapsack import allocate
 from coalora.train.pretrain import pretrain
 
 LENGTH = 128
@@ -57,9 +61,10 @@ def main() -> None:
             bundle = model.bundle()
             low, high = bundle.tables.cost_range()
             for budget in (low + 0.15 * (high - low), low + 0.4 * (high - low), low + 0.7 * (high - low)):
-                out = Path(scratch) / f"{formats[0]}-{budget:.2f}"
+                out, named = Path(scratch) / f"{formats[0]}-{budget:.2f}", Path(scratch) / "configuration.json"
+                write_json(named, configuration_dict(_allocation(bundle.tables, budget), bundle.tables))
                 began = time.process_time()
-                made = export_for(bundle, out, bits=budget, formats=["peft", "packed", *formats], base=folder)
+                made = export_for(bundle, out, configuration=named, formats=["peft", "packed", *formats], base=folder)
                 wrote = time.process_time() - began
                 ids = held_out.input_ids[0, : given.tokens].tolist()
                 memory = log_probabilities(out, "packed", ids)
@@ -72,6 +77,11 @@ def main() -> None:
             predicted.append(_prediction(model, formats[0], held_out))
         report("engines", rows, notes=f"log-probabilities after {given.tokens} tokens of unseen text")
         report("predicted", predicted, notes="loss of 20 unseen budgets: nats a token on unseen blocks")
+
+
+def _allocation(tables: CalibrationTables, budget: float) -> np.ndarray:
+    groups = allocate(tables.search_err, tables.search_cost, [budget], allowed=tables.search_allowed)
+    return np.asarray(tables.expand(groups)[0])
 
 
 def _row(name: str, bits: float, out: Path, ids: Sequence[int], memory: torch.Tensor, wrote: float) -> dict[str, Any]:

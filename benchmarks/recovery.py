@@ -157,9 +157,9 @@ def _run(
         adapted.start_from_compensation(members[0])
     if adapted.named_parameters() and arm.method != "none":
         recipe = TrainingRecipe(
-            batch_size=size.batch_size, lr=size.lr, theta_lr=3e-4, head_lr=size.lr, warmup_steps=min(20, steps // 10),
+            batch_size=size.batch_size, lr=size.lr, head_lr=size.lr, warmup_steps=min(20, steps // 10),
             objective=Objective(**arm.objective),  # type: ignore[arg-type]
-        ).resolved(arm.goal)  # fmt: skip
+        ).resolved(arm.goal, setting.benchmark.task)  # fmt: skip
         train(
             adapted, setting.benchmark.train, members, tables.average_bits(members),
             replace(recipe, **arm.training), steps=steps, total_steps=steps, seed=seed, checkpoints=begun,  # type: ignore[arg-type]

@@ -236,7 +236,7 @@ class CoaLoraModel:
         """
         config, tables = self.config, self.tables
         recipe = config.search if rounds is None else replace(config.search, rounds=rounds)
-        training = config.training.resolved(config.goal)
+        training = config.training.resolved(config.goal, self.task)
         reference = Reference() if config.goal == "recover" else None
         if steps is not None:
             share = max(1, steps // (recipe.rounds + 3))

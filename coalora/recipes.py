@@ -324,7 +324,13 @@ class TrainingRecipe(Recipe):
     )
     batch_size: int = hyper(32, "Batch size", "Examples or blocks a step.", ge=1, le=65_536)
     lr: float = hyper(1e-3, "Learning rate of LoRA", "Peak learning rate of lora_A and lora_B.", gt=0, le=10)
-    theta_lr: float = hyper(1e-3, "Learning rate of theta", "Peak learning rate of theta.", gt=0, le=10)
+    theta_lr: float | None = hyper(
+        None,
+        "Learning rate of theta",
+        "Peak learning rate of theta; by default 0.0003 for language models and 0.0001 for classifiers.",
+        gt=0,
+        le=10,
+    )
     head_lr: float = hyper(1e-3, "Learning rate of the head", "Peak learning rate of a classifier's head.", gt=0, le=10)
     weight_decay: float = hyper(0.0, "Weight decay", "AdamW's weight decay.", ge=0, le=100)
     warmup_steps: int = hyper(20, "Warm-up", "Steps of linear warm-up; 0 for none.", ge=0, le=10_000_000)
@@ -366,8 +372,8 @@ class TrainingRecipe(Recipe):
                 remedy="Take other draws than adaptive and batches of at least 2, or set paired to false",
             )
 
-    def resolved(self, goal: Goal = "fine-tune") -> "TrainingRecipe":
-        """The same with what was left open as the goal wants it.
+    def resolved(self, goal: Goal = "fine-tune", task: Task = "language-modeling") -> "TrainingRecipe":
+        """The same with what was left open as the goal and the task want it.
 
         Example:
             >>> from coalora import TrainingRecipe
@@ -377,7 +383,9 @@ class TrainingRecipe(Recipe):
         """
         worth = goal == "fine-tune" and self.sampling != "adaptive" and self.batch_size >= 4  # docs/results.md, Levers
         paired = worth if self.paired is None else self.paired
-        return replace(self, paired=paired, objective=self.objective.resolved(goal))
+        # U grows by the whole hidden layer's activations a step: a classifier that meets that at once learns nothing.
+        theta_lr = self.theta_lr or (3e-4 if task == "language-modeling" else 1e-4)
+        return replace(self, paired=paired, theta_lr=theta_lr, objective=self.objective.resolved(goal))
 
     def total_steps(self, rounds: int) -> int:
         """Length of the learning-rate schedule: it does not start again with every round."""

@@ -238,7 +238,7 @@ class Graph:
             configurations=configurations,
             previous=before[-1] if before else None,
             method=method,
-            training=s.training.resolved(s.goal),
+            training=s.training.resolved(s.goal, s.benchmark.task),
             rounds=s.search.rounds,
             round_index=len(before),
         )
@@ -330,7 +330,7 @@ class Graph:
         return self.run.run(
             train_ceiling,
             model=self.model,
-            training=s.training.resolved(s.goal),
+            training=s.training.resolved(s.goal, s.benchmark.task),
             steps=s.training.total_steps(s.search.rounds),
             batch_size=s.evaluation.batch_size,
             own=s.own_reference,
@@ -355,7 +355,7 @@ class Graph:
         """Adapters trained for one budget alone, each in a process of its own where there are several."""
         s = self.run.settings
         steps = s.baselines.per_budget_steps or s.training.initial_steps + s.search.rounds * s.training.round_steps
-        common = {**common, "method": method, "training": s.training.resolved(s.goal), "steps": steps}
+        common = {**common, "method": method, "training": s.training.resolved(s.goal, s.benchmark.task), "steps": steps}
         calls = [{**common, "index": index} for index in range(len(s.evaluation.budgets))]
         return self.run.run_each(train_reference, calls, pool)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tests.s3_server import FaultProxy
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test is for a hub, and one that does not answer is asked for half a minute
 for _name in list(os.environ):
     if _name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI") or _name.startswith(("AWS_", "COALORA_")):
         del os.environ[_name]

@@ -88,6 +88,7 @@ def train(
             f"Training got {len(configurations)} configurations with {len(average_bits)} average bits",
             remedy="Give at least one configuration, each with its bits",
         )
+    recipe = recipe.resolved(task="language-modeling" if adapted.is_language_model else "classification")
     begin = state.step if state else 0
     span = (begin, begin + steps)
     resumed = checkpoints.load(span) if checkpoints else None
@@ -152,7 +153,6 @@ def train(
             if stop:
                 raise Stopped(f"stopped at step {done}")
 
-    recipe = recipe.resolved()
     paired = recipe.paired and len(configurations) > 1  # one configuration has no counterpart
     graph = captured(compile, adapted, split, recipe)
     gradients = (GraphedGradients if graph else eager_gradients)(adapted, recipe.objective)

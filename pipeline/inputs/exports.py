@@ -18,7 +18,7 @@ from coalora.export.base import load_adapted
 from coalora.export.bundle import Bundle
 from coalora.export.device import facts_of, source_for
 from coalora.export.formats import EXPORT_FORMATS, write_export
-from coalora.files import digest
+from coalora.files import digest, folder_nbytes
 from pipeline.inputs.adapted import hold, release_models
 from pipeline.inputs.loaders import BaseModel, load_benchmark, load_input_statistics
 from pipeline.settings.sections import ExportSettings, RuntimeSettings
@@ -69,8 +69,8 @@ class ExportInputs:
             "average_bits": adapted.average_bits,
             "cost": float(tables.costs(configuration)),
             "digest": adapted.digest,
-            "adapter_bytes": _size(folder / "adapter"),
-            "base_bytes": _size(folder / "base"),
+            "adapter_bytes": folder_nbytes(folder / "adapter"),
+            "base_bytes": folder_nbytes(folder / "base"),
         }
 
     def _kept(self, base: BaseModel, data: Benchmark) -> PreTrainedModel:
@@ -91,7 +91,3 @@ class ExportInputs:
                 folder / "base", folder / "adapter", device=device, dtype=dtype, trust_remote_code=trusted
             )
             yield model, facts
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -122,11 +122,14 @@ def test_the_goal_decides_what_is_left_open() -> None:
     assert Objective().resolved("fine-tune") == Objective(0.0, teacher="adapted") == Objective().resolved()
     own = Objective(0.3, teacher="adapted")
     assert own.resolved("recover") == own
-    assert TrainingRecipe(objective=own, paired=True).resolved("recover") == TrainingRecipe(objective=own, paired=True)
+    given = TrainingRecipe(objective=own, paired=True, theta_lr=1e-2)
+    assert given.resolved("recover") == given.resolved("fine-tune", "classification") == given
     assert TrainingRecipe().resolved("fine-tune").paired
     assert not TrainingRecipe().resolved("recover").paired
     assert not TrainingRecipe(sampling="adaptive").resolved().paired
     assert not TrainingRecipe(batch_size=3).resolved().paired
+    assert TrainingRecipe().resolved().theta_lr == 3e-4
+    assert TrainingRecipe().resolved("fine-tune", "classification").theta_lr == 1e-4
 
 
 def test_without_distillation_no_teacher_is_asked(tiny_llama, make_adapted, batch) -> None:
