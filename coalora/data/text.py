@@ -127,7 +127,7 @@ def blocks(
     tokens: list[int] = []
     n_bytes: list[float] = []  # of each token: a document's bytes are spread over its own
     stops = None if isinstance(documents, Sequence) else limit
-    for batch in _batched(documents, 64):
+    for batch in _batches(documents, 1 if stops else 64):
         for text, ids in zip(batch, encode(batch), strict=True):
             own = [*ids, end_of_text] if end_of_text is not None else ids
             tokens += own
@@ -147,7 +147,9 @@ def blocks(
     return joined.unfold(0, length + 1, length)[taken].clone(), per_token
 
 
-def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
-    rest = iter(documents)
+def _batches(documents: Iterable[str], first: int) -> Iterator[list[str]]:
+    """Batches of twice as many documents as the one before, up to 64: who stops early encodes little in vain."""
+    rest, size = iter(documents), first
     while batch := list(itertools.islice(rest, size)):
         yield batch
+        size = min(2 * size, 64)
