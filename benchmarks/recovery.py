@@ -99,7 +99,6 @@ ARMS: dict[str, Arm] = {
     "ours, ranks by layer": Arm(adapter={"rank_pattern": {"*.[qk]_proj": 8, "*.down_proj": 24}}),
     # Of classifiers.
     "theta + compensation": Arm("coa", {"compensation_rank": 8}),
-    "ours, without compensation": Arm(adapter={"compensation_rank": 0}),
     "compensation": Arm("coa", {"compensation_rank": 8, "theta": "none"}),
     "experts": Arm("coa", {"compensation_rank": 0, "expert_bits": 3, "theta": "all"}),
 }

@@ -57,10 +57,9 @@ def test_what_an_adapter_leaves_open_is_what_won_for_its_task() -> None:
         return recipe.compensation_rank, recipe.expert_bits, recipe.expert_start, recipe.theta
 
     assert parts("language-modeling") == (0, 3, "compensation", "others")
-    assert parts("classification") == (8, 0, "zero", "others")
-    assert parts("classification", r=12, rank_pattern={"query": 5})[:2] == (2, 0)  # less than the smallest rank
-    asked = {"compensation_rank": 0, "expert_bits": 2, "theta": "none", "expert_start": "compensation"}
-    assert parts("classification", **asked) == (0, 2, "compensation", "none")
+    assert parts("classification") == (0, 0, "zero", "others")
+    asked = {"compensation_rank": 8, "expert_bits": 2, "theta": "none", "expert_start": "compensation"}
+    assert parts("classification", **asked) == (8, 2, "compensation", "none")
     assert AdapterRecipe().resolved("classification").resolved("language-modeling").expert_bits == 0  # decided once
 
 
