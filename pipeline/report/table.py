@@ -89,7 +89,7 @@ def _beside(result: Result, arms: Mapping[str, str]) -> list[str]:
         bits = f"{result.bits_of_all(budget.total_bytes):.2f}"
         lines.append("| " + " | ".join([result.cost.number(budget.budget), bits, *cells]) + " |")
     words = f" {beside_words(result)[:1].upper()}{beside_words(result)[1:]}." if result.beside else ""
-    return [*lines, "", f"Everything: base and adapter, all tensors.{words}"]
+    return [*lines, "", f"Everything: base and adapter, all files.{words}"]
 
 
 def _bold(text: str, bold: bool) -> str:
