@@ -183,10 +183,10 @@ class AdapterRecipe(Recipe):
     )
     embedding_dim: int = hyper(8, "Embedding size of theta", "Size of each embedding of theta.", ge=1, le=4096)
     hidden_dim: int = hyper(128, "Hidden size of theta", "Hidden width of theta.", ge=1, le=65_536)
-    compensation_rank: int = hyper(
-        0,
+    compensation_rank: int | None = hyper(
+        None,
         "Compensation rank",
-        "Part of the rank that is closed-form compensation of each layer's choice; 0 for none.",
+        "Part of the rank that is closed-form compensation of each layer's choice; by default none.",
         ge=0,
         le=4096,
     )
@@ -236,12 +236,12 @@ class AdapterRecipe(Recipe):
     def resolved(self, task: Task) -> "AdapterRecipe":
         """The same with what was left open as it won on such tasks (docs/results.md)."""
         language = task == "language-modeling"
-        expert_bits, expert_start = self.expert_bits, self.expert_start
+        compensation_rank, expert_bits, expert_start = self.compensation_rank or 0, self.expert_bits, self.expert_start
         if expert_bits is None:
             expert_bits = 3 if language else 0
         if expert_start == "auto":
             expert_start = "compensation" if language else "zero"
-        return replace(self, expert_bits=expert_bits, expert_start=expert_start)
+        return replace(self, compensation_rank=compensation_rank, expert_bits=expert_bits, expert_start=expert_start)
 
     def ranks(self, layers: "Sequence[TargetLayer]") -> list[int]:
         """Total rank of every layer (N,), compensation included.
@@ -260,7 +260,7 @@ class AdapterRecipe(Recipe):
                 )
             for i in matched:
                 ranks[i] = rank
-        compensated = self.compensation_rank
+        compensated = self.compensation_rank or 0
         for layer, rank in zip(layers, ranks, strict=True):
             if compensated >= rank:
                 raise CoaloraError(

@@ -70,7 +70,7 @@ class AdaptedModel:
         self.device = next(model.parameters()).device
         self.ranks = recipe.ranks(layers)
         self.compensation: CompensationTable | None = None
-        compensated = recipe.compensation_rank if described.follows_choices else 0
+        compensated = (recipe.compensation_rank or 0) if described.follows_choices else 0
         if compensated:
             self.compensation = CompensationTable(
                 self.base.residual,

@@ -143,7 +143,7 @@ class Bundle:
         self.adapter_dtype = adapter_dtype
         self.compensation = compensation or {}
         self.ranks = recipe.ranks(tables.layers)
-        self._trained = max(self.ranks) - recipe.compensation_rank
+        self._trained = max(self.ranks) - (recipe.compensation_rank or 0)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
@@ -261,7 +261,7 @@ class Bundle:
         """Tensors of pairs and experts that are missing, or of another shape than their layers ask for."""
         experts = range(max(self._experts) + 1 if any(name.startswith("experts.") for name in self.tensors) else 0)
         for index, (layer, rank) in enumerate(zip(self.tables.layers, self.ranks, strict=True)):
-            rank -= self.recipe.compensation_rank
+            rank -= self.recipe.compensation_rank or 0
             n_out, n_in = layer.shape
             for side, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
                 own = [f"experts.lora_{side}.{index}_{expert}" for expert in experts]
