@@ -98,7 +98,7 @@ def test_file_bytes_are_the_files_of_base_and_adapter(tiny_models, make_bundle, 
     tokenizer.save_pretrained(tmp_path / "base")
     made.save_pretrained(tmp_path / "adapter", dtype=dtype)
     stored, tensors = folder_nbytes(tmp_path), sum(len(load_file(f)) for f in tmp_path.rglob("*.safetensors"))
-    assert stored <= 1e6 * tables.of_files(size).costs(made.choices) <= stored + 64 * tensors + 2000
+    assert stored <= 1e6 * tables.of_files(size).costs(made.choices) <= stored + 64 * tensors
     assert folder_nbytes(tmp_path / "adapter") <= size
     assert tables.head_size == sum(p.numel() for name, p in adapted.named_parameters().items() if name[:4] == "head")
     tables, from_shapes = (counted(bundle.tables, m, None) for m in (model, _meta(model)))
