@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 K = TypeVar("K", bound=Hashable)
@@ -16,6 +19,27 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def share_of_free_memory(device: torch.device) -> int:
+    """Bytes that a cache takes by default: a quarter of a GPU's memory that is free now, an eighth of the RAM that is
+    available now and at most 2 GiB.
+
+    Example:
+        >>> import torch
+        >>> from coalora.cache import share_of_free_memory
+        >>> 0 < share_of_free_memory(torch.device("cpu")) <= 2 << 30
+        True
+    """
+    # The rest is for activations, gradients and the optimizer; a training set's packed layers mostly fit.
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    try:
+        kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:  # other systems than Linux
+        kilobytes = None
+    available = int(kilobytes[1]) << 10 if kilobytes else 1 << 32
+    return min(available // 8, 1 << 31)
 
 
 class ByteCache(Generic[K, V]):

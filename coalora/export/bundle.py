@@ -1,13 +1,15 @@
 """Bundle: everything that answers a budget, without the base model.
 
 Shared pair, theta, head, calibration tables and the final configuration set: a few megabytes from which the
-configuration and the adapter of any budget follow in milliseconds. Where calibration decided more than tables, its
+configuration and the adapter of any budget follow in milliseconds, in one or two where its layers' choices were asked
+for before (`Bundle.prepare` asks for all). Where calibration decided more than tables, its
 statistics and the quantized weights of all choices travel along, so that any machine that has the base model makes the
 same quantized bases, byte for byte. `bundle.json` holds the sha256 of every file.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from coalora.adapt.effective import fold
 from coalora.adapt.experts import NO_EXPERT, adjusted_choices, cascaded, expert_of_choice, used_ranks
 from coalora.adapt.lora import lora_config
 from coalora.adapt.theta import ConfigurationAwareModel
+from coalora.cache import ByteCache, nbytes, share_of_free_memory
 from coalora.calibrate.costs import CostKind, parse_budget
 from coalora.calibrate.latency import read_latency
 from coalora.calibrate.statistics import QUANTIZED, STATISTICS, load_statistics, save_statistics
@@ -63,7 +66,8 @@ class Adapted:
         choices: (N,) choice indices.
         content: `configuration_dict` with `average_bits` and the `digest` of the quantized base it is for.
         config: PEFT's config of the adapter.
-        tensors: the adapter under PEFT's names.
+        tensors: the adapter under PEFT's names; other adapters of the bundle share their memory, so that who writes
+            into one takes a copy first.
     """
 
     average_bits: float
@@ -112,6 +116,8 @@ class Bundle:
         compensation: factors by (layer index, choice index), as `CompensationTable.factors` gives them; needed for
             every choice of a configuration that is adapted to, where the recipe has a compensation.
         statistics: what calibration returned beside the tables; without, `load` reads them when they are asked for.
+        cache_bytes: limit of the layers' pairs that are kept once a configuration has asked for them; 0 keeps none. By
+            default an eighth of the RAM that is available now, at most 2 GiB.
 
     Example:
         >>> from coalora import Bundle
@@ -135,6 +141,7 @@ class Bundle:
         adapter_dtype: str = "float32",
         compensation: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
         statistics: Sequence[InputStatistics] | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.tables, self.members, self.tensors = tables, members, tensors
         self._calibrated, self._folder = statistics, cast(Path | None, None)
@@ -145,6 +152,10 @@ class Bundle:
         self.ranks = recipe.ranks(tables.layers)
         self._trained = max(self.ranks) - (recipe.compensation_rank or 0)
         self._experts = expert_of_choice(tables.space, recipe.expert_bits or 0)
+        limit = share_of_free_memory(torch.device("cpu")) if cache_bytes is None else cache_bytes
+        # What theta, experts and compensation make of a layer's pair depends on its own choice alone.
+        self._kept: ByteCache[tuple[int, int], dict[str, Tensor]] = ByteCache(limit, lambda made: nbytes(made.values()))
+        self._lock = threading.Lock()  # a server's threads share a bundle
         self.theta: ConfigurationAwareModel | None = None
         theta = {k.removeprefix("theta."): v for k, v in tensors.items() if k.startswith("theta.")}
         if theta:
@@ -273,33 +284,80 @@ class Bundle:
 
     @torch.no_grad()
     def adapt_to(self, configuration: np.ndarray) -> Adapted:
-        """The adapter of one configuration (N,): theta's U folded into lora_A."""
+        """The adapter of one configuration (N,): theta's U folded into lora_A.
+
+        A layer's pair is made when a configuration first asks for its choice, and kept within `cache_bytes`.
+        """
         content = configuration_dict(configuration, self.tables)
-        chosen = torch.as_tensor(configuration)
-        U = None if self.theta is None else self.theta(chosen)
-        if (used := used_ranks(self.tables.space, self.recipe, self._trained)) is not None:
-            U = cascaded(U, used[chosen])
-        moved = [] if U is None else U.flatten(1).any(1).tolist()  # theta adjusts some choices alone
         own = ("theta.", "experts.")
         tensors = {peft_key(k.split(".", 1)[1]): v for k, v in self.tensors.items() if not k.startswith(own)}
-        for index, (layer, k) in enumerate(zip(self.tables.layers, configuration, strict=True)):
-            A, B = (peft_key(f"{layer.name}.lora_{side}.weight") for side in "AB")
-            expert = self._experts[int(k)]
-            if expert != NO_EXPERT:
-                tensors[A] = tensors[A] + self.tensors[f"experts.lora_A.{index}_{expert}"]
-                tensors[B] = tensors[B] + self.tensors[f"experts.lora_B.{index}_{expert}"]
-            if U is not None and moved[index]:
-                tensors[A] = fold(tensors[A], U[index])
-            if self.recipe.compensation_rank:
-                below, beside = self._compensation(index, int(k))
-                tensors[A] = torch.cat([tensors[A], below])
-                tensors[B] = torch.cat([tensors[B], beside / self.recipe.scale], dim=1)
+        asked = [(index, int(k)) for index, k in enumerate(configuration)]
+        with self._lock:
+            kept = {pair: made for pair in asked if (made := self._kept.get(pair)) is not None}
+        if missing := [pair for pair in asked if pair not in kept]:
+            U = self._adjustments(configuration)
+            kept |= {(index, k): self._make(index, k, U[index]) for index, k in missing}
+            with self._lock:
+                for pair in missing:
+                    self._kept.put(pair, kept[pair])
+        for pair in asked:
+            tensors |= kept[pair]
         average_bits = float(self.tables.average_bits(configuration))
         content |= {"average_bits": round(average_bits, 6), "digest": configuration_digest(content)}
         heads = sorted({k.removeprefix("head.").rpartition(".")[0] for k in self.tensors if k.startswith("head.")})
         config = lora_config(self.tables.layers, self.task, ranks=self.ranks, scale=self.recipe.scale, heads=heads)
         config.base_model_name_or_path = self.base_model
         return Adapted(average_bits, np.asarray(configuration), content, config, tensors)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the pairs of all layers and choices now, those of the set's choices first, as far as `cache_bytes` go:
+        every budget is answered from them, in the time that its configuration takes to choose.
+
+        Example:
+            >>> bundle.prepare()
+            >>> bundle.adapt(budget=3.5).average_bits <= 3.5
+            True
+        """
+        space, allowed = self.tables.space, self.tables.allowed
+        used = np.bincount(self.members.configurations.ravel(), minlength=len(space))
+        for k in map(int, np.argsort(-used, kind="stable")):
+            U = self._adjustments(np.full(len(allowed), k))
+            for index in map(int, np.flatnonzero(allowed[:, k])):
+                if self.recipe.compensation_rank and (index, k) not in self.compensation:
+                    continue
+                made = self._make(index, k, U[index])
+                with self._lock:
+                    if self._kept.nbytes + nbytes(made.values()) > self._kept.limit:
+                        return
+                    self._kept.put((index, k), made)
+
+    def _adjustments(self, configuration: np.ndarray) -> Sequence[Tensor | None]:
+        """U (r, r) of every layer; None where it is zero."""
+        chosen = torch.as_tensor(configuration)
+        U = None if self.theta is None else self.theta(chosen)
+        if (used := used_ranks(self.tables.space, self.recipe, self._trained)) is not None:
+            U = cascaded(U, used[chosen])
+        if U is None:
+            return [None] * len(configuration)
+        moved = U.flatten(1).any(1).tolist()  # theta adjusts some choices alone
+        return [own if moves else None for own, moves in zip(U, moved, strict=True)]
+
+    def _make(self, index: int, k: int, U: Tensor | None) -> dict[str, Tensor]:
+        """What choice k makes of a layer's pair, under PEFT's names: factors that stay as trained are left out."""
+        name = self.tables.layers[index].name
+        trained = [self.tensors[f"lora.{name}.lora_{side}.weight"] for side in "AB"]
+        A, B = trained
+        expert = self._experts[k]
+        if expert != NO_EXPERT:
+            A = A + self.tensors[f"experts.lora_A.{index}_{expert}"]
+            B = B + self.tensors[f"experts.lora_B.{index}_{expert}"]
+        A = fold(A, U)
+        if self.recipe.compensation_rank:
+            below, beside = self._compensation(index, k)
+            A, B = torch.cat([A, below]), torch.cat([B, beside / self.recipe.scale], dim=1)
+        sides = zip("AB", (A, B), trained, strict=True)
+        return {peft_key(f"{name}.lora_{side}.weight"): made for side, made, own in sides if made is not own}
 
     def _compensation(self, index: int, choice: int) -> tuple[Tensor, Tensor]:
         if (index, choice) not in self.compensation:
@@ -362,8 +420,11 @@ class Bundle:
         write_json(folder / HEADER, header | {"files": file_digests(folder, names)})
 
     @classmethod
-    def load(cls, folder: Path | str) -> Bundle:
+    def load(cls, folder: Path | str, *, cache_bytes: int | None = None) -> Bundle:
         """Read what `save` wrote.
+
+        Args:
+            cache_bytes: as of the class.
 
         Raises:
             CoaloraError: a file is missing, damaged, not the one that was written or of another format, or the set
@@ -394,6 +455,7 @@ class Bundle:
                     (i, k): (stored[f"{_COMPENSATION}{i}.{k}.lora_A"], stored[f"{_COMPENSATION}{i}.{k}.lora_B"])
                     for i, k in pairs
                 },
+                cache_bytes=cache_bytes,
             )
             bundle._folder = folder
             for problem in bundle.problems():

@@ -58,6 +58,7 @@ class BudgetModel(PythonModel):
         from coalora.export.bundle import Bundle
 
         self.bundle = Bundle.load(Path(context.artifacts["bundle"]))
+        self.bundle.prepare()
 
     def predict(
         self, context: PythonModelContext, model_input: list[AdaptRequest], params: dict[str, Any] | None = None

@@ -22,7 +22,6 @@ K choices never exist side by side: nothing grows with the size of the choice sp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coalora.cache import ByteCache, nbytes
+from coalora.cache import ByteCache, nbytes, share_of_free_memory
 from coalora.errors import CoaloraError
 from coalora.models.switching.masters import Masters
 from coalora.models.switching.packed import move_rest, pack_layer
@@ -106,7 +105,7 @@ class QuantizedBase:
         modules = [getattr(module, "base_layer", module) for module in modules]
         stored = [module.get_parameter("weight").data for module in modules]
         self._device = device if device is not None and weights == "packed" else stored[0].device
-        limit = _share_of_free_memory(self._device) if cache_bytes is None else cache_bytes
+        limit = share_of_free_memory(self._device) if cache_bytes is None else cache_bytes
         self.cache: ByteCache[tuple[int, int], Packed] = ByteCache(limit, lambda p: nbytes(p.values()), self._forget)
         packed = weights == "packed"
         self.masters = Masters(self.layers, stored, master, device=self._device, own=not packed, checkpoint=checkpoint)
@@ -327,18 +326,6 @@ class _Source:
     def __call__(self) -> Callable[[], Tensor]:
         layer, make = self._base.layers[self._index], self._base._maker(self._index)
         return lambda: layer.matrix(make()).contiguous()
-
-
-def _share_of_free_memory(device: torch.device) -> int:
-    # The rest is for activations, gradients and the optimizer; the training set's packed layers mostly fit.
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    try:
-        kilobytes = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:  # other systems than Linux
-        kilobytes = None
-    available = int(kilobytes[1]) << 10 if kilobytes else 1 << 32
-    return min(available // 8, 1 << 31)
 
 
 def check_configuration(configuration: np.ndarray, n_layers: int, n_choices: int) -> np.ndarray:

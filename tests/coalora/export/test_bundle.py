@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,54 @@ def test_experts_compensation_and_ranks_fold_into_one_plain_adapter(
                 shares.append(module(x) - module.base_layer(x))
             torch.testing.assert_close(*shares, rtol=1e-4, atol=1e-4)
         model = stock.unload()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "theta"), [({}, "all"), (RICH, "all"), (RICH, "none"), ({"expert_bits": 3}, "others")]
+)
+def test_kept_pairs_are_those_made_anew(tiny_models, make_bundle, recipe, theta, tmp_path, monkeypatch) -> None:
+    make_bundle(tiny_models["llama"], **recipe, theta=theta)[0].save(tmp_path)
+    anew, lazy, prepared = (Bundle.load(tmp_path, cache_bytes=limit) for limit in (0, None, None))
+    n = len(anew.tables.layers)
+    draw = np.random.default_rng(0)
+    configurations = [np.full(n, k) for k in range(8)] + [draw.integers(0, 8, n) for _ in range(3)]
+    wanted = [anew.adapt_to(C).tensors for C in configurations]
+    prepared.prepare()
+    monkeypatch.setattr(prepared, "_make", None)  # nothing is left to make
+    for C, tensors in zip(configurations, wanted, strict=True):
+        for bundle in (lazy, prepared):
+            made = bundle.adapt_to(C).tensors
+            assert list(made) == list(tensors)
+            assert all(torch.equal(made[key], tensors[key]) for key in tensors)
+
+
+def test_pairs_take_no_more_than_the_cache(tiny_models, make_bundle, tmp_path) -> None:
+    make_bundle(tiny_models["llama"])[0].save(tmp_path)
+    whole = Bundle.load(tmp_path)
+    whole.prepare()
+    assert len(whole._kept) == len(whole.tables.layers) * 8
+    limit = whole._kept.nbytes // 2
+    half = Bundle.load(tmp_path, cache_bytes=limit)
+    half.prepare()
+    assert 0.9 * limit < half._kept.nbytes <= limit
+    for budget in (2.5, 3, 5):
+        made, wanted = half.adapt(budget).tensors, whole.adapt(budget).tensors
+        assert all(torch.equal(made[key], wanted[key]) for key in wanted)
+    assert half._kept.nbytes <= limit
+
+
+def test_threads_share_a_bundle_whose_cache_is_small(tiny_models, make_bundle, tmp_path) -> None:
+    make_bundle(tiny_models["llama"])[0].save(tmp_path)
+    whole = Bundle.load(tmp_path)
+    whole.prepare()
+    small = Bundle.load(tmp_path, cache_bytes=whole._kept.nbytes // 8)
+    draw = np.random.default_rng(0)
+    configurations = [draw.integers(0, 8, len(whole.tables.layers)) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(small.adapt_to, configurations))
+    for C, adapted in zip(configurations, made, strict=True):
+        wanted = whole.adapt_to(C).tensors
+        assert all(torch.equal(adapted.tensors[key], wanted[key]) for key in wanted)
 
 
 def test_a_choice_that_no_member_has_lacks_its_compensation_and_says_so(tiny_llama, make_bundle) -> None:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from coalora.cache import nbytes
+from coalora.cache import nbytes, share_of_free_memory
 from coalora.errors import CoaloraError
 from coalora.models.switching.quantized import (
     FULL_PRECISION,
     QuantizedBase,
-    _share_of_free_memory,
     check_configuration,
 )
 from coalora.models.targets import find_target_layers
@@ -292,4 +291,4 @@ def test_by_default_the_cache_takes_a_share_of_the_memory_that_is_free(tiny_llam
         found.append(QuantizedBase(model, find_target_layers(model), small_space).cache.limit)
     assert found == [gib // 2, 2 * gib, gib // 2]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
-    assert _share_of_free_memory(torch.device("cuda")) == 5 * gib
+    assert share_of_free_memory(torch.device("cuda")) == 5 * gib
