@@ -54,7 +54,9 @@ def bundle_of(layers: list[TargetLayer], space: ChoiceSpace, r: int = R, cache_b
     C = np.repeat(np.arange(len(space))[:, None], len(layers), 1)
     members = ConfigurationSet(C, np.linspace(3, 2, len(space)), np.zeros(len(space), dtype=np.int64)).sorted(tables)
     recipe = AdapterRecipe(r=r, lora_alpha=r, theta="all", compensation_rank=0, expert_bits=0)
-    return Bundle(tables, members, tensors, recipe, "language-modeling", base_model="some/base", cache_bytes=cache_bytes)
+    return Bundle(
+        tables, members, tensors, recipe, "language-modeling", base_model="some/base", cache_bytes=cache_bytes
+    )
 
 
 def paired(

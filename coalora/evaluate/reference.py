@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from coalora.adapt.adapted import AdaptedModel
 
-_TOGETHER = 2**24  # logits in float32 at a time: 64 MB
+_TOGETHER = 2**19  # numbers at a time on a CPU, which stay in its cache
 _HELD = 2**30  # bytes of the reference's predictions, at least, that are kept for all configurations
 
 
@@ -33,7 +33,11 @@ class Predictions:
     @classmethod
     def of(cls, logits: Tensor) -> Predictions:
         """Those of a model's logits (n, L, V), the last of each row left out: (n (L - 1), V)."""
-        return cls(logits[:, :-1].flatten(0, 1).float().log_softmax(-1))
+        n, length, size = logits.shape
+        made = torch.empty((n, length - 1, size), dtype=torch.float32, device=logits.device)
+        for own, row in zip(made, logits.detach(), strict=True):  # the whole of them would be copied first
+            torch.log_softmax(row[:-1].float(), -1, out=own)
+        return cls(made.flatten(0, 1))
 
     @cached_property
     def top(self) -> Tensor:
@@ -44,7 +48,7 @@ class Predictions:
 def divergence(own: Predictions, reference: Predictions, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Summed KL(reference || own), and the number of equal most likely tokens, both float64 scalars.
 
-    In pieces of some rows: beside the predictions little memory is needed, however large the vocabulary.
+    In pieces: beside the predictions little memory is needed, however large the vocabulary.
 
     Args:
         counted: bool (n,), the rows that count.
@@ -57,10 +61,14 @@ def divergence(own: Predictions, reference: Predictions, counted: Tensor) -> tup
     """
     q, p = own.log_probabilities, reference.log_probabilities
     nats = torch.zeros((), dtype=torch.float64, device=q.device)
-    rows = max(1, _TOGETHER // q.shape[-1])
+    rows = max(1, (_TOGETHER if q.device.type == "cpu" else _TOGETHER << 5) // q.shape[-1])
+    scratch = torch.empty((2, min(rows, len(q)), q.shape[-1]), device=q.device)  # fresh pages would cost most of it
     for q_rows, p_rows, counts in zip(q.split(rows), p.split(rows), counted.split(rows), strict=True):
+        shares, gaps = scratch[:, : len(q_rows)]
+        torch.exp(p_rows, out=shares)
+        torch.sub(p_rows, q_rows, out=gaps)
         # A product instead of an index: indexing by a mask would wait for the device.
-        nats += (torch.linalg.vecdot(p_rows.exp(), p_rows - q_rows).double() * counts).sum()
+        nats += (torch.bmm(shares[:, None], gaps[..., None]).flatten().double() * counts).sum()
     return nats, ((own.top == reference.top) & counted).sum().double()
 
 
