@@ -13,11 +13,12 @@ are sums over a group, and `expand` makes a configuration of the layers of it. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ from coalora.models.targets import TargetLayer, head_modules, other_tensors, tie
 from coalora.quant.scheme import Choice, InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import Rounding, Tie
+from coalora.threads import each, n_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,8 +298,10 @@ def error_table(
     """
     err = np.zeros((len(weights), len(space.choices)))
     may = np.ones(err.shape, dtype=np.bool_) if allowed is None else allowed
-    pairs, done = list(zip(weights, statistics, strict=True)), 0
-    for batch in _batches(weights, may):
+    pairs, done, lock, stopped = list(zip(weights, statistics, strict=True)), 0, Lock(), Event()
+
+    def measure(batch: list[int]) -> None:
+        nonlocal done
         own, known = zip(*(pairs[i] for i in batch), strict=True)
         measures = [_OutputNorm(of_layer, weight.device) for weight, of_layer in zip(own, known, strict=True)]
         norms = [measure(weight.float()) or 1.0 for weight, measure in zip(own, measures, strict=True)]
@@ -310,25 +314,38 @@ def error_table(
                 if keep:
                     packed = scheme.pack(state, choice, weight.shape)
                     cast(dict[Choice, Any], known[at].packed)[choice] = {n: t.cpu() for n, t in packed.items()}
-            done += len(batch)
-            if progress:
-                progress(done, int(may.sum()))
+            with lock:
+                if stopped.is_set():
+                    return
+                done += len(batch)
+                if progress:
+                    progress(done, int(may.sum()))
         for i in batch:
             err[i, ~may[i]] = err[i].max()
+
+    try:
+        if pairs:
+            device = weights[0].device
+            each(measure, _batches(weights, may, n_threads(device)), device, wait=False)
+    finally:
+        stopped.set()
     return err
 
 
-def _batches(weights: Sequence[Tensor], may: np.ndarray) -> Iterator[list[int]]:
-    """Layers of one shape with the same choices, at most so many that they and their Hessians are small in memory.
+def _batches(weights: Sequence[Tensor], may: np.ndarray, threads: int) -> list[list[int]]:
+    """Layers of one shape with the same choices, at most so many that they and their Hessians are small in memory, and
+    so few that there is work for all threads; the longest work first.
 
     Error feedback takes a layer's features one by one, and is quicker the more weights take each step together.
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, weight in enumerate(weights):
         alike.setdefault((*weight.shape, weight.device, may[i].tobytes()), []).append(i)
+    batches = []
     for (rows, columns, *_), found in alike.items():
-        step = max(1, min(_TOGETHER, _ELEMENTS // (columns * (rows + columns))))
-        yield from (found[start : start + step] for start in range(0, len(found), step))
+        step = max(1, min(_TOGETHER, _ELEMENTS // (columns * (rows + columns)), -(-len(found) // threads)))
+        batches += [found[start : start + step] for start in range(0, len(found), step)]
+    return sorted(batches, key=lambda batch: -sum(weights[i].numel() for i in batch))
 
 
 class _OutputNorm:

@@ -23,7 +23,6 @@ K choices never exist side by side: nothing grows with the size of the choice sp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -44,6 +43,7 @@ from coalora.quant.registry import get_scheme
 from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import MasterMode, WeightMode
+from coalora.threads import each
 
 FULL_PRECISION = -1
 _TOGETHER = 1 << 27  # weights that are quantized together: a bound on what exists beside them
@@ -145,7 +145,8 @@ class QuantizedBase:
             self.configuration[changed] = _UNFINISHED
         written = self._not_parked(changed, target)
         parts = [self.cache.get((index, int(target[index]))) for index in written]
-        made = self._each(self._set, [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)])
+        jobs = [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)]
+        made = each(lambda job: self._set(*job), jobs, self._device)
         self._write_together(written, target, made)
         for index, known, packed in zip(written, parts, made, strict=True):
             if known is None and packed is not None:
@@ -307,14 +308,6 @@ class QuantizedBase:
         out = torch.empty(layer.shape, dtype=dtype, device=self._device)
         self.space.scheme_of(k).dequantize_packed(packed, self.space.choices[k], layer.shape, out)
         return out
-
-    def _each(self, function, arguments: list) -> list:  # type: ignore[no-untyped-def]
-        """`function` for all layers: on a CPU by as many threads as torch may use, each layer in one of them."""
-        threads = min(torch.get_num_threads(), len(arguments)) if self._device.type == "cpu" else 1
-        if threads < 2:
-            return [function(*given) for given in arguments]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda given: function(*given), arguments))
 
 
 class _Source:
