@@ -69,7 +69,7 @@ test-lowest:     ## run the library's tests on the lowest versions that the whee
 	$(VENV)-lowest/bin/$(PIP) --requirement requirements-lowest.lock
 	$(VENV)-lowest/bin/python -m pytest tests/coalora -m 'not oracles' --ignore tests/coalora/test_cli.py --numprocesses 2 --dist loadfile
 
-bench: $(READY) $(VENV)/oracles/.ready   ## run every benchmark, in under 15 minutes on two cores (benchmarks/results/*.json)
+bench: $(READY) $(VENV)/oracles/.ready   ## run the quick benchmarks, in under 15 minutes on two cores (benchmarks/results/*.json)
 	for name in switch step memory evaluate; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 	PYTHONPATH=$(VENV)/oracles $(BIN)/python -m benchmarks.search --quick
 	for name in neighbours allocation; do $(BIN)/python -m benchmarks.$$name || exit 1; done

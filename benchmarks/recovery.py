@@ -102,7 +102,7 @@ ARMS: dict[str, Arm] = {
     "compensation": Arm("coa", {"compensation_rank": 8, "theta": "none"}),
     "experts": Arm("coa", {"compensation_rank": 0, "expert_bits": 3, "theta": "all"}),
 }
-MAIN = ("none", "shared", "ours", "one LoRA each")
+MAIN = ("none", "shared, one configuration a step", "ours", "one LoRA each")
 RECOVER = ("shared, recover", "ours, recover")
 
 

@@ -114,7 +114,7 @@ class CoaLoraModel:
             max_length: tokens of an example or block, where texts are given.
 
         Raises:
-            CoaloraError: the model cannot be found, is none for the task, or has no known target layers.
+            CoaloraError: the model cannot be found, is none for the task, or has no target layers.
         """
         config = config or CoaLoraConfig()
         check_goal(config.goal, task)

@@ -4,7 +4,7 @@
 
 A `Graph` is this graph over one run: each part is a property that runs its stages when it is first asked for, after the
 parts that it reads. The Prefect flow asks for the last of them, a DVC stage for its own (`PARTS`), both under the same
-cache keys, and `dvc.yaml` is written from the same table (`flows.dvc`).
+cache keys, and `dvc.yaml` is written from the same table (`flows.stage`).
 """
 
 from __future__ import annotations

@@ -318,8 +318,12 @@ def error_table(
                 if stopped.is_set():
                     return
                 done += len(batch)
-                if progress:
-                    progress(done, int(may.sum()))
+                try:
+                    if progress:
+                        progress(done, int(may.sum()))
+                except BaseException:
+                    stopped.set()
+                    raise
         for i in batch:
             err[i, ~may[i]] = err[i].max()
 

@@ -1,1 +1,1 @@
-"""PEFT adapters, packed bases and the bundle that answers any budget."""
+"""The bundle that answers any budget, PEFT adapters, and bases in the formats of engines."""

@@ -1,1 +1,1 @@
-"""Base models: loading, target layers, weight switching, pre-training of the embedded demo model."""
+"""Base models: loading, target layers, weight switching, GGUF as input."""

@@ -1,4 +1,4 @@
-"""A small decoder, pre-trained from scratch: the base model of the embedded demo.
+"""A small decoder, pre-trained from scratch: the base of pipeline `tiny`, the notebook and tests.
 
 Llama's architecture with a byte-level BPE tokenizer trained on the same text; no download of any kind. The result is an
 ordinary model folder that `from_pretrained` reads, so that nothing behind it knows the difference.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,52 @@ def test_progress_counts_layers_and_choices(small_space: ChoiceSpace) -> None:
     )
     total = 2 * len(small_space)
     assert seen == [(i + 1, total) for i in range(total)]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _to_quantize() -> tuple[list[torch.Tensor], list[InputStatistics]]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 32, generator=generator) for rows in (8, 8, 8, 24, 24, 8)]
+    inputs = [torch.randn(64, 32, generator=generator) for _ in weights]
+    return weights, [InputStatistics(x.square().mean(0), x.T @ x / len(x), "feedback") for x in inputs]
+
+
+def test_threads_change_neither_errors_nor_what_is_stored(small_space: ChoiceSpace, two_threads, monkeypatch) -> None:
+    found = []
+    for threads in (2, 1):
+        monkeypatch.setattr("coalora.calibrate.tables.n_threads", lambda device, threads=threads: threads)
+        monkeypatch.setattr("coalora.threads.n_threads", lambda device, threads=threads: threads)
+        weights, known = _to_quantize()
+        found.append((error_table(weights, known, small_space, keep=True), [one.packed for one in known]))
+    (err, packed), (alone, packed_alone) = found
+    assert np.array_equal(err, alone)
+    for own, other in zip(packed, packed_alone, strict=True):
+        assert own.keys() == other.keys() == set(small_space.choices)
+        for choice in own:
+            assert all(torch.equal(own[choice][part], other[choice][part]) for part in own[choice])
+
+
+def test_an_interrupt_ends_all_threads_at_their_next_choice(small_space: ChoiceSpace, two_threads) -> None:
+    told: list[int] = []
+
+    def interrupted(done: int, total: int) -> None:
+        told.append(done)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        error_table(*_to_quantize(), small_space, progress=interrupted)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert len(told) == 2
 
 
 def test_joining_keeps_errors_and_digest(tiny_llama, small_space: ChoiceSpace) -> None:
