@@ -324,7 +324,7 @@ class TrainingRecipe(Recipe):
     theta_lr: float | None = hyper(
         None,
         "Learning rate of theta",
-        "Peak learning rate of theta; by default 0.0003 for language models and 0.0001 for classifiers.",
+        "Peak learning rate of theta; by default 0.0003 for language models and 0.00001 for classifiers.",
         gt=0,
         le=10,
     )
@@ -345,7 +345,7 @@ class TrainingRecipe(Recipe):
         None,
         "Two configurations a step",
         "Half of a step's examples train one configuration, half its counterpart at the other end of the bits; by "
-        "default to fine-tune, where batches are of four examples or more and draws are not adaptive.",
+        "default to fine-tune a language model, where batches are of four examples or more and draws not adaptive.",
     )
     lr_by_bits: float = hyper(
         0.0,
@@ -378,10 +378,12 @@ class TrainingRecipe(Recipe):
             >>> recipe.objective.teacher, recipe.paired
             ('base', False)
         """
-        worth = goal == "fine-tune" and self.sampling != "adaptive" and self.batch_size >= 4  # docs/results.md, Levers
+        # docs/results.md, Levers and SST-2.
+        language = task == "language-modeling"
+        worth = language and goal == "fine-tune" and self.sampling != "adaptive" and self.batch_size >= 4
         paired = worth if self.paired is None else self.paired
-        # U grows by the whole hidden layer's activations a step: a classifier that meets that at once learns nothing.
-        theta_lr = self.theta_lr or (3e-4 if task == "language-modeling" else 1e-4)
+        # U grows by the whole hidden layer's activations a step, which unsettles a classifier.
+        theta_lr = self.theta_lr or (3e-4 if language else 1e-5)
         return replace(self, paired=paired, theta_lr=theta_lr, objective=self.objective.resolved(goal))
 
     def total_steps(self, rounds: int) -> int:

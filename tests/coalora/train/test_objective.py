@@ -129,7 +129,8 @@ def test_the_goal_decides_what_is_left_open() -> None:
     assert not TrainingRecipe(sampling="adaptive").resolved().paired
     assert not TrainingRecipe(batch_size=3).resolved().paired
     assert TrainingRecipe().resolved().theta_lr == 3e-4
-    assert TrainingRecipe().resolved("fine-tune", "classification").theta_lr == 1e-4
+    classifier = TrainingRecipe().resolved("fine-tune", "classification")
+    assert (classifier.theta_lr, classifier.paired) == (1e-5, False)
 
 
 def test_without_distillation_no_teacher_is_asked(tiny_llama, make_adapted, batch) -> None:
