@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ def n_threads(device: torch.device) -> int:
 
 
 def each(function: Callable[[T], R], items: Sequence[T], device: torch.device, *, wait: bool = True) -> list[R]:
-    """`function` of all items, each in one of `n_threads` threads, in the caller's grad mode.
+    """`function` of all items, each in one of `n_threads` threads, in the caller's grad mode and context variables.
 
     After an exception items that are not begun are left out.
 
@@ -36,13 +37,13 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device, *
         return [function(item) for item in items]
     enabled = torch.is_grad_enabled()
 
-    def run(item: T) -> R:
+    def run(context: Context, item: T) -> R:
         with torch.set_grad_enabled(enabled):
-            return function(item)
+            return context.run(function, item)
 
     pool = ThreadPoolExecutor(threads)
     try:
-        found = list(pool.map(run, items))
+        found = list(pool.map(run, [copy_context() for _ in items], items))
     except BaseException:
         pool.shutdown(wait=wait, cancel_futures=True)
         raise

@@ -28,6 +28,7 @@ from coalora.models.targets import TargetLayer, head_modules
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, Task
+from coalora.threads import each
 
 
 class AdaptedModel:
@@ -116,14 +117,19 @@ class AdaptedModel:
         chosen = [experts.first_choices(row) for row in fits]
         if not any(chosen):
             return
-        for index, (lora_A, known) in enumerate(zip(self.lora_A, _known(self._known_statistics), strict=True)):
+        statistics = _known(self._known_statistics)
+
+        def start(index: int) -> None:
+            lora_A, known = self.lora_A[index], statistics[index]
             residuals = {k: self.base.residual(index, k) for k in chosen[index]}
             if not residuals:
-                continue
+                return
             A, _ = compensation(residuals[chosen[index][0]], known, lora_A.weight.shape[0])
             lora_A.weight.copy_(as_large_as_lora(A, lora_A.weight, known))
             for_choices = {k: compensating_lora_B(left, known, lora_A.weight) for k, left in residuals.items()}
             experts.start(index, {k: B / self.recipe.scale for k, B in for_choices.items()})
+
+        each(start, range(len(self.layers)), self.device)
 
     def _drop_lora(self) -> None:
         for name, parameter in self.peft_model.named_parameters():

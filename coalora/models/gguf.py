@@ -6,12 +6,14 @@ a grid already, and a choice that finds the same grid again (int in groups of 32
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -32,27 +34,42 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         CoaloraError: the package `gguf` is absent; a damaged file; an architecture that transformers does not read from
             GGUF; weights beyond float16's range.
     """
-    tokenizer = _read(file, AutoTokenizer.from_pretrained)
-    model = _read(
-        file,
-        AutoModelForCausalLM.from_pretrained,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float16,
-    )
+    with _parsed_once():
+        tokenizer = _read(file, AutoTokenizer.from_pretrained)
+        model = _read(
+            file,
+            AutoModelForCausalLM.from_pretrained,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float16,
+        )
+        licence = _licence(file)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise CoaloraError(f"{file} has weights beyond float16's range", remedy="Take the model in safetensors")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with redirect_stderr(StringIO()):  # bars
         save_model(model, tokenizer, folder)
-    if licence := _licence(file):
+    if licence:
         (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\nUnpacked from {file.name}.\n", "utf-8")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within, a file is parsed once: transformers does so again for config, tokenizer and weights, each time with the
+    whole vocabulary, and makes a map of tensor names for every module. That is most of the time."""
+    if find_spec("gguf") is None:  # `_read` says so
+        yield
+        return
+    import gguf
+
+    with patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
+        yield
 
 
 def _licence(file: Path) -> str | None:
     from gguf import GGUFReader
 
-    field = GGUFReader(file).fields.get("general.license")
+    field = GGUFReader(str(file)).fields.get("general.license")
     return None if field is None else str(field.contents())
 
 

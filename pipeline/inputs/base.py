@@ -54,9 +54,7 @@ def _unpacked(file: Path) -> Path:
         with filelock.FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 # Before a run has a log.
-                print(
-                    f"Unpacking {file.name}, once: half a minute for 100 million weights", file=sys.stderr, flush=True
-                )
+                print(f"Unpacking {file.name}, once: ten seconds for 100 million weights", file=sys.stderr, flush=True)
                 partial = folder.with_suffix(f".{os.getpid()}")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ def test_a_gpu_is_fed_from_one_thread(two_threads) -> None:
     assert (n_threads(CPU), n_threads(torch.device("cuda"))) == (2, 1)
     ran = each(lambda n: threading.current_thread(), range(3), torch.device("cuda"))
     assert set(ran) == {threading.main_thread()}
+
+
+def test_work_sees_the_callers_context(two_threads) -> None:
+    """Where Prefect looks for the task run that a log line or a progress bar belongs to."""
+    variable = ContextVar("variable", default="nothing")
+    token = variable.set("the caller's")
+    assert each(lambda n: variable.get(), range(4), CPU) == ["the caller's"] * 4
+    variable.reset(token)
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -89,6 +89,20 @@ def folder(
     return folder
 
 
+def test_a_file_is_parsed_once_and_the_package_left_as_it_was(folder: Path, tmp_path, monkeypatch) -> None:
+    parsed: list[object] = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, *given: object) -> None:
+            parsed.append(given[0])
+            super().__init__(*given)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    unpack_gguf(folder / "small.gguf", tmp_path)
+    assert parsed == [str(folder / "small.gguf")]
+    assert gguf.GGUFReader is Counting
+
+
 def test_what_is_unpacked_is_the_model_and_its_tokenizer(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
