@@ -14,12 +14,12 @@ R = TypeVar("R")
 
 
 def n_threads(device: torch.device) -> int:
-    """How many threads `each` takes: on a CPU as many as torch may use, which launches a GPU's work from one."""
+    """How many threads there are for work on a device: on a CPU as many as torch may use; one feeds a GPU."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def each(function: Callable[[T], R], items: Sequence[T], device: torch.device, *, wait: bool = True) -> list[R]:
-    """`function` of all items, each in one of `n_threads` threads, in the caller's grad mode and context variables.
+def each(function: Callable[[T], R], items: Sequence[T], threads: int, *, wait: bool = True) -> list[R]:
+    """`function` of all items, each in one of so many threads, in the caller's grad mode and context variables.
 
     After an exception items that are not begun are left out.
 
@@ -27,12 +27,11 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device, *
         wait: for items in work, before an exception is passed on; otherwise they come to their end unheard.
 
     Example:
-        >>> import torch
         >>> from coalora.threads import each
-        >>> each(lambda n: n * n, [1, 2, 3], torch.device("cpu"))
+        >>> each(lambda n: n * n, [1, 2, 3], threads=2)
         [1, 4, 9]
     """
-    threads = min(n_threads(device), len(items))
+    threads = min(threads, len(items))
     if threads < 2:
         return [function(item) for item in items]
     enabled = torch.is_grad_enabled()

@@ -28,7 +28,7 @@ from coalora.models.targets import TargetLayer, head_modules
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import AdapterRecipe, Task
-from coalora.threads import each
+from coalora.threads import each, n_threads
 
 
 class AdaptedModel:
@@ -129,7 +129,7 @@ class AdaptedModel:
             for_choices = {k: compensating_lora_B(left, known, lora_A.weight) for k, left in residuals.items()}
             experts.start(index, {k: B / self.recipe.scale for k, B in for_choices.items()})
 
-        each(start, range(len(self.layers)), self.device)
+        each(start, range(len(self.layers)), n_threads(self.device))
 
     def _drop_lora(self) -> None:
         for name, parameter in self.peft_model.named_parameters():

@@ -42,8 +42,9 @@ _COUNTED = ("rest_nbytes", "head_size", "adapter_nbytes")
 _FACTS = 1000  # of configuration.json beside the layers: digests and numbers
 _HEADER = 110  # of a tensor in a file's header, beside its layer's name: part, type, shape and offsets
 
-# At most so many layers are quantized together, with so many weights and entries of Hessians.
-_TOGETHER, _ELEMENTS = 32, 2**26
+# At most so many layers are quantized together, with so many weights and entries of Hessians; so many in all threads,
+# each of which takes about 20 bytes meanwhile.
+_TOGETHER, _ELEMENTS, _IN_WORK = 32, 2**26, 2**27
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,10 @@ def error_table(
 
     try:
         if pairs:
-            device = weights[0].device
-            each(measure, _batches(weights, may, n_threads(device)), device, wait=False)
+            threads = n_threads(weights[0].device)
+            batches = _batches(weights, may, threads)
+            most = max(_elements(weights[batch[0]]) * len(batch) for batch in batches)
+            each(measure, batches, max(1, min(threads, _IN_WORK // most)), wait=False)
     finally:
         stopped.set()
     return err
@@ -346,10 +349,16 @@ def _batches(weights: Sequence[Tensor], may: np.ndarray, threads: int) -> list[l
     for i, weight in enumerate(weights):
         alike.setdefault((*weight.shape, weight.device, may[i].tobytes()), []).append(i)
     batches = []
-    for (rows, columns, *_), found in alike.items():
-        step = max(1, min(_TOGETHER, _ELEMENTS // (columns * (rows + columns)), -(-len(found) // threads)))
+    for found in alike.values():
+        step = max(1, min(_TOGETHER, _ELEMENTS // _elements(weights[found[0]]), -(-len(found) // threads)))
         batches += [found[start : start + step] for start in range(0, len(found), step)]
     return sorted(batches, key=lambda batch: -sum(weights[i].numel() for i in batch))
+
+
+def _elements(weight: Tensor) -> int:
+    """Entries of a weight (out, in) and of its inputs' Hessian."""
+    rows, columns = weight.shape
+    return columns * (rows + columns)
 
 
 class _OutputNorm:

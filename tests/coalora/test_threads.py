@@ -29,13 +29,13 @@ def test_results_keep_the_order_and_come_from_as_many_threads_as_torch_may_use(t
         return n, torch.is_grad_enabled()
 
     with torch.no_grad():
-        assert each(work, [3, 1, 2, 0], CPU) == [(3, False), (1, False), (2, False), (0, False)]
-    assert each(work, [3, 1], CPU) == [(3, True), (1, True)]
+        assert each(work, [3, 1, 2, 0], n_threads(CPU)) == [(3, False), (1, False), (2, False), (0, False)]
+    assert each(work, [3, 1], n_threads(CPU)) == [(3, True), (1, True)]
 
 
 def test_a_gpu_is_fed_from_one_thread(two_threads) -> None:
     assert (n_threads(CPU), n_threads(torch.device("cuda"))) == (2, 1)
-    ran = each(lambda n: threading.current_thread(), range(3), torch.device("cuda"))
+    ran = each(lambda n: threading.current_thread(), range(3), n_threads(torch.device("cuda")))
     assert set(ran) == {threading.main_thread()}
 
 
@@ -43,7 +43,7 @@ def test_work_sees_the_callers_context(two_threads) -> None:
     """Where Prefect looks for the task run that a log line or a progress bar belongs to."""
     variable = ContextVar("variable", default="nothing")
     token = variable.set("the caller's")
-    assert each(lambda n: variable.get(), range(4), CPU) == ["the caller's"] * 4
+    assert each(lambda n: variable.get(), range(4), n_threads(CPU)) == ["the caller's"] * 4
     variable.reset(token)
 
 
@@ -58,6 +58,6 @@ def test_an_error_leaves_out_what_is_not_begun(two_threads, wait) -> None:
         go.wait(30 if not wait else 0.2)
 
     with pytest.raises(ValueError, match="the first"):
-        each(work, range(50), CPU, wait=wait)
+        each(work, range(50), n_threads(CPU), wait=wait)
     assert len(begun) < 50
     go.set()

@@ -43,7 +43,7 @@ from coalora.quant.registry import get_scheme
 from coalora.quant.scheme import Choice, InputStatistics, Scheme
 from coalora.quant.space import ChoiceSpace
 from coalora.recipes import MasterMode, WeightMode
-from coalora.threads import each
+from coalora.threads import each, n_threads
 
 FULL_PRECISION = -1
 _TOGETHER = 1 << 27  # weights that are quantized together: a bound on what exists beside them
@@ -146,7 +146,7 @@ class QuantizedBase:
         written = self._not_parked(changed, target)
         parts = [self.cache.get((index, int(target[index]))) for index in written]
         jobs = [(i, int(target[i]), p) for i, p in zip(written, parts, strict=True)]
-        made = each(lambda job: self._set(*job), jobs, self._device)
+        made = each(lambda job: self._set(*job), jobs, n_threads(self._device))
         self._write_together(written, target, made)
         for index, known, packed in zip(written, parts, made, strict=True):
             if known is None and packed is not None:

@@ -217,7 +217,6 @@ def test_threads_change_neither_errors_nor_what_is_stored(small_space: ChoiceSpa
     found = []
     for threads in (2, 1):
         monkeypatch.setattr("coalora.calibrate.tables.n_threads", lambda device, threads=threads: threads)
-        monkeypatch.setattr("coalora.threads.n_threads", lambda device, threads=threads: threads)
         weights, known = _to_quantize()
         found.append((error_table(weights, known, small_space, keep=True), [one.packed for one in known]))
     (err, packed), (alone, packed_alone) = found
