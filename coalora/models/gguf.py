@@ -16,7 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coalora.errors import CoaloraError
 from coalora.models.files import save_model
@@ -34,14 +35,12 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         CoaloraError: the package `gguf` is absent; a damaged file; an architecture that transformers does not read from
             GGUF; weights beyond float16's range.
     """
+    options: dict[str, Any] = {"dtype": torch.float16}
+    if hasattr(transformers, "GgufConfig"):  # transformers 4 dequantizes without being asked
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _parsed_once():
         tokenizer = _read(file, AutoTokenizer.from_pretrained)
-        model = _read(
-            file,
-            AutoModelForCausalLM.from_pretrained,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float16,
-        )
+        model = _read(file, AutoModelForCausalLM.from_pretrained, **options)
         licence = _licence(file)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise CoaloraError(f"{file} has weights beyond float16's range", remedy="Take the model in safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,6 +157,17 @@ def load_config(
     return config
 
 
+# transformers 4 finds out that a folder has none by the package that it would convert one with.
+_OF_TOKENIZERS = re.compile("token|vocab|merges|spiece|sentencepiece|spm|bpe")
+
+
+def _no_tokenizer(name_or_path: Path | str) -> CoaloraError:
+    return CoaloraError(
+        f"{name_or_path} has no tokenizer",
+        remedy="Save the tokenizer to the model's folder with tokenizer.save_pretrained",
+    )
+
+
 def load_tokenizer(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -173,6 +185,8 @@ def load_tokenizer(
             str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # of any kind, by the file that is damaged or missing
+        if Path(name_or_path).is_dir() and not any(_OF_TOKENIZERS.search(p.name) for p in Path(name_or_path).iterdir()):
+            raise _no_tokenizer(name_or_path) from error
         raise CoaloraError(
             f"The tokenizer of {name_or_path} cannot be read ({_reason(error)})",
             remedy="Save it to the model's folder with tokenizer.save_pretrained, or download its files again (a file "
@@ -180,10 +194,7 @@ def load_tokenizer(
         ) from error
     # transformers makes up a tokenizer of special tokens alone where there is none: every text would be unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise CoaloraError(
-            f"{name_or_path} has no tokenizer",
-            remedy="Save the tokenizer to the model's folder with tokenizer.save_pretrained",
-        )
+        raise _no_tokenizer(name_or_path)
     vocab_size = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, getattr(config, "pad_token_id", None))
     found = next((i for i in ids if i is not None and 0 <= i < min(vocab_size, len(tokenizer))), None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 
 from coalora.files import digest, file_sha256, read_json, read_tensors, write_json, write_tensors
@@ -47,6 +49,8 @@ def test_the_bytes_are_those_of_safetensors_own_writer_and_their_digest_is_told(
         "bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "int16", "uint16", "float16", "bfloat16", "int32",
         "uint32", "float32", "float64", "int64", "uint64",
     ]  # fmt: skip
+    if Version(version("safetensors")) < Version("0.5"):  # whose writer for torch lacks these
+        kinds = [kind for kind in kinds if kind not in ("uint16", "uint32", "uint64")]
     tensors = {f"é {kind}": torch.arange(5).to(getattr(torch, kind)) for kind in kinds}
     tensors |= {"empty": torch.zeros(0, 3), "number": torch.tensor(2.0), "a": torch.ones(3, 2, dtype=torch.bool)}
     told = write_tensors(tmp_path / "ours", tensors, ["x"])

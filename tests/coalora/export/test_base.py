@@ -65,6 +65,8 @@ def test_loaded_base_is_the_switched_model_bit_for_bit(tiny_models, tables_for, 
     state, expected = loaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     assert [k for k, v in expected.items() if not torch.equal(v, state[k]) or v.dtype != state[k].dtype] == []
+    for one in (loaded, model):  # transformers 4 takes another path of attention with a cache
+        one.config.use_cache = False
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert type(loaded) is type(model)
     assert not loaded.training

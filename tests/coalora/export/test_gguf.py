@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from coalora import Bundle, CoaLoraConfig, CoaLoraModel, InitialSetRecipe
 from coalora.calibrate.tables import calibration_tables
@@ -33,6 +33,8 @@ from tests.coalora.export.gguf_exports import (
     sentencepiece_tokenizer,
     tokenizer_of,
 )
+
+gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,10 @@ def test_transformers_reads_the_weights_that_were_trained_with(kind: str, tmp_pa
     heads = {"head_dim": 128} if kind == "qwen3" else {}  # transformers takes no other size from a file
     made = export(tmp_path, decoder(kind, **heads), tokenizer_of("qwen2"))
     read = AutoModelForCausalLM.from_pretrained(
-        made.folder, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        made.folder,
+        gguf_file="model.gguf",
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=torch.float32,
     ).state_dict()
     for layer, k in zip(made.tables.layers, made.configuration, strict=True):
         weight = made.base.get_submodule(layer.name).weight
@@ -292,7 +297,7 @@ def test_one_call_makes_the_files_of_a_budget_from_a_bundle(tmp_path: Path) -> N
     read = AutoModelForCausalLM.from_pretrained(
         tmp_path / "phone/gguf",
         gguf_file="model.gguf",
-        quantization_config=GgufConfig(dequantize=True),
+        quantization_config=transformers.GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
     model.switch(made.adapted.choices)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import gguf
-import libgguf
 import numpy as np
 import pytest
 import torch
 
 from coalora.quant.gguf.blocks import TYPES, decode_rows
+
+gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
+libgguf = pytest.importorskip("libgguf", reason="needs the extra [gguf]")
 
 EVERY = pytest.mark.parametrize("name", TYPES)
 

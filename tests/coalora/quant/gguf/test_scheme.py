@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
-import libgguf
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,9 @@ from coalora.quant.gguf.scheme import GGUFChoice, GGUFScheme
 from coalora.quant.scheme import InputStatistics
 from coalora.quant.space import ChoiceSpace
 from coalora.search.knapsack import allocate
+
+gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
+libgguf = pytest.importorskip("libgguf", reason="needs the extra [gguf]")
 
 GGUF = GGUFScheme()
 EVERY = pytest.mark.parametrize("choice", GGUF.choices(), ids=str)
