@@ -2,11 +2,11 @@
 
     python -m benchmarks.export [--quick]
 
-RoBERTa-large's shapes at r = 64 for the adapter, all of whose layers theta adjusts: budgets that differ, whose layers'
-pairs are all made (`Bundle.prepare`), and one of whose none is: the product U A of every layer
-beside one product of square matrices with as many FLOP, in processor time of one thread; a folder on disk beside its
-bytes alone, and beside these until the disk has them. A decoder of SmolLM2-135M's layers in every format of integers,
-beside quantizing its weights and writing the files' bytes. Medians of paired measurements.
+RoBERTa-large's shapes at r = 64 for the adapter, all of whose layers theta adjusts, in processor time of one thread:
+budget after budget from pairs that are all made (`Bundle.prepare`), beside making them; and one from none, the product
+U A of every layer, beside one product of square matrices with as many FLOP. A folder on disk beside its bytes alone,
+and beside these until the disk has them. A decoder of SmolLM2-135M's layers in every format of integers, beside
+quantizing its weights and writing the files' bytes. Medians of paired measurements.
 """
 
 from __future__ import annotations

@@ -92,6 +92,15 @@ def _seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     return model
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch may use two threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> ModelFactory:
     """`tiny_llama(seed=0, **config)`: a Llama decoder of 2 blocks, N=14, tied embeddings."""

@@ -13,14 +13,6 @@ from coalora.threads import each, n_threads
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_results_keep_the_order_and_come_from_as_many_threads_as_torch_may_use(two_threads) -> None:
     both = threading.Barrier(2, timeout=30)
 

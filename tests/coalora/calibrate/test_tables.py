@@ -198,14 +198,6 @@ def test_progress_counts_layers_and_choices(small_space: ChoiceSpace) -> None:
     assert seen == [(i + 1, total) for i in range(total)]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def _to_quantize() -> tuple[list[torch.Tensor], list[InputStatistics]]:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(rows, 32, generator=generator) for rows in (8, 8, 8, 24, 24, 8)]
